@@ -1,0 +1,18 @@
+PYTHON ?= python
+
+.PHONY: check lint types test bench
+
+check: lint types
+
+lint:
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+
+types:
+	$(PYTHON) -m pyright
+
+test:
+	$(PYTHON) -m pytest
+
+bench:
+	$(PYTHON) -m bench

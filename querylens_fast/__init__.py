@@ -1,0 +1,1 @@
+"""querylens_fast: token signatures for every feature of a sparse dictionary."""
