@@ -1,0 +1,302 @@
+"""Models: a causal language model as the few tensors the engine needs.
+
+`load_model` reads a transformers causal LM from a hub id or a local folder; `as_model` takes one that is already in
+memory, or a hooked model (transformer-lens, sae-lens) recognised by its attributes. Either becomes a `Model`: the
+residual-stream blocks, the embedding, the final norm and the unembedding. `load_model` compares its own logits with
+the model's on a few tokens and refuses a model it does not reproduce, so an unknown variation never passes silently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from querylens_fast.blocks import Block, Masking, Norm, at_least_float32
+
+DTYPES = {
+    "float64": torch.float64,
+    "double": torch.float64,
+    "float32": torch.float32,
+    "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+}
+
+
+class UnsupportedModelError(ValueError):
+    """The model's architecture, or a variation of it, is not one this package reproduces."""
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A torch dtype from its name. Raises ValueError for an unknown one."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    try:
+        return DTYPES[str(dtype).lower().removeprefix("torch.")]
+    except KeyError:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}") from None
+
+
+@dataclass
+class Model:
+    """A causal language model, ready for the engine. Built by `load_model` or `as_model`, not by hand.
+
+    W_E [V, D] is the raw embedding; the model multiplies it by ``embed_scale`` (Gemma: √d_model), so the token
+    embedding of the paper is ``embed_scale · W_E``. W_U [V, D] is the unembedding's weight, b_U [V] its bias or None.
+    ``convention`` says how to read scores: raw lm_head or a hooked model's processed weights.
+    """
+
+    name: str
+    architecture: str
+    blocks: list[Block]
+    final_norm: Norm
+    W_E: Tensor
+    W_U: Tensor
+    b_U: Tensor | None
+    embed_scale: float
+    position_embedding: Tensor | None
+    logit_softcap: float | None
+    convention: str
+    tokenizer: Any = None
+    source: Any = field(default=None, repr=False)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def d_model(self) -> int:
+        return self.W_E.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.W_U.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_E.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_E.device
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The tokenizer's pad token, or None: then every position counts as valid."""
+        return getattr(self.tokenizer, "pad_token_id", None)
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings [B, S, D] of ids [B, S], without positions (the reference's hook_embed)."""
+        embedded = self.W_E[ids.to(self.device)]
+        return embedded if self.embed_scale == 1.0 else embedded * self.embed_scale
+
+    @torch.no_grad()
+    def first_residual(self, ids: Tensor) -> Tensor:
+        """The residual stream before layer 0, [B, S, D]."""
+        embedded = self.embed(ids)
+        return embedded if self.position_embedding is None else embedded + self.position_embedding[: ids.shape[1]]
+
+    @torch.no_grad()
+    def residuals(self, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """(pre of each layer, mid of each layer, final), each [B, S, D], from a plain forward pass without a mask."""
+        x, masking = self.first_residual(ids), self.masking(ids)
+        pre, mid = [], []
+        for block in self.blocks:
+            pre.append(x)
+            mid.append(x + block.attention(x, masking))
+            x = mid[-1] + block.mlp(mid[-1])
+        return pre, mid, x
+
+    def masking(self, ids: Tensor, valid: Tensor | None = None) -> Masking:
+        """How the tokens ids [B, S] attend; ``valid`` [B, S] bool hides padding."""
+        return Masking(valid, (ids.shape[0], ids.shape[1]), self.device)
+
+    @torch.no_grad()
+    def logits(self, residual: Tensor) -> Tensor:
+        """Logits [..., V] of final residuals [..., D], soft cap included."""
+        return self.cap(self.unembed(self.final_norm(residual)))
+
+    def unembed(self, normed: Tensor) -> Tensor:
+        """W_U x + b_U for normed residuals [..., D]."""
+        return torch.nn.functional.linear(normed, self.W_U, self.b_U)
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """The model's final logit soft cap, where it has one."""
+        if self.logit_softcap is None:
+            return logits
+        return torch.tanh(logits / self.logit_softcap) * self.logit_softcap
+
+    def str_tokens(self, ids: Iterable[int]) -> list[str]:
+        """Each token id decoded on its own. Raises ValueError when the model was loaded without a tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError(
+                f"model {self.name!r} has no tokenizer, so token ids cannot be turned into strings; "
+                "pass tokenizer='path-or-hub-id' to load_model"
+            )
+        known = self._known_tokens
+        ids = [int(i) for i in ids]
+        missing = sorted(set(ids) - known.keys())
+        if missing:
+            texts = self.tokenizer.batch_decode([[i] for i in missing], clean_up_tokenization_spaces=False)
+            known.update(zip(missing, texts, strict=True))
+        return [known[i] for i in ids]
+
+    @cached_property
+    def _known_tokens(self) -> dict[int, str]:
+        return {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the model's shape and of samples of its weights, the same in every dtype it is loaded in."""
+        digest = hashlib.sha256(f"{self.n_layers},{self.d_model},{self.vocab_size}".encode())
+        matrices = [self.W_E, self.W_U]
+        for block in self.blocks:
+            matrices += [block.attention.W_Q, block.attention.W_O, block.mlp.W_in, block.mlp.W_out]
+        for matrix in matrices:
+            rows = torch.linspace(0, matrix.shape[0] - 1, 16, device=matrix.device).long()
+            columns = torch.linspace(0, matrix.shape[1] - 1, 16, device=matrix.device).long()
+            sample = matrix[rows][:, columns].to(torch.float32).to(torch.bfloat16).float().cpu()
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+
+@torch.no_grad()
+def load_model(
+    model: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+) -> Model:
+    """Load a transformers causal LM.
+
+    Args:
+        model: A hub id ("openai-community/gpt2") or a local folder with config.json and weights.
+        device: Where its weights live.
+        dtype: "float32", "float64", "bfloat16" or "float16".
+        tokenizer: Another place to take the tokenizer from; by default the model's own.
+        revision: A hub revision.
+
+    Raises:
+        FileNotFoundError: The folder or hub id cannot be had.
+        UnsupportedModelError: The architecture is not supported (the message lists those that are).
+    """
+    import transformers
+
+    from querylens_fast.layouts import from_transformers
+
+    name, torch_dtype = str(model), parse_dtype(dtype)
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(f"{name} has no config.json: it is not a folder written by save_pretrained")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+        source = transformers.AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, config=config, dtype=torch_dtype, attn_implementation="eager"
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model {name!r} could not be loaded: it is neither a readable local folder nor a hub id that can be "
+            f"reached from here ({str(error).splitlines()[0]})"
+        ) from error
+    except ValueError as error:
+        if "Unrecognized" in str(error) or "not recognized" in str(error) or "does not recognize" in str(error):
+            raise UnsupportedModelError(f"model {name!r}: {str(error).splitlines()[0]}") from error
+        raise
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise ValueError(f"model {name!r}: its weights file is damaged or truncated ({error})") from error
+        raise
+    source = source.to(device).eval().requires_grad_(False)
+    loaded = from_transformers(source, name, _load_tokenizer(tokenizer or name, revision, required=bool(tokenizer)))
+    check_finite_weights(loaded)
+    check_reproduction(loaded, lambda ids: source(input_ids=ids, use_cache=False).logits)
+    return loaded
+
+
+def as_model(model: Any, tokenizer: Any = None) -> Model:
+    """A `Model` from one already in memory: a `Model`, a transformers causal LM or a hooked model.
+
+    Raises:
+        UnsupportedModelError: It is none of these.
+    """
+    from querylens_fast.layouts import from_hooked, from_transformers
+
+    if isinstance(model, Model):
+        return model
+    known = getattr(model, "_querylens_model", None)
+    if isinstance(known, Model):
+        return known
+    if hasattr(model, "cfg") and hasattr(model, "blocks") and hasattr(model, "W_E"):
+        loaded = from_hooked(model)
+        forward: Callable[[Tensor], Tensor] = model
+    elif hasattr(model, "config") and hasattr(model, "get_input_embeddings"):
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        loaded = from_transformers(model, name, tokenizer or _load_tokenizer(name, None, required=False))
+
+        def forward(ids: Tensor) -> Tensor:
+            return model(input_ids=ids, use_cache=False).logits
+    else:
+        raise UnsupportedModelError(
+            f"model is a {type(model).__name__}; expected the result of load_model, a transformers causal LM, "
+            "or a hooked model with .cfg, .blocks and .W_E"
+        )
+    with torch.no_grad():
+        check_reproduction(loaded, forward)
+    model._querylens_model = loaded  # adapted once; a reference-style caller passes the same object for each feature
+    return loaded
+
+
+def _load_tokenizer(source: str | Path, revision: str | None, required: bool) -> Any:
+    """The tokenizer at source, or None where the model has none: asking for token strings is then an error."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(source), revision=revision)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if required:
+            raise FileNotFoundError(f"no tokenizer could be loaded from {source!r}: {error}") from error
+        return None
+
+
+def check_finite_weights(model: Model) -> None:
+    """Raise ValueError when a weight holds NaN or inf."""
+    named = [("embedding", model.W_E), ("unembedding", model.W_U)]
+    for layer, block in enumerate(model.blocks):
+        for part in (block.attention, block.mlp):
+            named += [(f"layer {layer} {n}", w) for n, w in vars(part).items() if isinstance(w, Tensor)]
+    for name, weight in named:
+        if not torch.isfinite(weight).all():
+            count = int((~torch.isfinite(weight)).sum())
+            raise ValueError(f"model {model.name!r}: {name} holds {count} NaN or infinite values; reload its weights")
+
+
+def check_reproduction(model: Model, forward: Callable[[Tensor], Tensor]) -> None:
+    """Compare our logits with the model's own on a few tokens.
+
+    Raises:
+        UnsupportedModelError: They differ by more than rounding, so some variation is not covered.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.vocab_size, (2, 12), generator=generator).to(model.device)
+    theirs = at_least_float32(forward(ids))
+    ours = at_least_float32(model.logits(model.residuals(ids)[2]))
+    tolerance = {torch.float64: 1e-5, torch.float32: 2e-3}.get(model.dtype, 0.1)
+    difference = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+    if not difference <= tolerance:
+        raise UnsupportedModelError(
+            f"model {model.name!r} ({model.architecture}) has a variation this package does not reproduce: its logits "
+            f"differ from the model's own by {difference:.2e} (relative), more than the {tolerance:.0e} that rounding "
+            "explains; please report its config"
+        )
+
+
