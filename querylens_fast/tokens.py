@@ -1,0 +1,219 @@
+"""Token samples: the corpus over which Jacobians are averaged.
+
+A sample is `Tokens`: ids [B, S] int64 and a mask of the valid (non-pad) positions. `load_tokens` reads a safetensors
+file of ids, a text file, or a `datasets` name; whatever is drawn at random is drawn from a seed, and the sample can be
+saved beside the result it belongs to. A corpus that cannot be loaded is an error, never a random stand-in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DOCUMENTS_PER_JOIN = 1000
+PIECES_PER_JOIN = 20
+REFERENCE_HOLDOUT = 1000
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A token sample: ids [B, S] int64 and valid_mask [B, S] bool, both on the CPU."""
+
+    ids: Tensor
+    valid_mask: Tensor
+    source: str = "memory"
+    details: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2 or self.ids.numel() == 0:
+            raise ValueError(f"tokens are {list(self.ids.shape)}; expected [B, S] with at least one token")
+        if self.valid_mask.shape != self.ids.shape:
+            raise ValueError(f"valid_mask is {list(self.valid_mask.shape)} but tokens are {list(self.ids.shape)}")
+        if not bool(self.valid_mask.any()):
+            raise ValueError(f"tokens from {self.source}: every position is padding, so there is nothing to average")
+
+    @property
+    def n_valid(self) -> int:
+        """N, the number of valid positions."""
+        return int(self.valid_mask.sum())
+
+    @property
+    def digest(self) -> str:
+        """A hash of ids and mask, recorded with every transport fitted on them."""
+        data = self.ids.contiguous().numpy().tobytes() + self.valid_mask.contiguous().numpy().tobytes()
+        return hashlib.sha256(str(tuple(self.ids.shape)).encode() + data).hexdigest()[:32]
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file that `load_tokens` reads back."""
+        from safetensors.torch import save_file
+
+        tensors = {"tokens": self.ids.contiguous(), "valid_mask": self.valid_mask.contiguous()}
+        save_file(tensors, str(path), metadata={"source": self.source, **self.details})
+
+    def head(self, n: int) -> Tokens:
+        """The first n sequences."""
+        return Tokens(self.ids[:n], self.valid_mask[:n], self.source, self.details)
+
+
+def as_tokens(tokens: Any, model: Any = None) -> Tokens:
+    """`Tokens` from `Tokens`, an id tensor [B, S], or nested lists of ids; pads by the model's pad token."""
+    if isinstance(tokens, Tokens):
+        return tokens
+    if isinstance(tokens, (str, Path)):
+        return load_tokens(tokens, model=model)
+    ids = torch.as_tensor(tokens).detach().cpu()
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"tokens have dtype {ids.dtype}; expected integer token ids")
+    return _checked(ids.long(), None, model, "memory", {})
+
+
+def load_tokens(
+    source: str | Path | Tensor,
+    *,
+    model: Any = None,
+    num_samples: int | None = None,
+    max_length: int = 32,
+    seed: int = 42,
+    split: str = "train",
+    column: str = "text",
+) -> Tokens:
+    """Load a token sample.
+
+    Args:
+        source: A safetensors file with ``tokens`` [B, S] and optionally ``valid_mask`` [B, S]; a text file; a
+            `datasets` name (as in the reference: "NeelNanda/pile-10k"); or ids already in memory.
+        model: The model, for its tokenizer, pad token and vocabulary. Needed for text and datasets.
+        num_samples: Sequences to draw with the seed. Default: all of a file, 1024 of a dataset.
+        max_length: Tokens a sequence, for text and datasets.
+        seed: Of the draw.
+        split: The dataset's split.
+        column: The dataset's text column.
+
+    Raises:
+        FileNotFoundError: The file or dataset cannot be had.
+        ValueError: The file is damaged, holds no tokens, or ids outside the model's vocabulary.
+    """
+    if not isinstance(source, (str, Path)):
+        return as_tokens(source, model)
+    path, details = Path(source), {"seed": str(seed), "max_length": str(max_length)}
+    if path.suffix == ".safetensors":
+        ids, mask = _read_safetensors(path)
+        ids, mask = _draw(ids, mask, num_samples, seed)
+        return _checked(ids, mask, model, str(source), details)
+    if path.suffix in (".txt", ".md", ".py", ".rst"):
+        if not path.is_file():
+            raise FileNotFoundError(f"text file {str(path)!r} does not exist")
+        rows = tokenize_and_concatenate([path.read_text(encoding="utf-8")], _tokenizer(model), max_length)
+    elif path.exists():
+        raise ValueError(f"{str(path)!r}: token files are .safetensors, text files .txt, .md, .rst or .py")
+    else:
+        rows = tokenize_and_concatenate(_dataset_texts(str(source), split, column), _tokenizer(model), max_length)
+        if len(rows) > 2 * REFERENCE_HOLDOUT:  # the reference leaves the last thousand rows out of its draw
+            rows = rows[:-REFERENCE_HOLDOUT]
+        num_samples = num_samples or 1024
+        details |= {"split": split, "column": column}
+    if not len(rows):
+        raise ValueError(f"{str(source)!r} has fewer than {max_length} tokens, not enough for one sequence")
+    ids, _ = _draw(rows, None, num_samples, seed)
+    return _checked(ids, None, model, str(source), details)
+
+
+def _read_safetensors(path: Path) -> tuple[Tensor, Tensor | None]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"token file {str(path)!r} does not exist")
+    try:
+        tensors = load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(f"token file {str(path)!r} is damaged or truncated: {error}") from error
+    if "tokens" not in tensors:
+        raise ValueError(f"token file {str(path)!r} holds {sorted(tensors)}; expected a tensor named 'tokens' [B, S]")
+    ids, mask = tensors["tokens"], tensors.get("valid_mask")
+    if ids.is_floating_point():
+        raise ValueError(f"token file {str(path)!r}: 'tokens' has dtype {ids.dtype}; expected int64")
+    return ids.long(), None if mask is None else mask.bool()
+
+
+def _checked(ids: Tensor, mask: Tensor | None, model: Any, source: str, details: dict[str, str]) -> Tokens:
+    if ids.ndim == 1:
+        ids = ids[None]
+    vocab = getattr(model, "vocab_size", None)
+    if ids.numel() and (int(ids.min()) < 0 or (vocab is not None and int(ids.max()) >= vocab)):
+        worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise ValueError(f"tokens from {source}: id {worst} is outside the model's vocabulary of {vocab}")
+    if mask is None:
+        pad = getattr(model, "pad_token_id", None)
+        mask = torch.ones_like(ids, dtype=torch.bool) if pad is None else ids != pad
+    return Tokens(ids, mask, source, details)
+
+
+def _draw(ids: Tensor, mask: Tensor | None, n: int | None, seed: int) -> tuple[Tensor, Tensor | None]:
+    """n rows drawn with replacement by the seed (the reference's draw); all rows, in order, for n None."""
+    if n is None:
+        return ids, mask
+    if n < 1:
+        raise ValueError(f"num_samples is {n}; expected at least 1")
+    picked = torch.randint(0, len(ids), (n,), generator=torch.Generator().manual_seed(seed))
+    return ids[picked], None if mask is None else mask[picked]
+
+
+def _tokenizer(model: Any) -> Any:
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError("text needs a tokenizer: pass model=, loaded with one")
+    return tokenizer
+
+
+def _dataset_texts(name: str, split: str, column: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{name!r} is no local file, so it is taken for a dataset; reading one needs "
+            "`pip install querylens-fast[datasets]`"
+        ) from error
+    try:
+        data = datasets.load_dataset(name, split=split)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"corpus {name!r} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); give a "
+            "safetensors file of ids, a text file, or a dataset that can be reached from here"
+        ) from error
+    if column not in (data.column_names or []):
+        raise ValueError(f"dataset {name!r} has columns {data.column_names}; none is named {column!r}")
+    return (row[column] for row in data)
+
+
+def tokenize_and_concatenate(texts: Iterable[str], tokenizer: Any, length: int) -> Tensor:
+    """Rows of ``length`` tokens [n, length] from texts, as the reference's loader makes them.
+
+    A thousand documents at a time are joined by the end-of-text token, cut into twenty pieces by characters,
+    tokenised, stripped of padding, and cut into rows; what is left over at the end of each thousand is dropped.
+    """
+    rows, batch = [], []
+    separator = tokenizer.eos_token or ""
+
+    def flush() -> None:
+        text = separator.join(batch)
+        size = max(1, -(-len(text) // PIECES_PER_JOIN))
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        ids = [i for piece in tokenizer(pieces)["input_ids"] for i in piece if i != tokenizer.pad_token_id]
+        whole = len(ids) // length * length
+        rows.append(torch.tensor(ids[:whole], dtype=torch.int64).reshape(-1, length))
+        batch.clear()
+
+    for text in texts:
+        batch.append(text)
+        if len(batch) == DOCUMENTS_PER_JOIN:
+            flush()
+    if batch:
+        flush()
+    return torch.cat(rows) if rows else torch.empty(0, length, dtype=torch.int64)
