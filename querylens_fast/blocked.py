@@ -37,6 +37,10 @@ class Epilogue(NamedTuple):
     scale: Tensor | None
     offset: Tensor | None
 
+    def of_rows(self, rows: slice | Tensor) -> Epilogue:
+        """The epilogue of some rows of F."""
+        return self if self.offset is None else self._replace(offset=self.offset[rows])
+
     def apply_(self, dots: Tensor, rows: slice, cols: slice) -> Tensor:
         """Score a tile [r, c] of inner products in place; three separate roundings, the same on every path."""
         if self.offset is not None:
@@ -193,27 +197,36 @@ def topk(
     n, V = len(F), len(W)
     cols = block_cols or _columns_per_block(W, dtype)
     rows = block_rows or max(1, TILE_ELEMENTS // min(cols, V))
-    sides: dict[bool, list[Side]] = {largest: [] for largest, wanted in ((True, top), (False, bottom)) if wanted}
-    row_blocks = [slice(start, min(start + rows, n)) for start in range(0, n, rows)] or [slice(0, 0)]
+    sides = {largest: empty_side(F, k) for largest, wanted in ((True, top), (False, bottom)) if wanted}
     with torch.no_grad(), full_float32():
         for start in range(0, V, cols):
             columns = slice(start, min(start + cols, V))
             block = W[columns].to(dtype)
-            for i, row_block in enumerate(row_blocks):
+            for first in range(0, n, rows):
+                row_block = slice(first, min(first + rows, n))
                 scores = epilogue.apply_(F[row_block].to(dtype) @ block.T, row_block, columns)
-                for largest, done in sides.items():
-                    found = best_of_tile(scores, min(k, scores.shape[1]), largest=largest)
-                    found.ids.add_(start)
-                    if start == 0:
-                        done.append(found)
-                    else:
-                        done[i] = merge(done[i], found, k, largest=largest)
+                for largest, side in sides.items():
+                    _add_tile(side, scores, row_block, start, k, largest)
                 del scores
-    joined = {
-        largest: Side(torch.cat([s.scores for s in done]), torch.cat([s.ids for s in done]))
-        for largest, done in sides.items()
-    }
-    return joined.get(True), joined.get(False)
+    return sides.get(True), sides.get(False)
+
+
+def empty_side(F: Tensor, k: int) -> Side:
+    """Room for the k best of every row of F."""
+    shape = (len(F), k)
+    scores = torch.empty(shape, dtype=accumulation_dtype(F.dtype), device=F.device)
+    return Side(scores, torch.empty(shape, dtype=torch.int64, device=F.device))
+
+
+def _add_tile(side: Side, scores: Tensor, rows: slice, start: int, k: int, largest: bool) -> None:
+    """Merge a tile of scores, whose first column is ``start``, into the best of the columns before it."""
+    found = best_of_tile(scores, min(k, scores.shape[1]), largest=largest)
+    found.ids.add_(start)
+    known = min(start, k)
+    if known:
+        found = merge(Side(side.scores[rows, :known], side.ids[rows, :known]), found, k, largest=largest)
+    width = found.ids.shape[1]
+    side.scores[rows, :width], side.ids[rows, :width] = found
 
 
 def _columns_per_block(W: Tensor, dtype: torch.dtype) -> int:

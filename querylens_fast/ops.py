@@ -30,11 +30,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import blocked
+from . import blocked, certified
 
 __all__ = ["TopK", "scores_at", "streamed_topk"]
 
 BACKENDS = ("auto", "torch", "triton")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class TopK(NamedTuple):
@@ -98,8 +99,10 @@ def streamed_topk(
     if block_rows is not None and block_rows < 1:
         raise ValueError(f"block_rows is {block_rows}: it must be at least 1, or None for the backend's own choice")
     epilogue = blocked.Epilogue(bias, scale, offset)
-    choose_backend(backend, F.device)
-    best, worst = blocked.topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows)
+    if choose_backend(backend, F) == "triton":
+        best, worst, *_ = _triton_topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows)
+    else:
+        best, worst = blocked.topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows)
     return TopK(*(best or (None, None)), *(worst or (None, None)))
 
 
@@ -134,22 +137,89 @@ def scores_at(
     return blocked.scores_at(F, W, ids, blocked.Epilogue(bias, scale, offset))
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """The backend that a call on this device gets: "torch" or "triton"; raises ValueError when it can't run here."""
+def choose_backend(backend: str, F: Tensor) -> str:
+    """The backend that a call with this F gets: "torch" or "triton"; raises ValueError when it can't run here."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}; choose one of these")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     importable = importlib.util.find_spec("triton") is not None
     if backend == "auto":
-        return "triton" if device.type == "cuda" and importable and not interpreted else "torch"
+        fits = F.device.type == "cuda" and F.dtype in TRITON_DTYPES
+        return "triton" if fits and importable and not interpreted else "torch"
     if backend == "triton" and not importable:
         raise ValueError("backend is 'triton' but the package triton is not installed: install it or use 'torch'")
-    if backend == "triton" and device.type != "cuda" and not interpreted:
+    if backend == "triton" and F.device.type != "cuda" and not interpreted:
         raise ValueError(
-            f"backend is 'triton' but the tensors are on {device}: expected a GPU; move them there, use 'torch', or set "
-            "TRITON_INTERPRET=1 before the first use for Triton's (slow) interpreter"
+            f"backend is 'triton' but F is on {F.device}: expected a GPU; move F and W there, use backend='torch', "
+            "or set TRITON_INTERPRET=1 before the first use for Triton's (slow) interpreter"
         )
+    if backend == "triton" and F.dtype not in TRITON_DTYPES:
+        names = ", ".join(str(dtype) for dtype in TRITON_DTYPES)
+        raise ValueError(f"backend is 'triton' but F is {F.dtype}: expected one of {names}; use backend='torch'")
     return backend
+
+
+def _triton_topk(
+    F: Tensor,
+    W: Tensor,
+    k: int,
+    epilogue: blocked.Epilogue,
+    *,
+    top: bool,
+    bottom: bool,
+    block_rows: int | None,
+    dtype: torch.dtype | None = None,
+) -> certified.Outcome:
+    """The fused kernel's candidates, settled exactly; ``dtype`` is what the kernel multiplies in."""
+    from csrc_triton.configs import topk_config
+    from csrc_triton.select import column_of
+    from csrc_triton.topk import topk
+
+    if dtype is None:
+        # The interpreter multiplies bf16 wrongly, so it keeps float32.
+        low = F.dtype == torch.float32 and F.device.type == "cuda"
+        dtype = torch.bfloat16 if low else F.dtype
+    config = topk_config(dtype)
+    m = k + 16 if dtype == F.dtype else (5 * k) // 2 + 16
+    narrow_W = W.to(dtype).contiguous()
+    vectors = blocked.Epilogue(*(None if v is None else v.float().contiguous() for v in epilogue))
+    places = torch.arange(config.group, device=F.device)
+
+    def propose(rows: slice) -> tuple[certified.Proposal | None, certified.Proposal | None]:
+        bias, scale, offset = vectors.of_rows(rows)
+        sides = topk(
+            F[rows].to(dtype).contiguous(),
+            narrow_W,
+            m,
+            bias=bias,
+            scale=scale,
+            offset=offset,
+            top=top,
+            bottom=bottom,
+            config=config,
+        )
+        proposals = []
+        for side, nothing in zip(sides, (-torch.inf, torch.inf), strict=True):
+            if side is None:
+                proposals.append(None)
+                continue
+            behind = side.scores.masked_fill(~side.second, nothing)
+            proposals.append(
+                certified.Proposal(
+                    side.columns,
+                    side.left_out,
+                    side.groups,
+                    behind,
+                    lambda groups: column_of(groups[..., None], places, config.group).clamp(max=len(W)),
+                )
+            )
+        return proposals[0], proposals[1]
+
+    bound = certified.ErrorBound.of(W, epilogue, dtype)
+    # Winners take 16 bytes a group and side; this keeps them under 256 MiB.
+    block_rows = block_rows or max(128, (1 << 28) // (32 * max(1, len(W) // config.group)))
+    block_rows = min(block_rows, 1 << 15)
+    return certified.topk(F, W, k, epilogue, propose, bound, top=top, bottom=bottom, block_rows=block_rows)
 
 
 def _check_matrices(F: Tensor, W: Tensor) -> None:

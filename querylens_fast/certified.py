@@ -1,0 +1,233 @@
+"""Exact top-k from approximate scores: candidates, their exact scores, and a proof that nothing else can belong.
+
+A fast pass (a bf16 product, or a fused kernel that keeps only group winners) proposes candidates and says how good the best
+score it left out looked. `ErrorBound` limits how far its scores can be from the exact ones,
+
+    |<f, w> - <f', w'>| <= |f - f'| |w| + |f'| |w - w'| + rounding of the sums,
+
+so a row whose k-th exact score is beyond the best one left out by more than that is finished. A group of columns that may
+hide a winner behind its two known ones is scored in full, and a row without proof goes to the blocked float32 path. Rows
+with ties across the k-th place, NaN or infinities end up there too, so their order is decided in one place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import blocked
+from .blocked import Epilogue, Side
+
+MAX_CROWDED = 4
+"""Groups scored in full for a row; a row with more of them goes to the blocked path."""
+
+
+class Proposal(NamedTuple):
+    """Candidates of one side of a block of rows; ids ≥ V stand for nothing."""
+
+    ids: Tensor
+    """[r, m] int64, distinct within a row."""
+    left_out: Tensor
+    """[r]: no approximate score outside the candidates, and outside groups below, is beyond this."""
+    groups: Tensor | None = None
+    """[r, m] int64 group of each candidate, where the pass keeps two winners for each group."""
+    behind: Tensor | None = None
+    """[r, m]: no approximate score hidden behind this candidate is beyond this; ∓inf if nothing is hidden."""
+    columns_of: Callable[[Tensor], Tensor] | None = None
+    """Columns [.., g] of groups [..]."""
+
+
+Propose = Callable[[slice], tuple[Proposal | None, Proposal | None]]
+
+
+class Outcome(NamedTuple):
+    """Both sides and how they came about."""
+
+    top: Side | None
+    bottom: Side | None
+    crowded_rows: int
+    """Rows and sides in which groups were scored in full."""
+    fallback_rows: int
+    """Rows and sides that went to the blocked path."""
+
+
+class ErrorBound(NamedTuple):
+    """How far an approximate score can be from the exact one, row by row; what depends on W, once."""
+
+    norm: float
+    """max ‖w‖ over the finite rows of W."""
+    rounding: float
+    """max ‖w - w'‖ over the same rows, w' as the fast pass sees it."""
+    scale: float
+    bias: float
+    dtype: torch.dtype
+    """What F and W are rounded to in the fast pass."""
+
+    @classmethod
+    def of(cls, W: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> ErrorBound:
+        """Measure W [V, d] (in blocks) and the epilogue for a fast pass in dtype."""
+        norm, rounding = 0.0, 0.0
+        step = max(1, blocked.CAST_ELEMENTS // max(1, W.shape[1]))
+        for start in range(0, len(W), step):
+            norms, errors = _norms(W[start : start + step], dtype)
+            # A score with an infinity or NaN in w is the same in any order of summation.
+            finite = norms.isfinite()
+            norm = max(norm, _largest(norms[finite]))
+            rounding = max(rounding, _largest(errors[finite]))
+        bias = epilogue.bias
+        return cls(
+            norm,
+            rounding,
+            1.0 if epilogue.scale is None else _largest(epilogue.scale.abs()),
+            0.0 if bias is None else _largest(bias[bias.isfinite()].abs()),
+            dtype,
+        )
+
+    def rows(self, F: Tensor, epilogue: Epilogue) -> Tensor:
+        """[r] bounds for rows of F [r, d] (and the epilogue of these rows), in F's accumulation dtype."""
+        norms, errors = _norms(F, self.dtype)
+        seen = norms + errors
+        unit = 2.0**-24
+        # Twice the textbook bound for any order of summation: tensor cores truncate where float32 rounds.
+        summing = 2 * (F.shape[1] + 8) * unit * (norms * self.norm + seen * (self.norm + self.rounding))
+        dots = errors * self.norm + seen * self.rounding + summing
+        size = norms * self.norm
+        if epilogue.offset is not None:
+            size = size + epilogue.offset.abs().to(size)
+        # 1e-35: float32 products that underflow to zero.
+        return 1.001 * (dots * self.scale + 8 * unit * (size * self.scale + self.bias)) + 1e-35
+
+
+def _norms(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """‖x‖ and ‖x - x'‖ of each row, x' being x in dtype."""
+    wide = rows.to(blocked.accumulation_dtype(rows.dtype))
+    norms = torch.linalg.vector_norm(wide, dim=1)
+    if rows.dtype == dtype or (dtype == torch.float32 and rows.dtype != torch.float64):
+        return norms, torch.zeros_like(norms)
+    return norms, torch.linalg.vector_norm(wide - rows.to(dtype), dim=1)
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0
+
+
+def topk(
+    F: Tensor,
+    W: Tensor,
+    k: int,
+    epilogue: Epilogue,
+    propose: Propose,
+    bound: ErrorBound,
+    *,
+    top: bool,
+    bottom: bool,
+    block_rows: int,
+) -> Outcome:
+    """The k best of each row, from the proposals of a fast pass.
+
+    Args:
+        F: [n, d].
+        W: [V, d].
+        k: 1 ≤ k ≤ V.
+        epilogue: what turns inner products into scores.
+        propose: called with each slice of rows; returns a Proposal for the top and one for the bottom (or None).
+        bound: the error bound of the fast pass.
+        top: whether ``propose`` proposes for the top.
+        bottom: whether it does for the bottom.
+        block_rows: rows for each call of ``propose``.
+
+    Returns:
+        Outcome with scores in the accumulation dtype, as `blocked.topk` returns them.
+    """
+    sides = {largest: blocked.empty_side(F, k) for largest, wanted in ((True, top), (False, bottom)) if wanted}
+    crowded = fallback = 0
+    with torch.no_grad(), blocked.full_float32():
+        for start in range(0, len(F), block_rows):
+            rows = slice(start, min(start + block_rows, len(F)))
+            error = bound.rows(F[rows], epilogue.of_rows(rows))
+            for largest, proposal in zip((True, False), propose(rows), strict=True):
+                if proposal is None:
+                    continue
+                side = sides[largest]
+                found, widened, redone = _settle(F, W, k, epilogue, rows, proposal, error, largest)
+                side.scores[rows], side.ids[rows] = found
+                crowded, fallback = crowded + widened, fallback + redone
+    return Outcome(sides.get(True), sides.get(False), crowded, fallback)
+
+
+def _settle(
+    F: Tensor, W: Tensor, k: int, epilogue: Epilogue, rows: slice, proposal: Proposal, error: Tensor, largest: bool
+) -> tuple[Side, int, int]:
+    """Score the candidates of a block of rows, prove each row or repair it; also how many rows were repaired how."""
+    F_block, epilogue = F[rows], epilogue.of_rows(rows)
+    ids, scores = _by_id(proposal.ids, _scores_of(F_block, W, proposal.ids, epilogue))
+    found = blocked.best_by_sort(scores, min(k, ids.shape[1]), largest=largest, ids=ids)
+    if ids.shape[1] < k:
+        return _blocked(F_block, W, k, epilogue, largest), 0, len(F_block)
+    kth = found.scores[:, -1]
+    # Written so that a NaN anywhere leaves the row unproved.
+    proved = (kth > proposal.left_out + error) if largest else (kth < proposal.left_out - error)
+    n_crowded = 0
+    if proposal.behind is not None:
+        reach = (
+            (proposal.behind + error[:, None] >= kth[:, None])
+            if largest
+            else (proposal.behind - error[:, None] <= kth[:, None])
+        )
+        crowded = reach.sum(1)
+        proved &= crowded <= MAX_CROWDED
+        index = (proved & (crowded > 0)).nonzero().squeeze(1)
+        n_crowded = len(index)
+        if n_crowded:
+            wider = _widen(F_block[index], W, k, epilogue.of_rows(index), _take(proposal, index), reach[index], largest)
+            found.scores[index], found.ids[index] = wider
+    index = (~proved).nonzero().squeeze(1)
+    if len(index):
+        again = _blocked(F_block[index], W, k, epilogue.of_rows(index), largest)
+        found.scores[index], found.ids[index] = again
+    return found, n_crowded, len(index)
+
+
+def _widen(F: Tensor, W: Tensor, k: int, epilogue: Epilogue, proposal: Proposal, reach: Tensor, largest: bool) -> Side:
+    """The k best of candidates and of every column in the groups that may hide one."""
+    assert proposal.groups is not None and proposal.columns_of is not None
+    n_groups = min(MAX_CROWDED, reach.shape[1])
+    wanted, places = reach.int().topk(n_groups, dim=1)
+    groups = proposal.groups.gather(1, places).masked_fill(wanted == 0, -1)
+    columns = proposal.columns_of(groups).masked_fill((groups < 0)[:, :, None], len(W)).flatten(1)
+    known = (proposal.groups[:, :, None] == groups[:, None, :]).any(2)
+    ids = torch.cat([proposal.ids.masked_fill(known, len(W)), columns], 1)
+    ids, scores = _by_id(ids, _scores_of(F, W, ids, epilogue))
+    return blocked.best_by_sort(scores, k, largest=largest, ids=ids)
+
+
+def _scores_of(F: Tensor, W: Tensor, ids: Tensor, epilogue: Epilogue) -> Tensor:
+    """Exact scores of candidates; NaN for those that stand for nothing."""
+    absent = ids >= len(W)
+    return blocked.scores_at(F, W, ids.masked_fill(absent, 0), epilogue).masked_fill(absent, math.nan)
+
+
+def _by_id(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    ids, order = ids.sort(dim=1)
+    return ids, scores.gather(1, order)
+
+
+def _blocked(F: Tensor, W: Tensor, k: int, epilogue: Epilogue, largest: bool) -> Side:
+    best, worst = blocked.topk(F, W, k, epilogue, top=largest, bottom=not largest)
+    side = best if largest else worst
+    assert side is not None
+    return side
+
+
+def _take(proposal: Proposal, index: Tensor) -> Proposal:
+    return Proposal(
+        proposal.ids[index],
+        proposal.left_out[index],
+        None if proposal.groups is None else proposal.groups[index],
+        None if proposal.behind is None else proposal.behind[index],
+        proposal.columns_of,
+    )
