@@ -1,1 +1,50 @@
-"""querylens_fast: token signatures for every feature of a sparse dictionary."""
+"""querylens_fast: token signatures for every feature of a sparse dictionary.
+
+Query Lens (arXiv 2606.07617) names a feature of a sparse autoencoder or transcoder by tokens: its key vector by the
+tokens that activate it, its value vector by the tokens it promotes, counting the indirect effects through the model's
+other modules. This package does it for every feature of every layer.
+
+    import querylens_fast as ql
+    model = ql.load_model("openai-community/gpt2")
+    transport = ql.fit_transport(model, ql.load_tokens("corpus.txt", model=model))
+    ql.signatures(ql.load_dictionary("sae_layer6"), model, transport=transport, out="layer6.parquet")
+
+Data goes one way: sources (`models`, `dictionaries`, `tokens`) → vectors → transition (`transport`, `transitions`,
+`ablations`) → `readouts` → streamed top-k (`ops`) → `signatures` → sinks (`store`).
+"""
+
+from querylens_fast.dictionaries import Dictionary, directions, load_dictionary, neuron_dictionary
+from querylens_fast.models import Model, UnsupportedModelError, as_model, load_model
+from querylens_fast.ops import TopK, streamed_topk
+from querylens_fast.presets import PRESETS, Preset, find_preset
+from querylens_fast.signatures import Signatures, scores_at, signatures
+from querylens_fast.store import StoredSignatures
+from querylens_fast.tokens import Tokens, load_tokens
+from querylens_fast.transport import Transport, fit_transport, load_transport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "Dictionary",
+    "Model",
+    "Preset",
+    "Signatures",
+    "StoredSignatures",
+    "TopK",
+    "Tokens",
+    "Transport",
+    "UnsupportedModelError",
+    "as_model",
+    "directions",
+    "find_preset",
+    "fit_transport",
+    "load_dictionary",
+    "load_model",
+    "load_tokens",
+    "load_transport",
+    "neuron_dictionary",
+    "scores_at",
+    "signatures",
+    "streamed_topk",
+]

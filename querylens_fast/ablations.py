@@ -59,7 +59,9 @@ def ablate(
         clean = _finish(model, splice.changed(None, value)[0], splice.point)
         for chosen in batches(len(features), budget.directions):
             changed = splice.changed(features[chosen].to(model.device), value)
-            for i, residual in zip(range(chosen.start, chosen.stop), _finish_many(model, changed, splice.point), strict=True):
+            for i, residual in zip(
+                range(chosen.start, chosen.stop), _finish_many(model, changed, splice.point), strict=True
+            ):
                 total[i] += _output_sum(model, residual, clean)
     mean = total / tokens.ids.numel()
     return -mean if invert_sign else mean

@@ -42,7 +42,12 @@ class Coder:
         """A copy on device, in dtype."""
         moved = {name: w.to(device=device, dtype=dtype) for name, w in self.weights.items()}
         return Coder(
-            self.architecture, moved, self.k, self.normalisation, self.apply_b_dec_to_input, self.rescale_by_decoder_norm
+            self.architecture,
+            moved,
+            self.k,
+            self.normalisation,
+            self.apply_b_dec_to_input,
+            self.rescale_by_decoder_norm,
         )
 
     @property

@@ -287,7 +287,9 @@ def load_dictionary(
         return source
     if not isinstance(source, (str, Path)):
         if not hasattr(source, "W_dec"):
-            raise ValueError(f"dictionary is a {type(source).__name__}; expected a path, a release or an object with W_dec")
+            raise ValueError(
+                f"dictionary is a {type(source).__name__}; expected a path, a release or an object with W_dec"
+            )
         return _from_object(source, layer)
     path, given = Path(source), (layer, kind, hook_name, hook_name_out)
     if path.is_dir():
@@ -373,7 +375,7 @@ def _from_safetensors(
     name = name or str(path)
     try:
         with safe_open(str(path), framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
             hook_name = hook_name or (file.metadata() or {}).get("hook_name")
             small = {key: file.get_tensor(key) for key, shape in shapes.items() if len(shape) < 2}
     except SafetensorError as error:
@@ -395,7 +397,9 @@ def _from_safetensors(
 
         return coder_from(cfg, load_file(str(path)))
 
-    return _assemble(name, cfg, rows("W_dec"), rows("W_enc"), coder if cfg else None, layer, kind, hook_name, hook_name_out)
+    return _assemble(
+        name, cfg, rows("W_dec"), rows("W_enc"), coder if cfg else None, layer, kind, hook_name, hook_name_out
+    )
 
 
 def _is_transposed(name: str, key: str, shapes: Mapping[str, Sequence[int]]) -> bool:

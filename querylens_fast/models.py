@@ -298,5 +298,3 @@ def check_reproduction(model: Model, forward: Callable[[Tensor], Tensor]) -> Non
             f"differ from the model's own by {difference:.2e} (relative), more than the {tolerance:.0e} that rounding "
             "explains; please report its config"
         )
-
-

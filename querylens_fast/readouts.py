@@ -34,16 +34,12 @@ class Scorer:
     def topk(self, vectors: Tensor, k: int, backend: str = "auto") -> ops.TopK:
         """The k highest and k lowest tokens of each vector [n, D]; scores in raw units of the readout."""
         x, offset = self._prepare(vectors)
-        return ops.streamed_topk(
-            x, self.W, k, bias=self.bias, scale=self.scale, offset=offset, backend=backend
-        )
+        return ops.streamed_topk(x, self.W, k, bias=self.bias, scale=self.scale, offset=offset, backend=backend)
 
     def scores_at(self, vectors: Tensor, token_ids: Tensor) -> Tensor:
         """The scores of given tokens, [n, m], for vectors [n, D] and token_ids [m] or [n, m]."""
         x, offset = self._prepare(vectors)
-        return ops.scores_at(
-            x, self.W, token_ids.to(x.device), bias=self.bias, scale=self.scale, offset=offset
-        )
+        return ops.scores_at(x, self.W, token_ids.to(x.device), bias=self.bias, scale=self.scale, offset=offset)
 
     def _prepare(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
         vectors = vectors.to(self.model.device)
@@ -53,7 +49,9 @@ class Scorer:
         if self.final_norm:
             vectors = self.model.final_norm(at_least_float32(vectors))
         x = vectors if self.factor == 1.0 else vectors * self.factor
-        return x.to(self.W.dtype), None if offset is None else offset.to(torch.promote_types(self.W.dtype, torch.float32))
+        return x.to(self.W.dtype), None if offset is None else offset.to(
+            torch.promote_types(self.W.dtype, torch.float32)
+        )
 
 
 def unembed(model: Model, final_norm: bool = True) -> Scorer:

@@ -93,7 +93,9 @@ def load_tuned_lens(path: str | Path) -> TunedLens:
     try:
         params = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"tuned-lens params file {str(path)!r} is damaged, or holds more than tensors: {error}") from error
+        raise ValueError(
+            f"tuned-lens params file {str(path)!r} is damaged, or holds more than tensors: {error}"
+        ) from error
     if not isinstance(params, dict) or not all(isinstance(v, Tensor) for v in params.values()):
         raise ValueError(f"tuned-lens params file {str(path)!r} does not hold named tensors")
     return TunedLens(dict(params), str(path))

@@ -205,8 +205,10 @@ def load_transport(path: str | Path) -> Transport:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ValueError(f"{str(path)!r} is a safetensors file but no transport (format {metadata.get('format')!r})")
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                raise ValueError(
+                    f"{str(path)!r} is a safetensors file but no transport (format {metadata.get('format')!r})"
+                )
+            for key in file.keys():
                 kind, *rest = key.split(".")
                 if rest:
                     table = matrices if kind == "matrix" else energies
@@ -422,11 +424,18 @@ class _Fit:
         for matrices in self.matrices.values():
             matrices /= tokens.n_valid
         for pair, energies in self.energies.items():
-            counts = [len(range(g, self.n_probes, self.n_groups)) if self.energy == "probes" else 1 for g in range(self.n_groups)]
-            self.energies[pair] = energies / (tokens.n_valid * torch.tensor(counts, device=energies.device)[:, None, None])
+            counts = [
+                len(range(g, self.n_probes, self.n_groups)) if self.energy == "probes" else 1
+                for g in range(self.n_groups)
+            ]
+            self.energies[pair] = energies / (
+                tokens.n_valid * torch.tensor(counts, device=energies.device)[:, None, None]
+            )
         for (side, order), matrices in self.matrices.items():
             if not torch.isfinite(matrices).all():
-                raise ValueError(f"the {side}/{order} transport of {model.name!r} overflowed {model.dtype}; use float32")
+                raise ValueError(
+                    f"the {side}/{order} transport of {model.name!r} overflowed {model.dtype}; use float32"
+                )
         metadata = {
             "format": FORMAT,
             "model": model.name,

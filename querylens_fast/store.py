@@ -1,0 +1,325 @@
+"""Sinks: where signatures are written, so that nothing is lost and a killed run goes on.
+
+Parquet, for whole dictionaries: every block is a part file, written under another name and renamed when whole; the
+parts become one file at the end. JSONL, the reference's row format: rows are appended a block at a time, and a
+half-written last line is cut off when the run resumes. Beside either lies the identity of the run it belongs to; a
+file of another run is refused, never mixed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from querylens_fast.models import Model
+from querylens_fast.signatures import Signatures
+
+METADATA_KEY = b"querylens_fast"
+FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl"}
+
+
+@dataclass(frozen=True)
+class StoredSignatures:
+    """Signatures in a file."""
+
+    path: Path
+    n_features: int
+    format: str
+
+    def table(self) -> Any:
+        """The file as a pyarrow Table."""
+        if self.format == "parquet":
+            import pyarrow.parquet as pq
+
+            return pq.read_table(self.path)
+        import pyarrow as pa
+
+        return pa.Table.from_pylist(read_jsonl(self.path))
+
+    def metadata(self) -> dict[str, Any]:
+        """What the file is a result of: preset, dictionary, model, transport, …"""
+        return read_identity(self.path)
+
+
+def open_sink(
+    path: str | Path,
+    format: str | None,
+    identity: dict[str, Any],
+    *,
+    resume: bool,
+    token_strings: bool,
+    model: Model,
+) -> Sink:
+    """The sink for a path.
+
+    Raises:
+        ValueError: An ending or format that is not known, or no tokenizer for token strings.
+        FileExistsError: The path holds another run's result, or one of this run and ``resume`` is False.
+    """
+    path = Path(path)
+    format = format or FORMATS.get(path.suffix)
+    if format not in ("parquet", "jsonl"):
+        raise ValueError(f"out is {str(path)!r}; expected a .parquet or .jsonl file, or format='parquet' or 'jsonl'")
+    if token_strings or format == "jsonl":
+        model.str_tokens([0])
+    kind = ParquetSink if format == "parquet" else JsonlSink
+    return kind(path, identity, resume, token_strings, model)
+
+
+class Sink:
+    """Takes blocks of signatures. Opening it writes nothing but the run's identity."""
+
+    format = ""
+
+    def __init__(self, path: Path, identity: dict[str, Any], resume: bool, token_strings: bool, model: Model) -> None:
+        self.path, self.identity, self.token_strings, self.model = (
+            path,
+            json.loads(json.dumps(identity)),
+            token_strings,
+            model,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        earlier = self._earlier_identity()
+        if earlier is not None and not resume:
+            raise FileExistsError(f"{str(path)!r} exists already; delete it, choose another out, or use resume=True")
+        if earlier is not None and earlier != self.identity:
+            changed = sorted(k for k in self.identity if earlier.get(k) != self.identity[k])
+            raise FileExistsError(
+                f"{str(path)!r} holds the result of another run (different: {', '.join(changed) or 'format'}); "
+                "delete it or choose another out"
+            )
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError) and not isinstance(error, FileExistsError):
+            error.add_note(
+                f"what was written of {str(self.path)!r} is kept; run the same call again to go on from there"
+            ) if hasattr(error, "add_note") else None
+
+    def pending(self, block: slice) -> list[int]:
+        """Indices of the block that are not written yet."""
+        raise NotImplementedError
+
+    def write(self, found: Signatures, indices: Sequence[int], names: Sequence[str] | None = None) -> None:
+        """Write signatures; indices are their positions in the run, names their feature_str."""
+        raise NotImplementedError
+
+    def finish(self, n_features: int) -> StoredSignatures:
+        """Close the result."""
+        return StoredSignatures(self.path, n_features, self.format)
+
+    def _earlier_identity(self) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+
+def feature_name(found: Signatures, feature: int) -> str:
+    """The reference's feature_str, "Feature type-size/layer/feature"."""
+    dictionary = found.pipeline.dictionary
+    return f"Feature {dictionary.kind}-{dictionary.n_features}/{dictionary.layer}/{feature}"
+
+
+class JsonlSink(Sink):
+    """One JSON object a line, in the reference's row format; resumes by feature_index."""
+
+    format = "jsonl"
+
+    def __init__(self, path: Path, identity: dict[str, Any], resume: bool, token_strings: bool, model: Model) -> None:
+        super().__init__(path, identity, resume, token_strings, model)
+        self.done = _mend_jsonl(path)
+        write_whole(_identity_path(path), json.dumps(self.identity, indent=1))
+
+    def pending(self, block: slice) -> list[int]:
+        return [i for i in range(block.start, block.stop) if i not in self.done]
+
+    def write(self, found: Signatures, indices: Sequence[int], names: Sequence[str] | None = None) -> None:
+        names = names or [feature_name(found, f) for f in found.features.tolist()]
+        lines = [
+            json.dumps({"feature_index": index, "feature_str": name, **row}, ensure_ascii=False)
+            for index, name, row in zip(indices, names, found.rows(), strict=True)
+        ]
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(line + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self.done.update(indices)
+
+    def _earlier_identity(self) -> dict[str, Any] | None:
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            return None
+        if _identity_path(self.path).is_file():
+            return json.loads(_identity_path(self.path).read_text(encoding="utf-8"))
+        return {"preset": "unknown: there is no .run.json beside it"}
+
+
+def _identity_path(path: Path) -> Path:
+    return path.with_name(path.name + ".run.json")
+
+
+def _mend_jsonl(path: Path) -> set[int]:
+    """The feature_index of every whole row; a half-written last line is cut off."""
+    if not path.exists():
+        return set()
+    done, end = set(), 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                done.add(int(json.loads(line)["feature_index"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{str(path)!r} line {number} is no result row ({error}); mend or delete the file"
+                ) from error
+            end += len(line)
+    with open(path, "r+b") as file:
+        file.truncate(end)
+    return done
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a result file."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+class ParquetSink(Sink):
+    """A part file a block; one Parquet file at the end, with the run's identity in its schema metadata."""
+
+    format = "parquet"
+
+    def __init__(self, path: Path, identity: dict[str, Any], resume: bool, token_strings: bool, model: Model) -> None:
+        super().__init__(path, {**identity, "token_strings": token_strings}, resume, token_strings, model)
+        self.complete = path.exists()
+        if not self.complete:
+            self.parts.mkdir(exist_ok=True)
+            write_whole(self.parts / "run.json", json.dumps(self.identity, indent=1))
+
+    @property
+    def parts(self) -> Path:
+        return self.path.with_name(self.path.name + ".parts")
+
+    def pending(self, block: slice) -> list[int]:
+        if self.complete or self._part(block.start).exists():
+            return []
+        return list(range(block.start, block.stop))
+
+    def write(self, found: Signatures, indices: Sequence[int], names: Sequence[str] | None = None) -> None:
+        import pyarrow.parquet as pq
+
+        table = self._table(found)
+        target = self._part(indices[0])
+        partial = target.with_suffix(".partial")
+        pq.write_table(table, partial, compression="zstd")
+        os.replace(partial, target)
+
+    def finish(self, n_features: int) -> StoredSignatures:
+        import pyarrow.parquet as pq
+
+        if not self.complete:
+            parts = sorted(self.parts.glob("part-*.parquet"))
+            if parts:
+                schema = pq.read_schema(parts[0]).with_metadata({METADATA_KEY: json.dumps(self.identity).encode()})
+                partial = self.parts / "whole.partial"
+                with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+                    for part in parts:
+                        writer.write_table(pq.read_table(part).cast(schema))
+                os.replace(partial, self.path)
+            shutil.rmtree(self.parts)
+        return super().finish(n_features)
+
+    def _part(self, start: int) -> Path:
+        return self.parts / f"part-{start:012d}.parquet"
+
+    def _earlier_identity(self) -> dict[str, Any] | None:
+        if self.path.exists():
+            return read_identity(self.path)
+        if (self.parts / "run.json").is_file():
+            return json.loads((self.parts / "run.json").read_text(encoding="utf-8"))
+        return None
+
+    @cached_property
+    def _vocabulary(self) -> Any:
+        import pyarrow as pa
+
+        return pa.array(self.model.str_tokens(range(self.model.vocab_size)))
+
+    def _table(self, found: Signatures) -> Any:
+        import pyarrow as pa
+
+        columns: dict[str, Any] = {
+            "layer": pa.array([found.layer] * len(found), pa.int32()),
+            "feature": pa.array(found.features.numpy()),
+        }
+        for side in ("top", "bottom"):
+            ids, scores = getattr(found, f"{side}_ids"), getattr(found, f"{side}_scores")
+            columns[f"{side}_ids"] = _lists(ids.int())
+            columns[f"{side}_scores"] = _lists(scores)
+            if self.token_strings:
+                flat = self._vocabulary.take(pa.array(ids.flatten().numpy()))
+                columns[f"{side}_tokens"] = pa.ListArray.from_arrays(_offsets(ids), flat)
+        columns |= {name: pa.array(column.numpy()) for name, column in found.stats.items()}
+        if found.choices is not None:
+            columns["transition"] = pa.array(found.choices)
+        if found.layer_terms is not None:
+            rows = [found._layer_row(i) for i in range(len(found))]
+            columns |= {name: pa.array([row[name] for row in rows]) for name in rows[0]}
+        return pa.table(columns)
+
+
+def _offsets(x: Tensor) -> Any:
+    import pyarrow as pa
+
+    return pa.array(torch.arange(0, x.numel() + 1, x.shape[1], dtype=torch.int32).numpy())
+
+
+def _lists(x: Tensor) -> Any:
+    import pyarrow as pa
+
+    return pa.ListArray.from_arrays(_offsets(x), pa.array(x.flatten().numpy()))
+
+
+def read_identity(path: str | Path) -> dict[str, Any]:
+    """What a result file is a result of.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: It was not written by this package.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"result file {str(path)!r} does not exist")
+    if FORMATS.get(path.suffix) == "jsonl":
+        if not _identity_path(path).is_file():
+            raise ValueError(f"{str(path)!r} has no .run.json beside it that says what it is a result of")
+        return json.loads(_identity_path(path).read_text(encoding="utf-8"))
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{str(path)!r} is no whole Parquet file: {error}") from error
+    if METADATA_KEY not in metadata:
+        raise ValueError(f"{str(path)!r} was not written by querylens_fast")
+    return json.loads(metadata[METADATA_KEY])
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
