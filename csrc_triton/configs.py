@@ -34,6 +34,12 @@ _NVIDIA = {
     torch.float16: Config(128, 256, 64, 8, 3),
     torch.float32: Config(64, 128, 32, 8, 3),
 }
+# Blackwell's accumulators come back from tensor memory with whole rows in a thread: half the rows, or it spills.
+_BLACKWELL = {
+    torch.bfloat16: Config(64, 256, 64, 8, 3),
+    torch.float16: Config(64, 256, 64, 8, 3),
+    torch.float32: Config(64, 128, 32, 8, 3),
+}
 _AMD = {
     torch.bfloat16: Config(128, 256, 32, 8, 2),
     torch.float16: Config(128, 256, 32, 8, 2),
@@ -42,10 +48,20 @@ _AMD = {
 _INTERPRETER = Config(32, 128, 64, 4, 1)
 
 
-def topk_config(dtype: torch.dtype, backend: str | None = None) -> Config:
-    """The tile shape for operands of this dtype on "cuda" or "hip"; None asks the running process."""
+def topk_config(dtype: torch.dtype, backend: str | None = None, arch: int = 0) -> Config:
+    """The tile shape for operands of this dtype.
+
+    Args:
+        dtype: float32, float16 or bfloat16.
+        backend: "cuda" or "hip"; None asks the running process.
+        arch: compute capability of a "cuda" target as a number, e.g. 90.
+    """
     if backend is None:
         if INTERPRETED:
             return _INTERPRETER
         backend = "hip" if torch.version.hip else "cuda"
-    return (_AMD if backend == "hip" else _NVIDIA)[dtype]
+        major, minor = torch.cuda.get_device_capability()
+        arch = 10 * major + minor
+    if backend == "hip":
+        return _AMD[dtype]
+    return (_BLACKWELL if arch // 10 == 10 else _NVIDIA)[dtype]
