@@ -9,7 +9,7 @@ lint:
 	$(PYTHON) -m ruff check .
 
 types:
-	$(PYTHON) -m pyright
+	$(PYTHON) -m pyright --pythonpath $(shell command -v $(PYTHON))
 
 test:
 	$(PYTHON) -m pytest

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from querylens_fast.blocks import AnyNorm, Masking, Norm, at_least_float32
 from querylens_fast.coders import Coder
-from querylens_fast.dictionaries import Dictionary, parse_hook
+from querylens_fast.dictionaries import Dictionary
+from querylens_fast.hooks import parse_hook
 from querylens_fast.models import Model
 from querylens_fast.tokens import Tokens
 from querylens_fast.walks import Budget, batches
@@ -65,6 +66,12 @@ def ablate(
                 total[i] += _output_sum(model, residual, clean)
     mean = total / tokens.ids.numel()
     return -mean if invert_sign else mean
+
+
+@torch.no_grad()
+def activations(model: Model, dictionary: Dictionary, ids: Tensor) -> Tensor:
+    """The activations [B, S, n] of a dictionary's features on ids [B, S], from a plain forward pass."""
+    return _splice(model, dictionary, ids).acts
 
 
 def _output_sum(model: Model, changed: Tensor, clean: Tensor) -> Tensor:

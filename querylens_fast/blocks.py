@@ -217,7 +217,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class LinearAttention:
-    """Attention's Jacobian at one batch: q and k already carry the score scale; [B, H, S, E] and pattern [B, H, S, S]."""
+    """Attention's Jacobian at one batch: q, k (with the score scale) and v [B, H, S, E], pattern [B, H, S, S]."""
 
     weights: Attention
     output: Tensor
@@ -315,11 +315,11 @@ class MLP:
         normed = self.norm(x)
         up = nnf.linear(normed, self.W_in, self.b_in)
         if self.W_gate is None:
-            hidden, slope = torch.func.jvp(self.activation, (up,), (torch.ones_like(up),))
+            hidden, slope = _with_slope(self.activation, up)
             by_gate, by_up = None, slope
         else:
             gate = nnf.linear(normed, self.W_gate, self.b_gate)
-            opened, slope = torch.func.jvp(self.activation, (gate,), (torch.ones_like(gate),))
+            opened, slope = _with_slope(self.activation, gate)
             hidden, by_gate, by_up = opened * up, slope * up, opened
         mixed = nnf.linear(hidden, self.W_out, self.b_out)
         return LinearMLP(
@@ -330,6 +330,12 @@ class MLP:
             by_up=by_up,
             by_gate=by_gate,
         )
+
+
+def _with_slope(activation: Activation, x: Tensor) -> tuple[Tensor, Tensor]:
+    """activation(x) and its derivative there, elementwise."""
+    value, slope, *_ = torch.func.jvp(activation, (x,), (torch.ones_like(x),))
+    return value, slope
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,17 @@ class Proposal(NamedTuple):
     """Columns [.., g] of groups [..]."""
 
 
+class Bound(Protocol):
+    """How far the scores of a fast pass can be from the exact ones."""
+
+    norm: float
+    """An upper bound of the rows of W; infinite when there is none."""
+
+    def rows(self, F: Tensor, epilogue: Epilogue) -> Tensor:
+        """[r] bounds for a block of rows."""
+        ...
+
+
 Propose = Callable[[slice], tuple[Proposal | None, Proposal | None]]
 
 
@@ -59,11 +70,13 @@ class ErrorBound(NamedTuple):
     """How far an approximate score can be from the exact one, row by row; what depends on W, once."""
 
     norm: float
-    """max ‖w‖ over the finite rows of W."""
+    """max ‖w‖."""
     rounding: float
-    """max ‖w - w'‖ over the same rows, w' as the fast pass sees it."""
+    """max ‖w - w'‖, w' as the fast pass sees it."""
     scale: float
+    """max |scale|."""
     bias: float
+    """max |bias| over the finite ones: an infinite bias makes the same score either way."""
     dtype: torch.dtype
     """What F and W are rounded to in the fast pass."""
 
@@ -71,25 +84,22 @@ class ErrorBound(NamedTuple):
     def of(cls, W: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> ErrorBound:
         """Measure W [V, d] (in blocks) and the epilogue for a fast pass in dtype."""
         norm, rounding = 0.0, 0.0
-        step = max(1, blocked.CAST_ELEMENTS // max(1, W.shape[1]))
+        step = blocked.pass_rows(W)
         for start in range(0, len(W), step):
-            norms, errors = _norms(W[start : start + step], dtype)
-            # A score with an infinity or NaN in w is the same in any order of summation.
-            finite = norms.isfinite()
-            norm = max(norm, _largest(norms[finite]))
-            rounding = max(rounding, _largest(errors[finite]))
+            norms, errors = norms_of(W[start : start + step], dtype)
+            norm, rounding = max(norm, largest(norms)), max(rounding, largest(errors))
         bias = epilogue.bias
         return cls(
             norm,
             rounding,
-            1.0 if epilogue.scale is None else _largest(epilogue.scale.abs()),
-            0.0 if bias is None else _largest(bias[bias.isfinite()].abs()),
+            1.0 if epilogue.scale is None else largest(epilogue.scale.abs()),
+            0.0 if bias is None else largest(bias[bias.isfinite()].abs()),
             dtype,
         )
 
     def rows(self, F: Tensor, epilogue: Epilogue) -> Tensor:
         """[r] bounds for rows of F [r, d] (and the epilogue of these rows), in F's accumulation dtype."""
-        norms, errors = _norms(F, self.dtype)
+        norms, errors = norms_of(F, self.dtype)
         seen = norms + errors
         unit = 2.0**-24
         # Twice the textbook bound for any order of summation: tensor cores truncate where float32 rounds.
@@ -102,17 +112,19 @@ class ErrorBound(NamedTuple):
         return 1.001 * (dots * self.scale + 8 * unit * (size * self.scale + self.bias)) + 1e-35
 
 
-def _norms(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def norms_of(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """‖x‖ and ‖x - x'‖ of each row, x' being x in dtype."""
     wide = rows.to(blocked.accumulation_dtype(rows.dtype))
     norms = torch.linalg.vector_norm(wide, dim=1)
     if rows.dtype == dtype or (dtype == torch.float32 and rows.dtype != torch.float64):
         return norms, torch.zeros_like(norms)
-    return norms, torch.linalg.vector_norm(wide - rows.to(dtype), dim=1)
+    return norms, torch.linalg.vector_norm(wide - rows.to(dtype).to(wide.dtype), dim=1)
 
 
-def _largest(values: Tensor) -> float:
-    return float(values.max()) if values.numel() else 0.0
+def largest(values: Tensor) -> float:
+    """The largest of some values ≥ 0, infinite when one is NaN."""
+    value = float(values.max()) if values.numel() else 0.0
+    return math.inf if math.isnan(value) else value
 
 
 def topk(
@@ -121,7 +133,7 @@ def topk(
     k: int,
     epilogue: Epilogue,
     propose: Propose,
-    bound: ErrorBound,
+    bound: Bound,
     *,
     top: bool,
     bottom: bool,
@@ -143,10 +155,22 @@ def topk(
     Returns:
         Outcome with scores in the accumulation dtype, as `blocked.topk` returns them.
     """
+    if not math.isfinite(bound.norm):
+        best, worst = blocked.topk(F, W, k, epilogue, top=top, bottom=bottom)
+        return Outcome(best, worst, 0, len(F) * (top + bottom))
     sides = {largest: blocked.empty_side(F, k) for largest, wanted in ((True, top), (False, bottom)) if wanted}
     crowded = fallback = 0
     with torch.no_grad(), blocked.full_float32():
         for start in range(0, len(F), block_rows):
+            if 2 * fallback > start * len(sides):
+                # The data defeats the fast pass: do the rest without it.
+                rest = slice(start, len(F))
+                again = blocked.topk(F[rest], W, k, epilogue.of_rows(rest), top=top, bottom=bottom)
+                for largest, found in zip((True, False), again, strict=True):
+                    if found is not None:
+                        sides[largest].scores[rest], sides[largest].ids[rest] = found
+                fallback += (len(F) - start) * len(sides)
+                break
             rows = slice(start, min(start + block_rows, len(F)))
             error = bound.rows(F[rows], epilogue.of_rows(rows))
             for largest, proposal in zip((True, False), propose(rows), strict=True):

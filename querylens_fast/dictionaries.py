@@ -9,77 +9,19 @@ Gemma Scope ``.npz`` files; `directions` and `neuron_dictionary` make one from a
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from querylens_fast.coders import Coder, coder_from
+from querylens_fast.hooks import STREAM, Kind, place
 from querylens_fast.models import Model, as_model
-
-Kind = Literal["sae", "transcoder", "neurons", "directions"]
-FeatureIds = Tensor | slice
-
-
-class Rows(Protocol):
-    """Rows [n, D] that can be read in part."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    def read(self, ids: FeatureIds) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class MemoryRows:
-    """Rows of a matrix in memory."""
-
-    matrix: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.shape[0], self.matrix.shape[1]
-
-    def read(self, ids: FeatureIds) -> Tensor:
-        return self.matrix[ids if isinstance(ids, slice) else ids.to(self.matrix.device)]
-
-
-@dataclass(frozen=True)
-class FileRows:
-    """Rows of a tensor in a safetensors file; ``transposed`` when the file holds [D, n]. Only what is asked is read."""
-
-    path: str
-    name: str
-    shape: tuple[int, int]
-    transposed: bool
-
-    def read(self, ids: FeatureIds) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self.path, framework="pt") as file:
-            view = file.get_slice(self.name)
-            parts = [view[:, a:b].mT if self.transposed else view[a:b] for a, b in _runs(ids, self.shape[0])]
-        return torch.cat(parts) if parts else torch.empty(0, self.shape[1])
-
-
-def _runs(ids: FeatureIds, n: int) -> list[tuple[int, int]]:
-    """Contiguous runs [start, stop) that cover ids in order."""
-    if isinstance(ids, slice):
-        start, stop, _ = ids.indices(n)
-        return [(start, stop)] if stop > start else []
-    values = ids.tolist()
-    runs: list[tuple[int, int]] = []
-    for i in values:
-        if runs and runs[-1][1] == i:
-            runs[-1] = (runs[-1][0], i + 1)
-        else:
-            runs.append((i, i + 1))
-    return runs
+from querylens_fast.rows import FeatureIds, FileRows, MemoryRows, Rows
 
 
 @dataclass
@@ -137,7 +79,7 @@ class Dictionary:
         """
         if self.load_coder is None:
             raise ValueError(
-                f"dictionary {self.name!r} ({self.kind}) has vectors but no encoder configuration, so it cannot be run; "
+                f"dictionary {self.name!r} ({self.kind}) has vectors but no encoder configuration: it cannot be run; "
                 "token_change and zero_out need a sae-lens SAE or transcoder, or MLP neurons"
             )
         return self.load_coder()
@@ -200,63 +142,6 @@ def _parse_range(text: str, n: int) -> list[int]:
         raise ValueError(f"features={text!r}; expected 'all', 'start:stop' or ids like '1,5,9'") from None
 
 
-# --- where a hook acts -------------------------------------------------------------------------------------------
-
-_HOOK = re.compile(r"^blocks\.(\d+)\.(.+)$")
-_MODULE = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:transformer\.)?(?:layers|h)\.(\d+)(?:\.(.+))?$")
-_STREAM = {"hook_resid_pre": 0, "hook_resid_mid": 1, "hook_resid_post": 2}
-_WRITES = {**_STREAM, "hook_mlp_out": 2, "hook_attn_out": 1, "output": 2, "": 2, "mlp": 2, "self_attn": 1}
-_READS = {
-    **_STREAM,
-    "mlp.hook_in": 1,
-    "hook_mlp_in": 1,
-    "ln2.hook_normalized": 1,
-    "output": 2,
-    "": 2,
-    "mlp.input": 1,
-    "pre_feedforward_layernorm.output": 1,
-    "post_attention_layernorm.output": 1,
-}
-
-
-def parse_hook(hook_name: str) -> tuple[int, str] | None:
-    """(layer, place) of a hook or module name: "blocks.3.hook_resid_post" → (3, "hook_resid_post")."""
-    match = _HOOK.match(hook_name) or _MODULE.match(hook_name)
-    return None if match is None else (int(match.group(1)), match.group(2) or "")
-
-
-def _place(
-    name: str, hook_name: str, hook_name_out: str, layer: int | None, kind: Kind | None
-) -> tuple[int, Kind, dict[str, int | None], dict[str, str]]:
-    """(layer, kind, point by side, refusal by side) from the hook names and what the caller gave."""
-    reads, writes = parse_hook(hook_name or ""), parse_hook(hook_name_out or hook_name or "")
-    known = writes or reads
-    if hook_name and reads is None:
-        raise ValueError(f"dictionary {name!r}: hook name {hook_name!r} is not understood; pass layer= and hook_name=")
-    if known is not None and layer is not None and known[0] != layer:
-        raise ValueError(f"dictionary {name!r} is of layer {known[0]} by its hook {hook_name!r}, but layer={layer}")
-    layer = known[0] if layer is None and known is not None else layer
-    if layer is None:
-        raise ValueError(f"dictionary {name!r} does not say its layer; pass layer=")
-    kind = kind or ("transcoder" if hook_name_out and hook_name_out != hook_name else "sae")
-    default_read = "mlp.hook_in" if kind in ("transcoder", "neurons") else "hook_resid_post"
-    read_place = reads[1] if reads else default_read
-    write_place = writes[1] if writes else "hook_resid_post"
-    points: dict[str, int | None] = {}
-    refusals = {}
-    for side, place, table in (("key", read_place, _READS), ("value", write_place, _WRITES)):
-        points[side] = 2 * layer + table[place] if place in table else None
-        if place not in table:
-            refusals[side] = (
-                f"its {side} acts at {place!r}, which is not a point of the residual stream; "
-                f"supported for {side}s: {', '.join(sorted(p for p in table if p))}"
-            )
-    return layer, kind, points, refusals
-
-
-# --- sources -----------------------------------------------------------------------------------------------------
-
-
 def load_dictionary(
     source: Any,
     sae_id: str | None = None,
@@ -291,17 +176,17 @@ def load_dictionary(
                 f"dictionary is a {type(source).__name__}; expected a path, a release or an object with W_dec"
             )
         return _from_object(source, layer)
-    path, given = Path(source), (layer, kind, hook_name, hook_name_out)
+    path = Path(source)
     if path.is_dir():
         if not (path / "cfg.json").is_file():
             raise FileNotFoundError(f"{str(path)!r} has no cfg.json: it is not a folder in sae-lens's format")
-        return _from_folder(path, *given)
+        return _from_folder(path, layer, kind, hook_name, hook_name_out)
     if path.suffix == ".safetensors" and path.is_file():
         if path.name == "sae_weights.safetensors" and (path.parent / "cfg.json").is_file():
-            return _from_folder(path.parent, *given)
-        return _from_safetensors(path, {}, *given)
+            return _from_folder(path.parent, layer, kind, hook_name, hook_name_out)
+        return _from_safetensors(path, {}, layer, kind, hook_name, hook_name_out)
     if path.suffix in (".pt", ".npz") and path.is_file():
-        return _from_tensors(str(path), _read_tensors(path), {}, *given)
+        return _from_tensors(str(path), _read_tensors(path), {}, layer, kind, hook_name, hook_name_out)
     if sae_id is None:
         raise FileNotFoundError(
             f"dictionary {str(source)!r}: no such file or folder; for a sae-lens release pass sae_id= too"
@@ -327,9 +212,9 @@ def directions(
         raise ValueError(f"matrix is {list(matrix.shape)} of {matrix.dtype}; expected a float matrix [n, d_model]")
     if keys.shape != matrix.shape:
         raise ValueError(f"keys are {list(keys.shape)} but values are {list(matrix.shape)}; they must agree")
-    if f"hook_{point}" not in _STREAM:
+    if f"hook_{point}" not in STREAM:
         raise ValueError(f"point is {point!r}; expected resid_pre, resid_mid or resid_post")
-    at = 2 * layer + _STREAM[f"hook_{point}"]
+    at = 2 * layer + STREAM[f"hook_{point}"]
     rows, key_rows = MemoryRows(matrix), MemoryRows(keys)
     hook = f"blocks.{layer}.hook_{point}"
     return Dictionary(name, "directions", layer, *rows.shape, rows, key_rows, at, at, hook, hook)
@@ -525,8 +410,8 @@ def _assemble(
         raise ValueError(f"dictionary {name!r} holds neither W_dec nor W_enc")
     metadata = cfg.get("metadata") or {}
     architecture = str(cfg.get("architecture", ""))
-    hook_name = hook_name or metadata.get("hook_name") or cfg.get("hook_name") or ""
-    hook_name_out = hook_name_out or metadata.get("hook_name_out") or cfg.get("hook_name_out") or ""
+    hook_name = str(hook_name or metadata.get("hook_name") or cfg.get("hook_name") or "")
+    hook_name_out = str(hook_name_out or metadata.get("hook_name_out") or cfg.get("hook_name_out") or "")
     if kind is None and "transcoder" in architecture:
         kind = "transcoder"
     if values is not None and keys is not None and values.shape[0] != keys.shape[0]:
@@ -534,7 +419,7 @@ def _assemble(
     n, d = (values or keys).shape  # type: ignore[union-attr]
     if architecture == "matching_pursuit" and keys is None:
         keys = values
-    layer, kind, points, refusals = _place(name, hook_name, hook_name_out, layer, kind)
+    layer, kind, points, refusals = place(name, hook_name, hook_name_out, layer, kind)
     return Dictionary(
         name,
         kind,

@@ -140,7 +140,7 @@ def _walk_chunk(
 
 
 def _layer_label(module: int | None, layer: int, side: Side) -> int:
-    """The reference's name for a first-order term: the layer, or for the identity the layer (value) or layer + 1 (key)."""
+    """The reference's label of a first-order term: its layer; for the identity, layer (value) or layer + 1 (key)."""
     if module is None:
         return layer if side == "value" else layer + 1
     return module // 2

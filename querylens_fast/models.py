@@ -216,10 +216,10 @@ def load_model(
         if type(error).__name__ == "SafetensorError":
             raise ValueError(f"model {name!r}: its weights file is damaged or truncated ({error})") from error
         raise
-    source = source.to(device).eval().requires_grad_(False)
+    source = source.to(torch.device(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
     loaded = from_transformers(source, name, _load_tokenizer(tokenizer or name, revision, required=bool(tokenizer)))
     check_finite_weights(loaded)
-    check_reproduction(loaded, lambda ids: source(input_ids=ids, use_cache=False).logits)
+    check_reproduction(loaded, _logits_of(source))
     return loaded
 
 
@@ -237,14 +237,11 @@ def as_model(model: Any, tokenizer: Any = None) -> Model:
     if isinstance(known, Model):
         return known
     if hasattr(model, "cfg") and hasattr(model, "blocks") and hasattr(model, "W_E"):
-        loaded = from_hooked(model)
-        forward: Callable[[Tensor], Tensor] = model
+        loaded, forward = from_hooked(model), model
     elif hasattr(model, "config") and hasattr(model, "get_input_embeddings"):
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         loaded = from_transformers(model, name, tokenizer or _load_tokenizer(name, None, required=False))
-
-        def forward(ids: Tensor) -> Tensor:
-            return model(input_ids=ids, use_cache=False).logits
+        forward = _logits_of(model)
     else:
         raise UnsupportedModelError(
             f"model is a {type(model).__name__}; expected the result of load_model, a transformers causal LM, "
@@ -254,6 +251,15 @@ def as_model(model: Any, tokenizer: Any = None) -> Model:
         check_reproduction(loaded, forward)
     model._querylens_model = loaded  # adapted once; a reference-style caller passes the same object for each feature
     return loaded
+
+
+def _logits_of(source: Any) -> Callable[[Tensor], Tensor]:
+    """A transformers model's plain forward pass."""
+
+    def forward(ids: Tensor) -> Tensor:
+        return source(input_ids=ids, use_cache=False).logits
+
+    return forward
 
 
 def _load_tokenizer(source: str | Path, revision: str | None, required: bool) -> Any:

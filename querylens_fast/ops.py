@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import blocked, certified
+from . import blocked, certified, narrow
 
 __all__ = ["TopK", "scores_at", "streamed_topk"]
 
@@ -101,6 +101,8 @@ def streamed_topk(
     epilogue = blocked.Epilogue(bias, scale, offset)
     if choose_backend(backend, F) == "triton":
         best, worst, *_ = _triton_topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows)
+    elif narrow.pays(F, W, k):
+        best, worst, *_ = narrow.topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows)
     else:
         best, worst = blocked.topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows)
     return TopK(*(best or (None, None)), *(worst or (None, None)))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from querylens_fast.models import Model
-from querylens_fast.signatures import Signatures
+from querylens_fast.results import Signatures
 
 METADATA_KEY = b"querylens_fast"
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl"}
@@ -106,9 +106,8 @@ class Sink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, OSError) and not isinstance(error, FileExistsError):
-            error.add_note(
-                f"what was written of {str(self.path)!r} is kept; run the same call again to go on from there"
-            ) if hasattr(error, "add_note") else None
+            kept = f"what was written of {str(self.path)!r} is kept; run the same call again to go on from there"
+            raise OSError(error.errno, f"{error.strerror or error}; {kept}", error.filename) from error
 
     def pending(self, block: slice) -> list[int]:
         """Indices of the block that are not written yet."""

@@ -149,10 +149,10 @@ def _checked(ids: Tensor, mask: Tensor | None, model: Any, source: str, details:
     if ids.numel() and (int(ids.min()) < 0 or (vocab is not None and int(ids.max()) >= vocab)):
         worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise ValueError(f"tokens from {source}: id {worst} is outside the model's vocabulary of {vocab}")
-    if mask is None:
-        pad = getattr(model, "pad_token_id", None)
-        mask = torch.ones_like(ids, dtype=torch.bool) if pad is None else ids != pad
-    return Tokens(ids, mask, source, details)
+    if mask is not None:
+        return Tokens(ids, mask, source, details)
+    pad = getattr(model, "pad_token_id", None)
+    return Tokens(ids, torch.ones_like(ids, dtype=torch.bool) if pad is None else ids.ne(pad), source, details)
 
 
 def _draw(ids: Tensor, mask: Tensor | None, n: int | None, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -189,7 +189,7 @@ def _dataset_texts(name: str, split: str, column: str) -> Iterator[str]:
         ) from error
     if column not in (data.column_names or []):
         raise ValueError(f"dataset {name!r} has columns {data.column_names}; none is named {column!r}")
-    return (row[column] for row in data)
+    return iter(data[column])
 
 
 def tokenize_and_concatenate(texts: Iterable[str], tokenizer: Any, length: int) -> Tensor:

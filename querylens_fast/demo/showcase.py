@@ -1,0 +1,146 @@
+"""The demo: the whole job on the embedded model and dictionaries, offline, in under a minute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from querylens_fast.demo import ASSETS
+from querylens_fast.dictionaries import Dictionary, load_dictionary
+from querylens_fast.evaluation import MaxActivating, max_activating_tokens
+from querylens_fast.fitting import fit_transport
+from querylens_fast.models import Model, load_model
+from querylens_fast.signatures import Signatures, signatures
+from querylens_fast.store import StoredSignatures
+from querylens_fast.tokens import Tokens, load_tokens
+from querylens_fast.transport import Transport
+
+PRESETS = ("logit_lens_key", "query_lens_key", "logit_lens_value", "query_lens_value")
+FIT_SEQUENCES = 16
+N_PROBES = 16
+
+
+@dataclass(frozen=True)
+class Example:
+    """The embedded model, its dictionaries by layer, and the held-out sample, cut in two: to fit on, to look at."""
+
+    model: Model
+    dictionaries: list[Dictionary]
+    fit_tokens: Tokens
+    held_out: Tokens
+
+
+@dataclass
+class Shown:
+    """One row of the demo's table."""
+
+    dictionary: str
+    layer: int
+    feature: int
+    activating: list[str]
+    tokens: dict[str, list[str]]
+
+
+@dataclass
+class DemoResult:
+    """What the demo did: files written, seconds by step, the table's rows."""
+
+    files: list[Path]
+    seconds: dict[str, float] = field(default_factory=dict)
+    rows: list[Shown] = field(default_factory=list)
+    n_features: int = 0
+
+
+def load_example(assets: Path = ASSETS) -> Example:
+    """The embedded model, dictionaries and tokens.
+
+    Raises:
+        FileNotFoundError: The package was installed without its assets.
+    """
+    if not (assets / "tokens.safetensors").is_file():
+        raise FileNotFoundError(f"the demo's files are missing from {str(assets)!r}; reinstall the package")
+    model = load_model(assets / "model")
+    folders = sorted(assets.glob("sae_layer*")) + sorted(assets.glob("transcoder_layer*"))
+    tokens = load_tokens(assets / "tokens.safetensors", model=model)
+    cut = FIT_SEQUENCES
+    return Example(
+        model,
+        [load_dictionary(folder) for folder in folders],
+        tokens.head(cut),
+        Tokens(tokens.ids[cut:], tokens.valid_mask[cut:], tokens.source),
+    )
+
+
+def run_demo(out: Path, k: int = 25, shown_per_layer: int = 3, assets: Path = ASSETS) -> DemoResult:
+    """Fit the transport, compute four signatures of every feature of every layer, write Parquet, choose what to show.
+
+    The features shown are those with the strongest activation on held-out text in each dictionary: a rule, not a hand.
+    """
+    result, clock = DemoResult([]), time.perf_counter()
+
+    def lap(step: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        result.seconds[step], clock = now - clock, now
+
+    example = load_example(assets)
+    model = example.model
+    lap("load")
+    transport = fit_transport(model, example.fit_tokens, orders=("full",), energy="probes", n_probes=N_PROBES)
+    out.mkdir(parents=True, exist_ok=True)
+    result.files.append(transport.save(out / "transport.safetensors"))
+    example.fit_tokens.save(out / "tokens.safetensors")
+    result.files.append(out / "tokens.safetensors")
+    lap("transport")
+    for dictionary in example.dictionaries:
+        for preset in PRESETS:
+            path = out / f"{Path(dictionary.name).name}.{preset}.parquet"
+            stored: StoredSignatures = signatures(
+                dictionary, model, preset=preset, transport=transport, k=k, out=path, progress=False
+            )
+            result.files.append(stored.path)
+        result.n_features += dictionary.n_features
+    lap("signatures")
+    for dictionary in example.dictionaries:
+        peaks = max_activating_tokens(model, dictionary, example.held_out)
+        result.rows += _shown(model, dictionary, transport, peaks, shown_per_layer)
+    lap("activations")
+    return result
+
+
+def _shown(
+    model: Model, dictionary: Dictionary, transport: Transport, activating: MaxActivating, count: int
+) -> list[Shown]:
+    chosen = activating.peaks[:, 0].topk(count).indices
+    found: dict[str, Signatures] = {
+        preset: signatures(dictionary, model, preset=preset, transport=transport, k=5, features=chosen)
+        for preset in PRESETS
+    }
+    rows = []
+    for i, feature in enumerate(chosen.tolist()):
+        ids = [t for t in activating.tokens[feature].tolist() if t >= 0]
+        by_count = sorted(set(ids), key=lambda t: (-ids.count(t), ids.index(t)))[:4]
+        tokens = {preset: signature.top_tokens[i] for preset, signature in found.items()}
+        name = Path(dictionary.name).name
+        rows.append(Shown(name, dictionary.layer, feature, model.str_tokens(by_count), tokens))
+    return rows
+
+
+def visible(tokens: Sequence[str]) -> str:
+    """Tokens on one line, with their spaces and line ends to be seen."""
+    marks = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
+    return "  ".join(t.translate(marks) or "∅" for t in tokens)
+
+
+def total_seconds(result: DemoResult) -> float:
+    """Wall time of all steps."""
+    return sum(result.seconds.values())
+
+
+def threads() -> int:
+    """CPU threads torch used."""
+    return torch.get_num_threads()
