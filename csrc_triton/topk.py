@@ -1,12 +1,15 @@
 """Fused matrix product and group winners: what is left of F Wᵀ is two numbers a side for each group of columns.
 
-A tile's columns are split into four groups, {c : (c // 2) % 4 = q}: the columns that one thread of a tensor-core accumulator
-holds in a row, so that finding a group's winners moves nothing between threads. A score becomes an integer that orders
-like it, its low bits are replaced by its place in the group, and the two largest and the two smallest integers of each
-group are written. The winners of 64 columns take 16 bytes, an eighth of the columns' bf16 scores.
+A tile's columns are split into four groups, {c : (c // 2) % 4 = q}: the columns that one thread of a tensor-core
+accumulator holds in a row, so that finding a group's winners moves nothing between threads. A score becomes an integer
+that orders like it, its low bits are replaced by its place in the group, and the two largest and the two smallest
+integers of each group are written. The winners of 64 columns take 16 bytes, an eighth of the columns' bf16 scores.
 
 What that loses, `select` and the caller make good: scores are rounded to 17 bits, and a group's third-best is hidden.
 """
+
+# The types of a kernel's values and launches are Triton's own business.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, topk_config
-from .select import Candidates, select
+from .configs import Config, topk_config  # noqa: TID251
+from .select import Candidates, select  # noqa: TID251
 
 _INT_MIN = tl.constexpr(-(2**31))
 # Takes the keys of -inf..inf to 0..0xFF000000 + a group, as unsigned, and what stands for nothing beyond them.

@@ -1,13 +1,13 @@
 """Exact top-k from approximate scores: candidates, their exact scores, and a proof that nothing else can belong.
 
-A fast pass (a bf16 product, or a fused kernel that keeps only group winners) proposes candidates and says how good the best
-score it left out looked. `ErrorBound` limits how far its scores can be from the exact ones,
+A fast pass (a bf16 product, or a fused kernel that keeps only group winners) proposes candidates and says how good the
+best score it left out looked. `ErrorBound` limits how far its scores can be from the exact ones,
 
     |<f, w> - <f', w'>| <= |f - f'| |w| + |f'| |w - w'| + rounding of the sums,
 
-so a row whose k-th exact score is beyond the best one left out by more than that is finished. A group of columns that may
-hide a winner behind its two known ones is scored in full, and a row without proof goes to the blocked float32 path. Rows
-with ties across the k-th place, NaN or infinities end up there too, so their order is decided in one place.
+so a row whose k-th exact score is beyond the best one left out by more than that is finished. A group of columns that
+may hide a winner behind its two known ones is scored in full, and a row without proof goes to the blocked float32
+path. Rows with ties across the k-th place, NaN or infinities end up there too, so their order is decided in one place.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ class Proposal(NamedTuple):
 class Bound(Protocol):
     """How far the scores of a fast pass can be from the exact ones."""
 
-    norm: float
-    """An upper bound of the rows of W; infinite when there is none."""
+    @property
+    def norm(self) -> float:
+        """The largest norm of a row of W; infinite where nothing can be proved."""
+        ...
 
     def rows(self, F: Tensor, epilogue: Epilogue) -> Tensor:
         """[r] bounds for a block of rows."""

@@ -1,11 +1,11 @@
-"""Candidates from a bfloat16 product on the CPU, several times faster than float32 where the processor multiplies bfloat16.
+"""Candidates from a bfloat16 product on the CPU, where a processor that has it is several times faster than in float32.
 
 The epilogue is folded into the product, so that a tile of scores is read only by the selection:
 
     (<f, w> + o) s + b = <[f, o, o, o', 1, 1], [s w, s, s', s, b, b']>
 
-where o, s and b are the bfloat16 parts of offset, scale and bias and o', s', b' what is left of them. `certified` turns the
-candidates into exact float32 results.
+where o, s and b are the bfloat16 parts of offset, scale and bias and o', s', b' what is left of them. `certified`
+turns the candidates into exact float32 results.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ class NarrowBound(NamedTuple):
 def topk(
     F: Tensor, W: Tensor, k: int, epilogue: Epilogue, *, top: bool, bottom: bool, block_rows: int | None
 ) -> certified.Outcome:
-    """The k best of each row by bfloat16 candidates; arguments and results as `blocked.topk`, float32 on the CPU only."""
+    """The k best of each row by bfloat16 candidates; arguments as for `blocked.topk`, float32 on the CPU only."""
     with torch.no_grad():
         folded, bound = _fold_columns(W, epilogue)
     m = min(candidates_for(k), len(W))
     width = folded.shape[1]
-    rows = min(block_rows or _BLOCK_ROWS, len(F))
+    rows = max(1, min(block_rows or _BLOCK_ROWS, len(F)))
     # One tile for all blocks: fresh memory of this size costs more to map than the selection.
     tile = torch.empty(rows * len(W), dtype=NARROW)
 

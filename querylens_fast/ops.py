@@ -9,16 +9,16 @@ caller's: features x vocabulary gives token signatures, tokens x features the st
 virtual weights.
 
 Order. Results are sorted from the extreme inwards and equal scores by the lower id, on both sides and across the k-th
-place too: exactly what a stable sort of the scores returns (-0.0 equals 0.0). Infinities are ordered as numbers. A score
-that is NaN (NaN input, 0 x inf, inf - inf) never wins while a number is left, on either side; where fewer than k numbers
-exist the NaNs follow them, lower id first.
+place too: exactly what a stable sort of the scores returns (-0.0 equals 0.0). Infinities are ordered as numbers. A
+score that is NaN (NaN input, 0 x inf, inf - inf) never wins while a number is left, on either side; where fewer than k
+numbers exist the NaNs follow them, lower id first.
 
-Precision. float64 inputs are scored in float64; float32, float16 and bfloat16 inputs are multiplied exactly and summed in
-float32 (never TF32), and scores are returned in float32.
+Precision. float64 inputs are scored in float64; float32, float16 and bfloat16 inputs are multiplied exactly and summed
+in float32 (never TF32), and scores are returned in float32.
 
 Backends. ``"torch"`` runs everywhere. ``"triton"`` is the fused kernel of csrc_triton: a GPU, or the CPU when Triton's
-interpreter is on (TRITON_INTERPRET=1 in the environment before the first use). ``"auto"`` decides by the tensor's device at
-each call, before anything is launched.
+interpreter is on (TRITON_INTERPRET=1 in the environment before the first use). ``"auto"`` decides by the tensor's
+device at each call, before anything is launched.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def streamed_topk(
     if not (top or bottom):
         raise ValueError("top and bottom are both False: nothing is asked for; set at least one of them to True")
     if block_rows is not None and block_rows < 1:
-        raise ValueError(f"block_rows is {block_rows}: it must be at least 1, or None for the backend's own choice")
+        raise ValueError(f"block_rows is {block_rows}: expected at least 1; leave it None for the backend's own choice")
     epilogue = blocked.Epilogue(bias, scale, offset)
     if choose_backend(backend, F) == "triton":
         best, worst, *_ = _triton_topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows)

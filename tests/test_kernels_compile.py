@@ -44,7 +44,8 @@ from csrc_triton.topk import _topk_kernel
 
 def measure(backend, arch, warp, dtype, pointer, epilogue):
     config = topk_config(getattr(torch, dtype), backend, arch if backend == "cuda" else 0)
-    constants = dict(HAS_BIAS=epilogue, HAS_SCALE=epilogue, HAS_OFFSET=epilogue, TOP=True, BOTTOM=True, EVEN_K=not epilogue,
+    flags = dict(HAS_BIAS=epilogue, HAS_SCALE=epilogue, HAS_OFFSET=epilogue, EVEN_K=not epilogue)
+    constants = dict(flags, TOP=True, BOTTOM=True,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BAND=8)
     kinds = dict(F=pointer, W=pointer, bias="*fp32", scale="*fp32", offset="*fp32", top_keys="*i32", bottom_keys="*i32")
     names = _topk_kernel.arg_names
@@ -70,7 +71,8 @@ def measure(backend, arch, warp, dtype, pointer, epilogue):
         found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
         result |= {"registers": int(found["REG"]), "spills": int(found["STACK"]) + int(found["LOCAL"])}
     else:
-        found = dict(re.findall(r"\.(vgpr_spill_count|private_segment_fixed_size|vgpr_count):\s+(\d+)", compiled.asm["amdgcn"]))
+        wanted = r"\.(vgpr_spill_count|private_segment_fixed_size|vgpr_count):\s+(\d+)"
+        found = dict(re.findall(wanted, compiled.asm["amdgcn"]))
         result |= {"registers": int(found["vgpr_count"])}
         result["spills"] = int(found["vgpr_spill_count"]) + int(found["private_segment_fixed_size"])
     return result

@@ -1,0 +1,179 @@
+"""Properties of the streamed top-k over shapes, dtypes, k and adversarial inputs that hypothesis draws.
+
+Inputs are small whole numbers (and infinities and NaN), so scores are exact in float32 and the comparison is equality.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from querylens_fast import blocked, narrow, ops
+from querylens_fast.blocked import Epilogue, Side
+from querylens_fast.ops import streamed_topk
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+fewer = settings(quick, max_examples=25)
+
+Problem = tuple[torch.Tensor, torch.Tensor, int, Epilogue]
+
+
+@st.composite
+def problems(draw: st.DrawFn, min_columns: int = 1) -> Problem:
+    """F, W, k and an epilogue; odd shapes, ties everywhere, some inputs adversarial."""
+    n, d = draw(st.integers(0, 6)), draw(st.integers(1, 9))
+    V = draw(st.one_of(st.integers(min_columns, 80), st.sampled_from([127, 128, 129, 255, 513, 1000, 1537])))
+    V = max(V, min_columns)
+    k = draw(st.integers(1, min(V, draw(st.sampled_from([1, 8, 64, 256])))))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(-3, 4, shape, generator=generator).float()
+
+    F, W = integers(n, d), integers(V, d)
+    match draw(st.sampled_from(["ties", "ties", "equal", "dead", "sorted", "nan", "inf", "one hot"])):
+        case "equal":
+            W[:] = W[:1].clone()
+        case "dead":
+            F[::2] = 0
+        case "sorted":
+            W[:] = torch.arange(V)[:, None].float()
+        case "nan":
+            W[torch.rand(V, generator=generator) < draw(st.sampled_from([0.02, 0.6]))] = math.nan
+        case "inf":
+            W[torch.rand(V, d, generator=generator) < 0.05] = draw(st.sampled_from([math.inf, -math.inf]))
+        case "one hot":
+            W[:] = 0
+            W[draw(st.integers(0, V - 1))] = 1
+    bias = integers(V) if draw(st.booleans()) else None
+    if bias is not None and draw(st.booleans()):
+        rare = torch.rand(V, generator=generator) < 0.2
+        bias[rare] = draw(st.sampled_from([math.inf, -math.inf, math.nan]))
+    scale = integers(V) if draw(st.booleans()) else None
+    offset = integers(n) if draw(st.booleans()) else None
+    return F, W, k, Epilogue(bias, scale, offset)
+
+
+def check(sides: tuple[Side | None, Side | None], problem: Problem) -> None:
+    F, W, k, epilogue = problem
+    S = oracle.scores(F, W, *epilogue)
+    for side, largest in zip(sides, (True, False), strict=True):
+        assert side is not None
+        expected, order = oracle.topk(S, k, largest)
+        assert torch.equal(side.ids.cpu(), order)
+        torch.testing.assert_close(side.scores.cpu().double(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def poisoned(function: Callable[[], tuple[Side | None, Side | None]]) -> tuple[Side | None, Side | None]:
+    """Run with every fresh float buffer full of NaN and every fresh integer buffer full of its largest value."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        return function()
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(before)
+
+
+@quick
+@given(problems(), st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]))
+def test_torch_backend_equals_a_stable_sort(problem: Problem, dtype: torch.dtype) -> None:
+    F, W, k, (bias, scale, offset) = problem
+    r = streamed_topk(F.to(dtype), W.to(dtype), k, bias=bias, scale=scale, offset=offset, backend="torch")
+    check((Side(r.top_scores, r.top_ids), Side(r.bottom_scores, r.bottom_ids)), problem)
+
+
+@quick
+@given(problems(), st.sampled_from([1, 2, 5, 100]), st.sampled_from([1, 3, 64, 129, 600]))
+def test_tile_size_changes_nothing(problem: Problem, rows: int, cols: int) -> None:
+    F, W, k, epilogue = problem
+    check(
+        poisoned(lambda: blocked.topk(F, W, k, epilogue, top=True, bottom=True, block_rows=rows, block_cols=cols)),
+        problem,
+    )
+
+
+@quick
+@given(problems(min_columns=64), st.sampled_from([None, 1, 4]))
+def test_bfloat16_candidates_equal_a_stable_sort(problem: Problem, rows: int | None) -> None:
+    F, W, k, epilogue = problem
+    check(poisoned(lambda: narrow.topk(F, W, k, epilogue, top=True, bottom=True, block_rows=rows)[:2]), problem)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@fewer
+@given(problems(), st.sampled_from([None, 1, 4]), st.sampled_from([torch.float32, torch.float16]))
+def test_kernel_equals_a_stable_sort(problem: Problem, rows: int | None, dtype: torch.dtype) -> None:
+    F, W, k, epilogue = problem
+    moved = Epilogue(*(None if v is None else v.to(DEVICE) for v in epilogue))
+    check(
+        poisoned(
+            lambda: ops._triton_topk(
+                F.to(DEVICE), W.to(DEVICE), k, moved, top=True, bottom=True, block_rows=rows, dtype=dtype
+            )[:2]
+        ),
+        problem,
+    )
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("tile", [(16, 32, 16), (32, 64, 32), (64, 256, 64)])
+@pytest.mark.parametrize("shape", [(5, 7, 33), (33, 16, 300), (17, 70, 257)])
+def test_kernel_tiles_find_the_same_winners(tile: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
+    if DEVICE == "cuda" and tile[0] > 32:
+        pytest.skip("one tile shape of the real configs is enough when compiled")
+    from csrc_triton.configs import Config
+    from csrc_triton.topk import topk
+
+    n, d, V = shape
+    generator = torch.Generator().manual_seed(V)
+    F, W = torch.randn(n, d, generator=generator).to(DEVICE), torch.randn(V, d, generator=generator).to(DEVICE)
+    config = Config(*tile, 4, 1)
+    S = F.double() @ W.double().T
+    for side, largest in zip(topk(F, W, 6, config=config), (True, False), strict=True):
+        assert side is not None
+        best = S.amax(1) if largest else S.amin(1)
+        first = side.columns[:, :1]
+        torch.testing.assert_close(S.gather(1, first).squeeze(1), best, rtol=1e-5, atol=1e-5)
+        # Nothing outside the candidates and the groups behind them may be better than what was left out.
+        column = torch.arange(V, device=DEVICE)
+        group = column // tile[1] * 4 + column // 2 % 4
+        in_group = (group[None, :, None] == side.groups.masked_fill(~side.second, -1)[:, None, :]).any(2)
+        known = in_group | (column[None, :, None] == side.columns[:, None, :]).any(2)
+        others = S.masked_fill(known, -math.inf if largest else math.inf)
+        bound = side.left_out.double()
+        assert ((others.amax(1) <= bound + 1e-4) if largest else (others.amin(1) >= bound - 1e-4)).all()
+
+
+@fewer
+@given(st.integers(0, 2**31), st.integers(1, 40))
+def test_permuting_the_vocabulary_permutes_the_ids(seed: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    F = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    W = torch.randn(300, 6, generator=generator, dtype=torch.float64)
+    order = torch.randperm(300, generator=generator)
+    plain, permuted = streamed_topk(F, W, k), streamed_topk(F, W[order], k)
+    assert torch.equal(order[permuted.top_ids], plain.top_ids)
+    assert torch.equal(order[permuted.bottom_ids], plain.bottom_ids)
+
+
+@fewer
+@given(problems())
+def test_bottom_is_the_top_of_the_negative(problem: Problem) -> None:
+    F, W, k, (bias, scale, offset) = problem
+    r = streamed_topk(F, W, k, bias=bias, scale=scale, offset=offset)
+    minus = streamed_topk(
+        -F, W, k, bias=None if bias is None else -bias, scale=scale, offset=None if offset is None else -offset
+    )
+    assert torch.equal(r.bottom_ids, minus.top_ids) and torch.equal(r.top_ids, minus.bottom_ids)
