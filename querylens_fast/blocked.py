@@ -135,8 +135,11 @@ def best_of_tile(scores: Tensor, k: int, *, largest: bool) -> Side:
 
 
 def pass_rows(W: Tensor) -> int:
-    """Rows of W to take at a time when all of it is read once: what stays in a core's cache."""
-    elements = (1 << 18) if W.device.type == "cpu" else CAST_ELEMENTS
+    """Rows of W to take at a time when all of it is read once.
+
+    On the CPU about what its last cache holds; much less would spend the time in waking and joining threads.
+    """
+    elements = (1 << 22) if W.device.type == "cpu" else CAST_ELEMENTS
     return max(1, elements // max(1, W.shape[1]))
 
 
@@ -276,7 +279,7 @@ def _distinct(ids: Tensor) -> bool:
 
 
 def _sampled_products(F: Tensor, W: Tensor, ids: Tensor) -> Tensor:
-    """Inner products at distinct ids [r, m] without gathering rows of W: on the CPU a tenth of a batched product's time."""
+    """Inner products at distinct ids [r, m] without gathering rows of W: ten times faster than that on a CPU."""
     r, m = ids.shape
     starts = torch.arange(0, r * m + 1, m)
     zeros = torch.zeros(r * m, dtype=F.dtype)

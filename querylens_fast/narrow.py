@@ -114,13 +114,18 @@ def _fold_columns(W: Tensor, epilogue: Epilogue) -> tuple[Tensor, NarrowBound]:
     folded = torch.empty(V, d if plain else d + _EXTRA, dtype=NARROW)
     scale = None if epilogue.scale is None else epilogue.scale.to(W)
     norm = rounding = 0.0
-    step = blocked.pass_rows(W)
+    step = min(blocked.pass_rows(W), V)
+    # Written again for each block, because fresh memory costs more than the arithmetic.
+    rounded, scaled = torch.empty(step, d), torch.empty(0 if scale is None else step, d)
     for start in range(0, V, step):
         rows = slice(start, min(start + step, V))
-        block = W[rows] if scale is None else W[rows] * scale[rows, None]
+        block = W[rows]
+        if scale is not None:
+            block = torch.mul(block, scale[rows, None], out=scaled[: len(block)])
         folded[rows, :d] = block
-        norms, errors = certified.norms_of(block, NARROW)
-        norm, rounding = max(norm, certified.largest(norms)), max(rounding, certified.largest(errors))
+        difference = rounded[: len(block)].copy_(folded[rows, :d]).sub_(block)
+        norm = max(norm, certified.largest(torch.linalg.vector_norm(block, dim=1)))
+        rounding = max(rounding, certified.largest(torch.linalg.vector_norm(difference, dim=1)))
     if not plain:
         extra = folded[:, d:].zero_()
         high, low = _split(torch.ones(V) if scale is None else scale)

@@ -1,0 +1,208 @@
+"""Streamed top-k against what one would write otherwise, in one process: ``python -m bench topk --help``.
+
+Peers take turns within each repetition, so a busy machine slows all of them; what counts is the ratio. Nothing is
+printed before the results have been compared with float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases import CASES, Case
+from querylens_fast.ops import TopK, streamed_topk
+
+CHUNK_ELEMENTS = 1 << 24
+
+
+def inputs(case: Case, rows: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Gaussian F [rows, d] and W [V, d], seeded; rows of W differ in norm by some 10 % as embeddings do."""
+    generator = torch.Generator(device).manual_seed(0)
+    F = torch.randn(rows, case.d, generator=generator, device=device)
+    W = torch.randn(case.V, case.d, generator=generator, device=device)
+    W *= 1 + 0.1 * torch.randn(case.V, 1, generator=generator, device=device)
+    return F.to(dtype), W.to(dtype)
+
+
+def chunked(F: Tensor, W: Tensor, use: Callable[[Tensor], object]) -> list[Any]:
+    """F Wᵀ in chunks of rows, each given to ``use`` and dropped."""
+    step = max(1, CHUNK_ELEMENTS // len(W)) if F.device.type == "cpu" else max(1, (1 << 30) // len(W))
+    return [use(F[i : i + step] @ W.T) for i in range(0, len(F), step)]
+
+
+def torch_topk(F: Tensor, W: Tensor, k: int) -> TopK:
+    """The plain alternative: chunks of the product and two torch.topk."""
+    parts = chunked(F, W, lambda S: (*S.topk(k), *S.topk(k, largest=False)))
+    return TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def faiss_topk(F: Tensor, W: Tensor, k: int) -> None:
+    """Both sides by faiss' brute force."""
+    faiss = importlib.import_module("faiss")
+    for features in (F.numpy(), (-F).numpy()):
+        faiss.knn(features, W.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+
+
+def peers(F: Tensor, W: Tensor, k: int) -> dict[str, Callable[[], object]]:
+    """What is measured, by name; ``ours`` first."""
+    narrow_F, narrow_W = F.bfloat16(), W.bfloat16()
+    found: dict[str, Callable[[], object]] = {
+        "ours": lambda: streamed_topk(F, W, k),
+        "torch chunked + 2 x topk": lambda: torch_topk(F, W, k),
+        "gemm alone": lambda: chunked(F, W, lambda S: None),
+        "gemm alone bf16": lambda: chunked(narrow_F, narrow_W, lambda S: None),
+    }
+    if F.device.type == "cuda":
+        found["ours, torch backend"] = lambda: streamed_topk(F, W, k, backend="torch")
+    elif importlib.util.find_spec("faiss") is not None:
+        found["faiss.knn"] = lambda: faiss_topk(F, W, k)
+    return found
+
+
+def worst_error(found: TopK, F: Tensor, W: Tensor, k: int) -> tuple[float, float]:
+    """Largest errors against float64 on up to 32 rows: of the scores, and of the true scores at the ids."""
+    rows = torch.linspace(0, len(F) - 1, min(32, len(F)), device=F.device).long()
+    S = F[rows].double() @ W.double().T
+    of_scores = of_ids = 0.0
+    sides = ((found.top_scores, found.top_ids, True), (found.bottom_scores, found.bottom_ids, False))
+    for scores, ids, largest in sides:
+        assert scores is not None and ids is not None
+        expected = S.topk(k, largest=largest).values
+        of_scores = max(of_scores, float((scores[rows].double() - expected).abs().max()))
+        of_ids = max(of_ids, float((S.gather(1, ids[rows]) - expected).abs().max()))
+    return of_scores, of_ids
+
+
+def check(F: Tensor, W: Tensor, k: int) -> dict[str, float]:
+    """Our errors and torch's own; raises SystemExit when ours are more than three times torch's."""
+    ours, theirs = worst_error(streamed_topk(F, W, k), F, W, k), worst_error(torch_topk(F, W, k), F, W, k)
+    limit = 3 * max(theirs) + 1e-5 * F.shape[1] ** 0.5
+    if not max(ours) <= limit:
+        raise SystemExit(f"wrong results: error {max(ours):.3g} where torch's is {max(theirs):.3g}; no time reported")
+    return {"ours": max(ours), "torch": max(theirs), "limit": limit}
+
+
+def sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(tasks: dict[str, Callable[[], object]], device: torch.device, repeat: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each task (p20, p50, p80), tasks taking turns; on a GPU also the extra memory in MiB."""
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    extra: dict[str, float] = {}
+    for turn in range(repeat + 1):
+        for name, task in tasks.items():
+            sync(device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+            start = time.perf_counter()
+            result = task()
+            sync(device)
+            passed_ms = 1e3 * (time.perf_counter() - start)
+            if device.type == "cuda":
+                extra[name] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+            del result
+            # The first turn warms caches and compiles.
+            if turn:
+                times[name].append(passed_ms)
+    summary = {}
+    for name, values in times.items():
+        cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+        summary[name] = {"p20_ms": cuts[0], "p50_ms": statistics.median(values), "p80_ms": cuts[3]}
+        if name in extra:
+            summary[name]["extra_mib"] = extra[name]
+    return summary
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what this was measured."""
+    triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu": cpu,
+        "bf16_products": bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def run_case(case: Case, rows: int, dtype: torch.dtype, device: str, repeat: int) -> dict[str, Any]:
+    """Check, then measure one case; the record that goes into the JSON."""
+    F, W = inputs(case, rows, dtype, device)
+    error = check(F, W, case.k)
+    times = measure(peers(F, W, case.k), F.device, repeat)
+    ours = times["ours"]["p50_ms"]
+    return {
+        "case": case.name,
+        "shape": {"rows": rows, "d": case.d, "V": case.V, "k": case.k, "dtype": str(dtype).removeprefix("torch.")},
+        "error": error,
+        "times": times,
+        "tflops": 2e-9 * rows * case.d * case.V / ours,
+        "speedup_over": {name: t["p50_ms"] / ours for name, t in times.items() if name != "ours"},
+    }
+
+
+def report(record: dict[str, Any]) -> None:
+    """A record as a small table."""
+    shape = record["shape"]
+    size = f"{shape['rows']} x {shape['d']} x {shape['V']}"
+    print(f"\n{record['case']}: {size}, k={shape['k']}, {shape['dtype']}, both sides")
+    for name, t in record["times"].items():
+        ratio = record["speedup_over"].get(name)
+        beside = "" if ratio is None else f"   {ratio:6.2f} x ours"
+        print(f"  {name:26s} {t['p50_ms']:9.1f} ms  ({t['p20_ms']:.1f} .. {t['p80_ms']:.1f}){beside}")
+    error = record["error"]
+    print(f"  error {error['ours']:.2g} (torch {error['torch']:.2g}); {record['tflops']:.2f} TFLOP/s")
+
+
+def save(path: Path, device: torch.device, records: list[dict[str, Any]], **more: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(device), **more, "cases": records}, indent=1) + "\n")
+    print(f"\nwritten to {path}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench topk", description=__doc__)
+    parser.add_argument("--case", action="append", choices=list(CASES), help="default: gpt2; may be repeated")
+    parser.add_argument("--rows", type=int, help="rows of F; default 1024 on the CPU, the case's own on a GPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32; GPU: bfloat16")
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    options = parser.parse_args(arguments)
+    on_gpu = options.device.startswith("cuda")
+    dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))
+    records = []
+    for name in options.case or ["gpt2"]:
+        rows = options.rows or (CASES[name].rows if on_gpu else 1024)
+        records.append(run_case(CASES[name], rows, dtype, options.device, options.repeat))
+        report(records[-1])
+    if options.out:
+        save(options.out, torch.device(options.device), records)
+
+
+if __name__ == "__main__":
+    main()
