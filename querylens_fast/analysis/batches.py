@@ -1,0 +1,206 @@
+"""Which features a run is about, and in which batches they are processed.
+
+Features are named by a list (each with its own dictionary) or as ids of one dictionary a layer. Either way they become
+batches: consecutive feature indices that share a dictionary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from querylens_fast.analysis.configuration import plain
+from querylens_fast.dictionaries import Dictionary, FeatureIds, MemoryRows, Rows, load_dictionary, neuron_dictionary
+from querylens_fast.features import Feature, load_features, sort_features_by_layer
+from querylens_fast.models import Model
+from querylens_fast.presets import Preset
+
+LIST_FILES = (".json", ".pkl", ".pickle")
+NEURONS = "neurons"
+
+
+@dataclass
+class Batch:
+    """Features of one dictionary: ids [n], their names (None: by the dictionary's), and the first feature_index."""
+
+    dictionary: Dictionary
+    ids: Tensor
+    names: list[str] | None
+    start: int
+
+
+@dataclass(frozen=True)
+class PickedRows:
+    """Some rows of a matrix, kept when the rest of it is let go: ids [m] ascending, matrix [m, D]."""
+
+    ids: Tensor
+    matrix: Tensor
+    n: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.n, self.matrix.shape[1]
+
+    def read(self, ids: FeatureIds) -> Tensor:
+        wanted = torch.arange(self.n)[ids] if isinstance(ids, slice) else ids.cpu()
+        return self.matrix[torch.searchsorted(self.ids, wanted)]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The features of a run. ``listed``: named one by one, as the reference's are, so that all statistics are due."""
+
+    name: str
+    listed: bool
+    features: list[Feature] = field(default_factory=list)
+    ids: Any = None
+    dictionary: str = ""
+    sae_id: str | None = None
+    layers: list[int] | None = None
+
+    def batches(self, model: Model, preset: Preset) -> list[Batch]:
+        """Every dictionary loaded and checked, every feature found in it.
+
+        Raises:
+            FileNotFoundError: A dictionary that cannot be had.
+            ValueError: A dictionary of another model or layer, or a feature it does not have.
+        """
+        found = self._of_list(model, preset) if self.features else self._of_dictionaries(model)
+        for dictionary in {id(b.dictionary): b.dictionary for b in found}.values():
+            dictionary.check_model(model)
+            if preset.needs_transport or preset.stream_transition == "tuned_lens":
+                dictionary.point(preset.feature_vector)
+        if not any(len(batch.ids) for batch in found):
+            raise ValueError(f"{self.name!r} selects no features")
+        return found
+
+    def _of_dictionaries(self, model: Model) -> list[Batch]:
+        templated = "{layer}" in self.dictionary + (self.sae_id or "")
+        layers: list[int | None] = list(self.layers or [None])
+        if self.layers is None and (templated or self.dictionary == NEURONS):
+            layers = list(range(model.n_layers))
+        found, start = [], 0
+        for layer in layers:
+            source, sae_id = (x and x.replace("{layer}", str(layer)) for x in (self.dictionary, self.sae_id))
+            if source == NEURONS and layer is not None:
+                dictionary = neuron_dictionary(model, layer)
+            else:
+                dictionary = load_dictionary(source, sae_id, layer)
+            ids = dictionary.select(self.ids)
+            found.append(Batch(dictionary, ids, None, start))
+            start += len(ids)
+        return found
+
+    def _of_list(self, model: Model, preset: Preset) -> list[Batch]:
+        keys = [(f.sae_release, f.sae_id, int(f.layer)) for f in self.features]
+        dictionaries = {key: _named_dictionary(model, *key) for key in dict.fromkeys(keys)}
+        for key, dictionary in dictionaries.items():
+            members = [f for f, k in zip(self.features, keys, strict=True) if k == key]
+            for f in members:
+                if isinstance(f.size, int) and f.size not in (0, dictionary.n_features):
+                    raise ValueError(f"{f} is of size {f.size}, but {dictionary.name!r} has {dictionary.n_features}")
+            ids = dictionary.select(sorted({f.feature for f in members}))
+            if not preset.is_ablation:
+                dictionaries[key] = _with_rows_only(dictionary, preset.feature_vector, ids)
+        found: list[Batch] = []
+        for index, (f, key) in enumerate(zip(self.features, keys, strict=True)):
+            if not found or found[-1].dictionary is not dictionaries[key]:
+                found.append(Batch(dictionaries[key], torch.empty(0, dtype=torch.int64), [], index))
+            batch = found[-1]
+            batch.ids = torch.cat([batch.ids, torch.tensor([f.feature])])
+            batch.names = [*(batch.names or []), str(f)]
+        return found
+
+
+def _named_dictionary(model: Model, release: str | None, sae_id: str | None, layer: int) -> Dictionary:
+    """The dictionary a `Feature` names: a release and id, a local folder, or the layer's MLP neurons."""
+    if release is None and sae_id is None:
+        return neuron_dictionary(model, layer)
+    if release is None:
+        raise ValueError(f"a feature has sae_id {sae_id!r} but no sae_release; neurons have neither")
+    if sae_id is not None and (Path(release) / sae_id).exists():
+        return load_dictionary(Path(release) / sae_id, layer=layer)
+    return load_dictionary(release, sae_id, layer)
+
+
+def _with_rows_only(dictionary: Dictionary, side: str, ids: Tensor) -> Dictionary:
+    """The dictionary with only these rows of one side in memory; one that reads from its file stays as it is."""
+    name = "value_rows" if side == "value" else "key_rows"
+    if dictionary.kind == NEURONS or not isinstance(getattr(dictionary, name), MemoryRows):
+        return dictionary
+    rows: Rows = PickedRows(ids, dictionary.vectors(side, ids).clone(), dictionary.n_features)
+    return dataclasses.replace(dictionary, **{"value_rows": None, "key_rows": None, name: rows, "load_coder": None})
+
+
+def select_features(cfg: DictConfig) -> Selection:
+    """The features a configuration asks for; feature lists are read here.
+
+    Raises:
+        ValueError: Nothing is asked for, or ids without a dictionary.
+        FileNotFoundError: A missing feature list.
+    """
+    wanted = plain(cfg.features)
+    if wanted is None:
+        if cfg.features_pkl is None:
+            raise ValueError("no features: pass features_pkl=list.pkl, or features=all (or ids) with dictionary=")
+        return _from_list(Path(cfg.features_pkl))
+    if isinstance(wanted, str) and Path(wanted).suffix in LIST_FILES:
+        ids = _ids_in(Path(wanted))
+        if ids is None:
+            return _from_list(Path(wanted))
+        wanted = ids
+    if cfg.dictionary is None:
+        raise ValueError(
+            f"features={wanted!r} are ids, so dictionary= must say of what: a folder, a file, a sae-lens release with "
+            "sae_id=, or 'neurons'"
+        )
+    layers = plain(cfg.layer)
+    layers = [layers] if isinstance(layers, int) else layers
+    if layers is not None and not (isinstance(layers, list) and all(type(x) is int for x in layers) and layers):
+        raise ValueError(f"layer is {layers!r}; expected a layer number or a list of them")
+    if layers is not None and len(layers) > 1 and "{layer}" not in cfg.dictionary + (cfg.sae_id or ""):
+        if cfg.dictionary != NEURONS:
+            raise ValueError(f"layer={layers} needs a dictionary or sae_id with '{{layer}}' in it")
+    listed = not (isinstance(wanted, str) and (wanted == "all" or ":" in wanted))
+    return Selection(
+        name=_folder_name(cfg, layers),
+        listed=listed,
+        ids=wanted,
+        dictionary=cfg.dictionary,
+        sae_id=cfg.sae_id,
+        layers=layers,
+    )
+
+
+def _from_list(path: Path) -> Selection:
+    features = sort_features_by_layer(load_features(path))
+    if not features:
+        raise ValueError(f"features file {str(path)!r} lists no features")
+    return Selection(name=path.stem, listed=True, features=features)
+
+
+def _ids_in(path: Path) -> list[int] | None:
+    """The ids of a JSON list of numbers; None for a list of features."""
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # load_features says what is wrong with it
+    return found if isinstance(found, list) and all(type(x) is int for x in found) else None
+
+
+def _folder_name(cfg: DictConfig, layers: list[int] | None) -> str:
+    """The result folder of a run over dictionaries."""
+    parts = [Path(cfg.dictionary).name, *([cfg.sae_id] if cfg.sae_id else [])]
+    if layers is not None:
+        parts.append("layer" + ",".join(map(str, layers)))
+    return re.sub(r"[^\w.,+-]+", "-", "-".join(parts).replace("{layer}", "layers")).strip("-")

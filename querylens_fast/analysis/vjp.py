@@ -1,0 +1,67 @@
+"""The key side, one feature at a time (reference ``analysis.vjp``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from querylens_fast.analysis.caches import VJPResidCache
+from querylens_fast.analysis.lens import analyze, preset_of
+from querylens_fast.transport import Transport
+
+
+def analyze_feature(
+    model: Any,
+    f: Any,
+    sae: Any,
+    pile_sample: Tensor,
+    rank: int,
+    world_size: int,
+    stream_transition: str,
+    submodule: str = "both",
+    k: int = 25,
+    use_vjp_layer_norm: bool = False,
+    accumulation_steps: int = 1,
+    resid_cache: VJPResidCache | None = None,
+    transport: Transport | None = None,
+) -> dict[str, Any]:
+    """What activates a feature's key vector, earlier modules included; read out by the centred cosine.
+
+    Args:
+        model: As in `jvp.analyze_feature`, and so all that is not named here.
+        f: A `Feature`.
+        sae: A sae-lens object, a path or a `Dictionary`; None for an MLP neuron.
+        pile_sample: Token ids [B, S].
+        rank: Of this process.
+        world_size: Number of processes.
+        stream_transition: "first_order" or "full".
+        submodule: "both", "attn" or "mlp".
+        k: Tokens on each side.
+        use_vjp_layer_norm: Take Jacobians through the modules' norms.
+        accumulation_steps: Kept for the reference's callers.
+        resid_cache: Says what is padding.
+        transport: Fitted with the same options over the same sample.
+
+    Returns:
+        As `jvp.analyze_feature`; layer_indices run l + 1 (the identity), l, …, 0.
+
+    Raises:
+        ValueError: Arguments that do not fit each other.
+    """
+    if stream_transition not in ("first_order", "full"):
+        raise ValueError(f"stream_transition is {stream_transition!r}; expected first_order or full")
+    return analyze(
+        model,
+        f,
+        sae,
+        pile_sample,
+        rank,
+        world_size,
+        preset_of("key", stream_transition, "embed_cosine_centered"),
+        resid_cache=resid_cache,
+        transport=transport,
+        submodule=submodule,
+        k=k,
+        through_norms=use_vjp_layer_norm,
+    )
