@@ -31,9 +31,9 @@ class DictionarySize(NamedTuple):
     """
 
     features: int = 2048
-    k: int = 24
+    k: int = 32
     batch: int = 2048
-    steps: int = 1000
+    steps: int = 1200
     learning_rate: float = 2.5e-3
 
 

@@ -136,7 +136,8 @@ def train_model(
 
     model.train()
     began = time.perf_counter() - earlier
-    with tqdm(range(start, size.steps), desc="language model", unit="step", mininterval=5) as bar:
+    steps = range(start, size.steps)
+    with tqdm(steps, "language model", initial=start, total=size.steps, unit="step", mininterval=5) as bar:
         for step in bar:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = next_token_loss(model, training_batch(stream, size, seed, step))

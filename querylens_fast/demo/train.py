@@ -83,8 +83,8 @@ class Settings(NamedTuple):
 
     model: ModelSize = ModelSize()
     autoencoder: DictionarySize = DictionarySize()
-    transcoder: DictionarySize = DictionarySize(k=32)
-    transcoder_layers: tuple[int, ...] = (2,)
+    transcoder: DictionarySize = DictionarySize()
+    transcoder_layers: tuple[int, ...] = (1,)
     activation_rows: int = 8192
     sample_rows: int = 256
     sample_length: int = 64
