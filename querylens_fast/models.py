@@ -31,6 +31,9 @@ DTYPES = {
 }
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
 class UnsupportedModelError(ValueError):
     """The model's architecture, or a variation of it, is not one this package reproduces."""
 
@@ -266,6 +269,11 @@ def _load_tokenizer(source: str | Path, revision: str | None, required: bool) ->
     """The tokenizer at source, or None where the model has none: asking for token strings is then an error."""
     import transformers
 
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if required:
+            raise FileNotFoundError(f"{str(folder)!r} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
+        return None  # transformers would make up an empty tokenizer here
     try:
         return transformers.AutoTokenizer.from_pretrained(str(source), revision=revision)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:

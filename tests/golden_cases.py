@@ -153,6 +153,8 @@ def assert_same_row(
         if f"{baseline}.layer{layer}.{scores}" in case.tensors:
             wanted = case.expected(baseline, layer, scores)[at]
             assert_same_tokens(found[ids], expected[ids], wanted, found.get(scores), f"{what} {ids}", rtol)
+        elif expected["top_ids"] == expected["bottom_ids"]:  # a feature that changes nothing: every token ties
+            assert found["top_ids"] == found["bottom_ids"], f"{what}: {found[ids]}, expected no change"
         else:
             assert found[ids] == expected[ids], f"{what}: {ids} {found[ids]}, expected {expected[ids]}"
         strings = ids.replace("ids", "tokens")

@@ -1,0 +1,49 @@
+"""Fixtures: tiny real models of every supported architecture, saved to disk and loaded as a user would."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Triton decides when it is first imported whether its kernels are interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+from tiny_models import ARCHITECTURES, save_tiny_model  # noqa: E402
+
+import querylens_fast as ql  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; none is here"))
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ql.Model:
+    """A random model of each architecture in float64, from disk."""
+    folder = save_tiny_model(request.param, tmp_path_factory.mktemp(request.param))
+    return ql.load_model(folder, dtype="float64")
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory):
+    return save_tiny_model("gpt2", tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="session")
+def gpt2(gpt2_folder) -> ql.Model:
+    return ql.load_model(gpt2_folder, dtype="float64")
+
+
+@pytest.fixture(scope="session")
+def sample() -> ql.Tokens:
+    """Five sequences with padding at the end of one and in the middle of another."""
+    ids = torch.randint(3, 61, (5, 7), generator=torch.Generator().manual_seed(5))
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    valid[1, 5:] = False
+    valid[3, 2] = False
+    return ql.Tokens(ids, valid)

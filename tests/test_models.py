@@ -1,0 +1,148 @@
+"""Models: our blocks reproduce the model, their Jacobians are its Jacobians, and what is not covered is refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_models import LAYERS, VOCAB, save_tiny_model
+from torch.func import jvp, vjp
+
+import querylens_fast as ql
+from querylens_fast.blocks import Masking
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_logits_are_the_models_own(tiny_model: ql.Model) -> None:
+    ids = torch.randint(0, VOCAB, (2, 9))
+    ours = tiny_model.logits(tiny_model.residuals(ids)[2])
+    assert relative(ours, tiny_model.source(ids).logits) < 1e-6
+
+
+def test_residuals_are_the_models_own(tiny_model: ql.Model) -> None:
+    ids = torch.randint(0, VOCAB, (2, 9))
+    pre, _, _ = tiny_model.residuals(ids)
+    theirs = tiny_model.source(ids, output_hidden_states=True).hidden_states
+    for layer in range(LAYERS):
+        assert relative(pre[layer], theirs[layer]) < 1e-6
+
+
+def test_padding_follows_the_attention_mask(tiny_model: ql.Model) -> None:
+    """With padding in mid-row the masked blocks give what the model gives for an attention mask."""
+    ids, valid = torch.randint(3, VOCAB, (2, 9)), torch.ones(2, 9, dtype=torch.bool)
+    valid[1, 3:5] = False
+    positions = (valid.long().cumsum(-1) - 1).clamp_min(0)
+    theirs = tiny_model.source(ids, attention_mask=valid.long(), position_ids=positions).logits
+    x = tiny_model.embed(ids)
+    if tiny_model.position_embedding is not None:
+        x = x + tiny_model.position_embedding[positions]
+    for block in tiny_model.blocks:
+        x = block(x, Masking(valid, (2, 9), x.device))
+    assert relative(tiny_model.logits(x)[valid], theirs[valid]) < 1e-6
+
+
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_linearised_blocks_are_the_jacobian(tiny_model: ql.Model, part: str, masked: bool) -> None:
+    torch.manual_seed(1)
+    valid = torch.rand(2, 7) > 0.3 if masked else None
+    masking = Masking(valid, (2, 7), torch.device("cpu"))
+    for block in tiny_model.blocks:
+        module = getattr(block, part)
+        x = torch.randn(2, 7, tiny_model.d_model, dtype=torch.float64)
+        t = torch.randn(3, *x.shape, dtype=torch.float64)
+
+        def run(y: torch.Tensor, module=module) -> torch.Tensor:
+            return module(y, masking) if part == "attention" else module(y)
+
+        linear = module.linearise(x, masking) if part == "attention" else module.linearise(x)
+        forward = torch.stack([jvp(run, (x,), (ti,))[1] for ti in t])
+        pulled = torch.stack([vjp(run, x)[1](ti)[0] for ti in t])
+        assert relative(linear.jvp(t), forward) < 1e-10
+        assert relative(linear.vjp(t), pulled) < 1e-10
+        assert relative((linear.jvp(t) * t).sum(), (t * linear.vjp(t)).sum()) < 1e-10
+
+
+def test_a_query_that_sees_nothing_attends_to_nothing(gpt2: ql.Model) -> None:
+    valid = torch.tensor([[False, False, True, True]])
+    x = torch.randn(1, 4, gpt2.d_model, dtype=torch.float64)
+    linear = gpt2.blocks[0].attention.linearise(x, Masking(valid, (1, 4), x.device))
+    assert torch.isfinite(linear.output).all()
+    assert not linear.pattern[0, :, :2].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_other_dtypes_load_with_the_same_fingerprint(gpt2: ql.Model, gpt2_folder: Path, dtype: str) -> None:
+    other = ql.load_model(gpt2_folder, dtype=dtype)
+    assert str(other.dtype).endswith(dtype)
+    if dtype != "float16":  # float16 rounds before the fingerprint's own rounding does
+        assert other.fingerprint == gpt2.fingerprint
+
+
+def test_token_strings(gpt2: ql.Model) -> None:
+    assert gpt2.str_tokens([2, 7, 7]) == ["<pad>", "w7", "w7"]
+    assert gpt2.pad_token_id == 2
+
+
+def test_without_a_tokenizer_strings_are_an_error(gpt2_folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(gpt2_folder / name, tmp_path / name)
+    model = ql.load_model(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        model.str_tokens([1])
+
+
+def test_as_model_takes_a_transformers_model(gpt2: ql.Model) -> None:
+    assert ql.as_model(gpt2) is gpt2
+    adapted = ql.as_model(gpt2.source)
+    assert adapted.fingerprint == gpt2.fingerprint
+    assert ql.as_model(gpt2.source) is adapted
+    with pytest.raises(ql.UnsupportedModelError, match="expected the result of load_model"):
+        ql.as_model("gpt2")
+
+
+def test_an_unsupported_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    config = transformers.GPTNeoXConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ql.UnsupportedModelError, match="gpt_neox.*supported are gemma2"):
+        ql.load_model(tmp_path)
+
+
+def test_a_variation_we_do_not_reproduce_is_refused(tmp_path: Path) -> None:
+    """Gemma 3 with bidirectional attention has the supported type and other logits."""
+    folder = save_tiny_model("gemma3", tmp_path)
+    config = (folder / "config.json").read_text().replace(
+        '"use_bidirectional_attention": false', '"use_bidirectional_attention": true'
+    )  # fmt: skip
+    (folder / "config.json").write_text(config)
+    with pytest.raises(ql.UnsupportedModelError, match="does not reproduce"):
+        ql.load_model(folder)
+
+
+def test_missing_and_damaged_models(gpt2_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        ql.load_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither a readable local folder nor a hub id"):
+        ql.load_model("nobody/no-such-model")
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        ql.load_model(gpt2_folder, dtype="int8")
+    shutil.copytree(gpt2_folder, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises((ValueError, FileNotFoundError), match="damaged|could not be loaded"):
+        ql.load_model(tmp_path / "cut")
+
+
+def test_nan_weights_are_refused(gpt2_folder: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="layer 1 W_in holds 1 NaN"):
+        ql.load_model(tmp_path)
