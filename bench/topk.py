@@ -10,6 +10,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -141,6 +142,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpu": cpu,
         "bf16_products": bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton,
@@ -191,8 +193,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32; GPU: bfloat16")
     parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="CPU threads; 1 gives steady ratios on a machine that is shared")
     parser.add_argument("--out", type=Path, help="JSON to write")
     options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     on_gpu = options.device.startswith("cuda")
     dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))
     records = []

@@ -273,6 +273,15 @@ def scores_at(F: Tensor, W: Tensor, ids: Tensor, epilogue: Epilogue) -> Tensor:
     return scores
 
 
+def scores_of_columns(F: Tensor, W: Tensor, ids: Tensor, epilogue: Epilogue) -> Tensor:
+    """Scores [n, m] of every row of F with the same columns ids [m] (arguments already checked)."""
+    dtype = accumulation_dtype(F.dtype)
+    bias, scale, offset = epilogue
+    taken = Epilogue(None if bias is None else bias[ids], None if scale is None else scale[ids], offset)
+    with torch.no_grad(), full_float32():
+        return taken.apply_(F.to(dtype) @ W[ids].to(dtype).T, slice(None), slice(None))
+
+
 def _distinct(ids: Tensor) -> bool:
     ordered = ids.sort(dim=1).values
     return not bool((ordered[:, 1:] == ordered[:, :-1]).any())

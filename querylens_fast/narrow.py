@@ -25,7 +25,9 @@ MAX_COPY_BYTES = 1 << 31
 MIN_ROWS = 192
 """Fewer rows of F do not pay for the copy of W."""
 _EXTRA = 32
-_BLOCK_ROWS = 256
+_BLOCK_ROWS = 512
+_TILE_ELEMENTS = 1 << 25
+"""Scores held at a time (64 MiB in bfloat16)."""
 
 
 def candidates_for(k: int) -> int:
@@ -87,7 +89,8 @@ def topk(
         folded, bound = _fold_columns(W, epilogue)
     m = min(candidates_for(k), len(W))
     width = folded.shape[1]
-    rows = max(1, min(block_rows or _BLOCK_ROWS, len(F)))
+    rows = block_rows or max(1, min(_BLOCK_ROWS, _TILE_ELEMENTS // len(W)))
+    rows = max(1, min(rows, len(F)))
     # One tile for all blocks: fresh memory of this size costs more to map than the selection.
     tile = torch.empty(rows * len(W), dtype=NARROW)
 

@@ -136,7 +136,8 @@ def scores_at(
     _check_matrices(F, W)
     _check_vectors(F, W, bias=bias, scale=scale, offset=offset)
     ids = _checked_ids(F, W, ids)
-    return blocked.scores_at(F, W, ids, blocked.Epilogue(bias, scale, offset))
+    epilogue = blocked.Epilogue(bias, scale, offset)
+    return (blocked.scores_of_columns if ids.ndim == 1 else blocked.scores_at)(F, W, ids, epilogue)
 
 
 def choose_backend(backend: str, F: Tensor) -> str:
@@ -274,4 +275,4 @@ def _checked_ids(F: Tensor, W: Tensor, ids: Tensor) -> Tensor:
             f"ids holds {int(ids.min())}..{int(ids.max())}: expected 0..{len(W) - 1}, the rows of W; "
             "are these ids from another vocabulary?"
         )
-    return ids.long().expand(len(F), -1) if ids.ndim == 1 else ids.long()
+    return ids.long()
