@@ -161,7 +161,10 @@ class JsonlSink(Sink):
             return None
         if _identity_path(self.path).is_file():
             return json.loads(_identity_path(self.path).read_text(encoding="utf-8"))
-        return {"preset": "unknown: there is no .run.json beside it"}
+        raise FileExistsError(
+            f"{str(self.path)!r} has no .run.json beside it that says what it is a result of, so it is left alone; "
+            "choose another out"
+        )
 
 
 def _identity_path(path: Path) -> Path:

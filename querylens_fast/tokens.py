@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 DOCUMENTS_PER_JOIN = 1000
-PIECES_PER_JOIN = 20
 REFERENCE_HOLDOUT = 1000
 
 
@@ -193,19 +192,18 @@ def _dataset_texts(name: str, split: str, column: str) -> Iterator[str]:
 
 
 def tokenize_and_concatenate(texts: Iterable[str], tokenizer: Any, length: int) -> Tensor:
-    """Rows of ``length`` tokens [n, length] from texts, as the reference's loader makes them.
+    """Rows of ``length`` tokens [n, length] from texts, as the reference's loader (transformer-lens's) makes them.
 
-    A thousand documents at a time are joined by the end-of-text token, cut into twenty pieces by characters,
-    tokenised, stripped of padding, and cut into rows; what is left over at the end of each thousand is dropped.
+    A thousand documents at a time are tokenised one by one, joined by the end-of-text token and cut into rows; what is
+    left over at the end of each thousand is dropped.
     """
-    rows, batch = [], []
-    separator = tokenizer.eos_token or ""
+    rows: list[Tensor] = []
+    batch: list[str] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def flush() -> None:
-        text = separator.join(batch)
-        size = max(1, -(-len(text) // PIECES_PER_JOIN))
-        pieces = [text[i : i + size] for i in range(0, len(text), size)]
-        ids = [i for piece in tokenizer(pieces)["input_ids"] for i in piece if i != tokenizer.pad_token_id]
+        encoded = tokenizer(batch, add_special_tokens=False)["input_ids"]
+        ids = [i for document in encoded for i in (*document, *end)][: -len(end) or None]
         whole = len(ids) // length * length
         rows.append(torch.tensor(ids[:whole], dtype=torch.int64).reshape(-1, length))
         batch.clear()

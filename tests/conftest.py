@@ -9,10 +9,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest  # noqa: E402
-from tiny_models import ARCHITECTURES, save_tiny_model  # noqa: E402
+import pytest
+from tiny_models import ARCHITECTURES, save_tiny_model
 
-import querylens_fast as ql  # noqa: E402
+import querylens_fast as ql
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
