@@ -67,7 +67,7 @@ def demo(
 
         quiet_loading()
         result = showcase.run_demo(out, k)
-    table = Table(title="Strongest features on held-out text, by dictionary (· space, ⏎ line end)", show_lines=True)
+    table = Table(title="Features at the quartiles of activation strength on held-out text (· space, ⏎ line end)", show_lines=True)
     for column in (
         "dictionary",
         "feature",

@@ -31,6 +31,10 @@ Order = Literal["full", "first_order"]
 Submodule = Literal["both", "attn", "mlp"]
 
 
+ENOUGH_ROWS = {"cpu": 4096, "cuda": 262_144}
+"""GEMM rows (directions × positions) walked at once: on a CPU more of them only leave the cache (measured)."""
+
+
 @dataclass(frozen=True)
 class Linearised:
     """The model linearised at a batch of sequences: 2L modules (None where left out) and the mask [B, S, 1]."""
@@ -84,7 +88,8 @@ class Budget:
             )
         # A few hundred positions fill a GEMM; beyond that more directions beat more sequences.
         rows = max(1, min(int(available // kept), -(-256 // length)))
-        return cls(rows, max(1, int(available // (moving * rows))))
+        enough = ENOUGH_ROWS.get(model.device.type, ENOUGH_ROWS["cuda"]) // (rows * length)
+        return cls(rows, max(1, min(int(available // (moving * rows)), max(enough, 8))))
 
 
 def _bytes_per_sequence(model: Model, length: int) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from querylens_fast.transport import Transport
 PRESETS = ("logit_lens_key", "query_lens_key", "logit_lens_value", "query_lens_value")
 FIT_SEQUENCES = 16
 N_PROBES = 16
+QUARTILE_EXAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,11 @@ def load_example(assets: Path = ASSETS) -> Example:
     )
 
 
-def run_demo(out: Path, k: int = 25, shown_per_layer: int = 3, assets: Path = ASSETS) -> DemoResult:
+def run_demo(out: Path, k: int = 25, assets: Path = ASSETS) -> DemoResult:
     """Fit the transport, compute four signatures of every feature of every layer, write Parquet, choose what to show.
 
-    The features shown are those with the strongest activation on held-out text in each dictionary: a rule, not a hand.
+    What is shown is chosen by a rule, not by hand: among the features of a dictionary that are active in at least 20
+    held-out sequences, those at the quartiles (25, 50, 75 %) of the strength of their strongest activation.
     """
     result, clock = DemoResult([]), time.perf_counter()
 
@@ -107,15 +109,15 @@ def run_demo(out: Path, k: int = 25, shown_per_layer: int = 3, assets: Path = AS
     lap("signatures")
     for dictionary in example.dictionaries:
         peaks = max_activating_tokens(model, dictionary, example.held_out)
-        result.rows += _shown(model, dictionary, transport, peaks, shown_per_layer)
+        result.rows += _shown(model, dictionary, transport, peaks)
     lap("activations")
     return result
 
 
-def _shown(
-    model: Model, dictionary: Dictionary, transport: Transport, activating: MaxActivating, count: int
-) -> list[Shown]:
-    chosen = activating.peaks[:, 0].topk(count).indices
+def _shown(model: Model, dictionary: Dictionary, transport: Transport, activating: MaxActivating) -> list[Shown]:
+    active = (activating.counts >= QUARTILE_EXAMPLES).nonzero()[:, 0]
+    by_strength = active[activating.peaks[active, 0].argsort(stable=True)]
+    chosen = by_strength[[len(by_strength) * q // 4 for q in (1, 2, 3)]]
     found: dict[str, Signatures] = {
         preset: signatures(dictionary, model, preset=preset, transport=transport, k=5, features=chosen)
         for preset in PRESETS
