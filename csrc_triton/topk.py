@@ -100,7 +100,8 @@ def _topk_kernel(
     place = ((local // 8) * 2 + local % 2)[None, :]
     keys = (_ordered_key(scores) & -GROUP) | place
     # NaN and columns past the end: below every number here, above every number once shifted.
-    keys = tl.where((scores == scores) & (columns < V)[None, :], keys, _INT_MIN | place)
+    scores = tl.where((columns < V)[None, :], scores, float("nan"))
+    keys = tl.where(scores == scores, keys, _INT_MIN | place)
     left, right = tl.split(tl.reshape(keys, (BLOCK_M, BLOCK_N // 8, 4, 2)))
     # Both sides are read off the same pairs, so that a pair never takes more than its two registers.
     high, low = tl.maximum(left, right), tl.minimum(left, right)
