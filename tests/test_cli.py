@@ -1,0 +1,167 @@
+"""The command line, end to end, as a newcomer runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from golden_cases import golden
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import querylens_fast as ql
+from querylens_fast.cli import app
+from querylens_fast.demo.showcase import PRESETS, load_example
+from querylens_fast.evaluation import MaxActivating, evaluate_presets, input_scores, max_activating_tokens
+
+CASE = golden("gpt2-standard-sae")
+
+
+def call(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 2, result.output
+    return result.output + (result.stderr if result.stderr_bytes else "")
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    output = call("demo", "--out", folder)
+    assert "10240 features × 4 signatures in" in output and str(folder) in output
+    assert "Query:" in output and "sae_layer3" in output and "transcoder_layer1" in output
+    return folder
+
+
+def test_demo_files_are_what_the_interface_gives(demo_folder: Path) -> None:
+    example = load_example()
+    transport = ql.load_transport(demo_folder / "transport.safetensors")
+    assert transport.metadata["tokens_digest"] == ql.load_tokens(demo_folder / "tokens.safetensors").digest
+    assert len(list(demo_folder.glob("*.parquet"))) == len(example.dictionaries) * len(PRESETS)
+    table = pq.read_table(demo_folder / "sae_layer2.query_lens_key.parquet")
+    assert table.num_rows == 2048 and {"rel_var", "rel_var_se", "top_tokens", "bottom_ids"} <= set(table.column_names)
+    found = ql.signatures(
+        example.dictionaries[2], example.model, preset="query_lens_key", transport=transport, features=[7, 2000]
+    )
+    assert table["top_ids"].take([7, 2000]).to_pylist() == found.top_ids.tolist()
+    assert table["top_tokens"].take([7]).to_pylist() == found.top_tokens[:1]
+
+
+def test_the_engine_names_what_activates_features(demo_folder: Path) -> None:
+    """The paper's finding on the input side: Query Lens keys hold the activating tokens far more often."""
+    example = load_example()
+    transport = demo_folder / "transport.safetensors"
+    names = ["logit_lens_key", "query_lens_key"]
+    scores = evaluate_presets(example.model, example.dictionaries[:2], example.held_out.head(64), transport, names)
+    mean = {s.preset: s.mean for s in scores if s.dictionary is None}
+    assert mean["query_lens_key"] > 0.2 and mean["query_lens_key"] > 5 * mean["logit_lens_key"]
+    for score in scores:
+        assert score.low <= score.mean <= score.high and score.n_features > 500
+
+
+def test_max_activating_tokens_by_definition() -> None:
+    example = load_example()
+    dictionary, held_out = example.dictionaries[0], example.held_out.head(20)
+    found = max_activating_tokens(example.model, dictionary, held_out, n_examples=5, rows=7)
+    pre, _, _ = example.model.residuals(held_out.ids)
+    acts = dictionary.coder.to(torch.device("cpu"), torch.float32).encode(pre[1])
+    for feature in (3, 500, 1999):
+        strongest = acts[..., feature].max(dim=1)
+        order = strongest.values.topk(5)
+        expected = held_out.ids[order.indices, strongest.indices[order.indices]]
+        expected = torch.where(order.values > 0, expected, -1)
+        assert torch.allclose(found.peaks[feature], order.values, atol=1e-4)
+        assert found.tokens[feature].tolist() == expected.tolist()
+
+
+def test_input_score_counts_repetitions() -> None:
+    activating = MaxActivating(torch.tensor([[4, 4, 9, 7], [5, -1, -1, -1], [-1, -1, -1, -1]]), torch.zeros(3, 4))
+    scores = input_scores(torch.tensor([[4, 1], [1, 2], [3, 4]]), activating)
+    assert scores[0] == 0.5 and scores[1] == 0 and scores[2].isnan()
+
+
+def test_evaluate_input_of_a_users_files(tmp_path: Path) -> None:
+    output = call(
+        "evaluate", "input", "--model", CASE.model_path, "--dictionary", CASE.sae_path(0), "--dictionary",
+        CASE.sae_path(1), "--tokens", CASE.tokens_path, "--min-examples", 1, "--out", tmp_path / "scores.json",
+    )  # fmt: skip
+    assert "sae_layer1" in output
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert len(scores) == 4 * 3 and {s["dictionary"] for s in scores} == {"sae_layer0", "sae_layer1", None}
+    assert "--dictionary" in refused("evaluate", "input", "--model", CASE.model_path)
+
+
+def test_transport_signatures_and_resume(tmp_path: Path) -> None:
+    fitted = tmp_path / "t.safetensors"
+    output = call("transport", CASE.model_path, CASE.tokens_path, "--out", fitted, "--energy", "exact")
+    assert str(fitted) in output and "over 90 tokens" in output
+    out = tmp_path / "s.jsonl"
+    arguments = ("signatures", CASE.sae_path(1), CASE.model_path, "--transport", fitted, "--out", out, "--k", 10)
+    assert "96 signatures" in call(*arguments)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    expected = CASE.row("query_lens_value", 1, 17)
+    assert rows[17]["top_ids"] == expected["top_ids"]
+    assert abs(rows[17]["stats"]["rel_var"] - expected["stats"]["rel_var"]) < 1e-3
+    before = out.read_bytes()
+    call(*arguments)
+    assert out.read_bytes() == before
+
+
+def test_topk_of_two_files(tmp_path: Path) -> None:
+    a, b = torch.randn(5, 8), torch.randn(30, 8)
+    save_file({"A": a, "B": b}, str(tmp_path / "m.safetensors"))
+    spec = f"{tmp_path / 'm.safetensors'}:"
+    call("topk", spec + "A", spec + "B", "--k", 3, "--out", tmp_path / "r.safetensors")
+    found = load_file(str(tmp_path / "r.safetensors"))
+    assert torch.allclose(found["top_scores"], (a @ b.T).topk(3).values)
+    assert "no tensor 'C'" in refused("topk", spec + "C", spec + "B")
+    assert "expected file.safetensors:name" in refused("topk", "x", "y")
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    out = tmp_path / "x.parquet"
+    for arguments, message in (
+        (("signatures", tmp_path / "no", CASE.model_path, "--out", out), "no such file or folder"),
+        (("signatures", CASE.sae_path(0), "nobody/nothing", "--out", out), "neither a readable local folder"),
+        (("signatures", CASE.sae_path(0), CASE.model_path, "--out", out), "needs transport="),
+        (("signatures", CASE.sae_path(0), CASE.model_path, "--out", out, "--preset", "x"), "unknown preset 'x'"),
+        (("transport", CASE.model_path, tmp_path / "no.safetensors"), "does not exist"),
+        (("transport", CASE.model_path, CASE.tokens_path, "--energy", "all"), "energy is"),
+        (("convert-features", tmp_path / "no.pkl", tmp_path / "f.json"), "no.pkl"),
+    ):
+        output = refused(*arguments)
+        assert "error:" in output and message in output.replace("\n", ""), output
+        assert "Traceback" not in output
+    assert not list(tmp_path.iterdir())
+
+
+IMPORT = """
+import time, sys
+import torch
+start = time.perf_counter()
+import querylens_fast
+elapsed = time.perf_counter() - start
+heavy_names = ("transformers", "triton", "sae_lens", "transformer_lens", "datasets", "pyarrow")
+heavy = [m for m in heavy_names if m in sys.modules]
+print(elapsed, *heavy)
+"""
+
+
+def test_import_is_light() -> None:
+    """Best of three, since the first pays for a cold disk."""
+    runs = []
+    for _ in range(3):
+        output = subprocess.run(
+            [sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True
+        ).stdout.split()
+        assert output[1:] == []
+        runs.append(float(output[0]))
+    assert min(runs) < 0.3, runs
