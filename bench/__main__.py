@@ -1,12 +1,12 @@
-"""``python -m bench topk ...`` and ``python -m bench gpu_check``."""
+"""``python -m bench topk ...``, ``python -m bench lens ...`` and ``python -m bench gpu_check``."""
 
 from __future__ import annotations
 
 import sys
 
-from bench import gpu_check, topk
+from bench import gpu_check, lens, topk
 
-COMMANDS = {"topk": topk.main, "gpu_check": gpu_check.main}
+COMMANDS = {"topk": topk.main, "lens": lens.main, "gpu_check": gpu_check.main}
 
 
 def main() -> None:
