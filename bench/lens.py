@@ -1,6 +1,6 @@
 """Query Lens for whole dictionaries: the transport against the GEMM floor, and all features against walks one by one.
 
-    python -m bench lens [--model FOLDER] [--sequences 32] [--length 32] [--features 20]
+    python -m bench lens [--model FOLDER] [--width N] [--sequences 32] [--length 32] [--features 20]
 
 Both sides in one process and one run, medians. The peer is the reference's way: for each feature one forward-mode
 (value) or reverse-mode (key) pass through every later or earlier module of the model, over the same cached residuals;
@@ -123,6 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--model", help="a transformers folder; its MLP neurons are the dictionaries (default: the demo)"
     )
+    parser.add_argument("--width", type=int, help="this many random directions a layer in place of the dictionaries")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--features", type=int, default=20, help="features timed one by one, a dictionary")
@@ -138,8 +139,16 @@ def main(arguments: list[str] | None = None) -> None:
         model, dictionaries = example.model, example.dictionaries
         ids = example.held_out.ids[: options.sequences, : options.length].contiguous()
         tokens = ql.Tokens(ids, torch.ones_like(ids, dtype=torch.bool), "demo, held out")
+    if options.width:
+        dictionaries = [
+            ql.directions(torch.randn(options.width, model.d_model), layer=layer) for layer in range(model.n_layers)
+        ]
     figures = bench(model, dictionaries, tokens, options.features)
-    result = {"machine": machine(torch.device("cpu")), "command": "python -m bench lens", **figures}
+    result = {
+        "machine": machine(torch.device("cpu")),
+        "command": f"python -m bench lens {' '.join(arguments or [])}".strip(),
+        **figures,
+    }
     for side in ("value", "key"):
         r = result[side]
         print(
