@@ -126,7 +126,9 @@ def train_dictionary(
             error = y - (reconstruction.float() + b_dec)
             loss = error.square().mean()
             silent = (silent_steps > max(20, size.steps // 20)).nonzero().flatten()
-            total = loss + _silent_loss(acts, W_dec, silent, error.detach()) / 32 if len(silent) else loss
+            # A transcoder's silent features may be below zero on every token, where the ReLU passes no gradient.
+            reach = acts if hook_name_out is None else pre.float() + b_enc
+            total = loss + _silent_loss(reach, W_dec, silent, error.detach()) / 32 if len(silent) else loss
 
             optimizer.zero_grad()
             total.backward()
@@ -169,10 +171,10 @@ def _batch_threshold(acts: Tensor, k: int, stride: int = 8) -> float:
     return float(torch.topk(some.flatten(), k * len(some), sorted=False).values.min())
 
 
-def _silent_loss(acts: Tensor, W_dec: Tensor, silent: Tensor, error: Tensor) -> Tensor:
-    """How much of the error [B, D] the silent features' own largest activations fail to explain: a scalar."""
-    top = torch.topk(acts[:, silent], min(len(silent), W_dec.shape[1] // 2), sorted=False)
-    chosen = torch.zeros(len(acts), len(silent)).scatter(1, top.indices, top.values)
+def _silent_loss(reach: Tensor, W_dec: Tensor, silent: Tensor, error: Tensor) -> Tensor:
+    """How much of the error [B, D] the silent features' largest entries in `reach` [B, F] fail to explain: a scalar."""
+    top = torch.topk(reach[:, silent], min(len(silent), W_dec.shape[1] // 2), sorted=False)
+    chosen = torch.zeros(len(reach), len(silent)).scatter(1, top.indices, top.values)
     return (error - chosen @ W_dec[silent]).square().mean()
 
 
@@ -195,7 +197,13 @@ def save_dictionary(dictionary: Dictionary, folder: Path, model_name: str) -> No
     """Writes `cfg.json` and `sae_weights.safetensors`, in float16, as sae-lens reads them (into float32)."""
     folder.mkdir(parents=True, exist_ok=True)
     is_transcoder = dictionary.hook_name_out is not None
-    metadata = {"model_name": model_name, "hook_name": dictionary.hook_name, "prepend_bos": False}
+    # Without the version of the format sae-lens takes this for an old file and drops the metadata.
+    metadata = {
+        "sae_lens_version": "6.0.0",
+        "model_name": model_name,
+        "hook_name": dictionary.hook_name,
+        "prepend_bos": False,
+    }
     config = {
         "d_in": dictionary.W_enc.shape[0],
         "d_sae": dictionary.W_enc.shape[1],

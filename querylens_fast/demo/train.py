@@ -83,7 +83,8 @@ class Settings(NamedTuple):
 
     model: ModelSize = ModelSize()
     autoencoder: DictionarySize = DictionarySize()
-    transcoder: DictionarySize = DictionarySize()
+    # At the autoencoders' rate a third of a transcoder's features fall silent for good.
+    transcoder: DictionarySize = DictionarySize(k=48, learning_rate=1e-3)
     transcoder_layers: tuple[int, ...] = (1,)
     activation_rows: int = 8192
     sample_rows: int = 256
