@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ from querylens_fast.demo.dictionaries import Dictionary
 from querylens_fast.demo.train import SMOKE, read_model, train
 
 DICTIONARIES = ["sae_layer0", "sae_layer1", "sae_layer2", "sae_layer3", "transcoder_layer1"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products this small only wait for a second thread, and for long where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
