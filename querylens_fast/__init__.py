@@ -14,6 +14,7 @@ Data goes one way: sources (`models`, `dictionaries`, `tokens`) → vectors → 
 """
 
 from querylens_fast.dictionaries import Dictionary, directions, load_dictionary, neuron_dictionary
+from querylens_fast.downstream import downstream
 from querylens_fast.fitting import fit_transport
 from querylens_fast.models import Model, UnsupportedModelError, as_model, load_model
 from querylens_fast.ops import TopK, streamed_topk
@@ -38,6 +39,7 @@ __all__ = [
     "UnsupportedModelError",
     "as_model",
     "directions",
+    "downstream",
     "find_preset",
     "fit_transport",
     "load_dictionary",

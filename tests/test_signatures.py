@@ -331,3 +331,56 @@ def test_zero_out_of_a_silent_feature_is_exactly_nothing() -> None:
     assert silent.any()
     assert not found.top_scores[silent].any()
     assert (found.top_ids[silent] == torch.arange(3)).all()
+
+
+def test_downstream_readers(tiny_model: ql.Model) -> None:
+    """A feature's readers by definition: the change of the pre-activations per unit of the normed stream's scale."""
+    matrix = torch.randn(6, D_MODEL, dtype=torch.float64)
+    dictionary = ql.directions(matrix, layer=0)
+    found = ql.downstream(dictionary, tiny_model, targets="blocks.1.attn.W_K", k=K)
+    block = tiny_model.blocks[1].attention
+    x = torch.randn(D_MODEL, dtype=torch.float64)
+
+    def read(v: torch.Tensor) -> torch.Tensor:
+        if block.norm.centred:
+            v = v - v.mean()
+        return block.W_K @ (v * (block.norm.weight if block.norm.weight is not None else 1))
+
+    expected = torch.stack([read(x + v) - read(x) for v in matrix])
+    assert torch.allclose(found.top_scores, expected.topk(K).values)
+    keys = ql.directions(torch.randn(9, D_MODEL, dtype=torch.float64), layer=1)
+    virtual = ql.downstream(dictionary, tiny_model, targets=keys, k=K, features=[2])
+    assert torch.allclose(virtual.top_scores[0], (matrix[2] @ keys.keys(slice(None)).T).topk(K).values)
+    for targets, message in (
+        ("blocks.9.mlp.W_in", "expected a Dictionary"),
+        ("lm_head", "like 'blocks.3.mlp.W_in'"),
+        ("blocks.0.attn.W_Q", "lie before layer 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ql.downstream(dictionary, tiny_model, targets=targets, k=K)
+
+
+def test_bfloat16_by_the_error_rule(gpt2: ql.Model, gpt2_folder: Path, sample: ql.Tokens) -> None:
+    """Ours in bfloat16 errs at most three times as much as the lens done one by one in torch's bfloat16."""
+    coarse = ql.load_model(gpt2_folder, dtype="bfloat16")
+    everything, features = torch.arange(VOCAB), list(range(20))
+    for preset, norm in (("query_lens_value", True), ("query_lens_key", False)):
+        options = {"preset": preset, "tokens": sample}
+        truth = ql.scores_at(ql.neuron_dictionary(gpt2, 1), gpt2, features, everything, **options).double()
+        neurons = ql.neuron_dictionary(coarse, 1)
+        found = ql.scores_at(
+            neurons,
+            coarse,
+            features,
+            everything,
+            preset=preset,
+            transport=ql.fit_transport(coarse, sample, progress=False),
+        ).double()
+        walked = ql.signatures(neurons, coarse, features=features, vectors=True, **options).vectors.bfloat16()
+        if norm:
+            theirs = coarse.source.lm_head(coarse.source.transformer.ln_f(walked)).double()
+        else:
+            table = coarse.W_E - coarse.embed(sample.ids)[sample.valid_mask].float().mean(0).bfloat16()
+            theirs = (walked @ (table / table.norm(dim=1, keepdim=True)).T).double()
+        ours, reference = ((x - truth).norm() / truth.norm() for x in (found, theirs))
+        assert ours <= 3 * reference + 1e-5, (preset, float(ours), float(reference))
