@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,14 @@ def reported_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+def wide_console(width: int) -> Any:
+    """A console as wide as the terminal, or as COLUMNS says; ``width`` where there is neither."""
+    from rich.console import Console
+
+    known = Console().is_terminal or "COLUMNS" in os.environ
+    return Console(width=None if known else width)
+
+
 def say(text: str) -> None:
     typer.echo(text)
 
@@ -59,7 +68,6 @@ def demo(
     k: Annotated[int, typer.Option(help="Tokens a side in the files.")] = 25,
 ) -> None:
     """The whole job on the embedded model and dictionaries, offline, in under a minute."""
-    from rich.console import Console
     from rich.table import Table
 
     with reported_errors():
@@ -67,7 +75,8 @@ def demo(
 
         quiet_loading()
         result = showcase.run_demo(out, k)
-    table = Table(title="Features at the quartiles of activation strength on held-out text (· space, ⏎ line end)", show_lines=True)
+    title = "Features at the quartiles of activation strength on held-out text (· space, ⏎ line end)"
+    table = Table(title=title, show_lines=True)
     for column in (
         "dictionary",
         "feature",
@@ -83,8 +92,7 @@ def demo(
             for side in ("key", "value")
         ]
         table.add_row(row.dictionary, str(row.feature), showcase.visible(row.activating), *pairs)
-    console = Console(width=None if Console().is_terminal else 160)
-    console.print(table, markup=False)
+    wide_console(160).print(table, markup=False)
     steps = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
     total = f"{showcase.total_seconds(result):.1f} s on {showcase.threads()} threads"
     say(f"{result.n_features} features × 4 signatures in {total} ({steps})")
@@ -197,7 +205,7 @@ def evaluate_input(
     tokens: Annotated[str | None, typer.Option(help="Held-out sample to find activating tokens in.")] = None,
     transport: Annotated[Path | None, typer.Option(help="Default: fitted on the first tokens, left out after.")] = None,
     presets: Annotated[str, typer.Option(help="Comma-separated.")] = (
-        "logit_lens_key,query_lens_key,logit_lens_value,query_lens_value"
+        "logit_lens_key,key_identity_embed_cosine_centered,query_lens_key,logit_lens_value,query_lens_value"
     ),
     k: Annotated[int, typer.Option(help="Signature size.")] = 25,
     examples: Annotated[int, typer.Option(help="Activating sequences a feature.")] = 20,
@@ -206,7 +214,6 @@ def evaluate_input(
     out: Annotated[Path | None, typer.Option(help="Write the scores as JSON too.")] = None,
 ) -> None:
     """The paper's input score I(T): is what activates a feature in its signature? By layer, with 95 % intervals."""
-    from rich.console import Console
     from rich.table import Table
 
     with reported_errors():
@@ -243,7 +250,7 @@ def evaluate_input(
     for preset, row in by_preset.items():
         cells = [row[n] for n in [*names, None]]
         table.add_row(preset, *(f"{c.mean:.3f} [{c.low:.3f}, {c.high:.3f}] n={c.n_features}" for c in cells))
-    Console(width=None if Console().is_terminal else 200).print(table, markup=False)
+    wide_console(200).print(table, markup=False)
     if out is not None:
         out.write_text(json.dumps([s.as_dict() for s in scores], indent=1), encoding="utf-8")
         say(f"results: {out.resolve()}")

@@ -5,6 +5,7 @@ feature vector (value | key) → stream transition → readout, then the top and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,8 +76,11 @@ PRESETS = {
 }
 
 
+_COMPOSED = re.compile(f"^({'|'.join(FEATURE_VECTORS)})_({'|'.join(STREAM_TRANSITIONS)})_({'|'.join(READOUTS)})$")
+
+
 def find_preset(preset: str | Preset | Sequence[str | None]) -> Preset:
-    """A preset by name, or from its three components (feature_vector, stream_transition, readout).
+    """A preset by name, or from its three components: (feature_vector, stream_transition, readout), or joined by "_".
 
     Raises:
         ValueError: An unknown name or component (the message lists those known).
@@ -84,9 +88,15 @@ def find_preset(preset: str | Preset | Sequence[str | None]) -> Preset:
     if isinstance(preset, Preset):
         return preset
     if isinstance(preset, str):
-        if preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset!r}; known are {', '.join(PRESETS)}")
-        return PRESETS[preset]
+        if preset in PRESETS:
+            return PRESETS[preset]
+        parts = _COMPOSED.match(preset)
+        if parts is None:
+            raise ValueError(
+                f"unknown preset {preset!r}; known are {', '.join(PRESETS)}, and components joined like "
+                "'key_identity_embed_cosine_centered'"
+            )
+        preset = parts.groups()
     if len(preset) != 3:
         raise ValueError(f"preset is {preset!r}; expected a name or (feature_vector, stream_transition, readout)")
     vector, transition, readout = preset

@@ -95,7 +95,7 @@ def test_evaluate_input_of_a_users_files(tmp_path: Path) -> None:
     )  # fmt: skip
     assert "sae_layer1" in output
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert len(scores) == 4 * 3 and {s["dictionary"] for s in scores} == {"sae_layer0", "sae_layer1", None}
+    assert len(scores) == 5 * 3 and {s["dictionary"] for s in scores} == {"sae_layer0", "sae_layer1", None}
     assert "--dictionary" in refused("evaluate", "input", "--model", CASE.model_path)
 
 
