@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import querylens_fast as ql
 from bench.cases import CASES, ODD
 from bench.topk import inputs, report, run_case, save
 from querylens_fast import blocked, ops
+from querylens_fast.demo import ASSETS
 
 BUDGET_S = 420
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -106,6 +108,32 @@ def correctness() -> list[dict[str, Any]]:
     return results
 
 
+def check_transport(device: str) -> dict[str, Any]:
+    """The demo's transport and signatures on a device against those on the CPU in float64, and the seconds they take."""
+    model, tokens = (
+        ql.load_model(ASSETS / "model", device=device),
+        ql.load_tokens(ASSETS / "tokens.safetensors").head(16),
+    )
+    exact = ql.load_model(ASSETS / "model", dtype="float64")
+    start = time.perf_counter()
+    fitted = ql.fit_transport(model, tokens, energy="probes", n_probes=8, progress=False)
+    fit_s = time.perf_counter() - start
+    truth = ql.fit_transport(exact, tokens, energy="probes", n_probes=8, progress=False)
+    errors = [
+        float((found.cpu().double() - table[key]).norm() / table[key].norm())
+        for ours, table in ((fitted.matrices, truth.matrices), (fitted.energies, truth.energies))
+        for key, found in ours.items()
+    ]
+    dictionary = ql.load_dictionary(ASSETS / "sae_layer2")
+    start = time.perf_counter()
+    found = ql.signatures(dictionary, model, preset="query_lens_key", transport=fitted)
+    read_s = time.perf_counter() - start
+    expected = ql.signatures(dictionary, exact, preset="query_lens_key", transport=truth)
+    errors.append(float((found.top_scores.double() - expected.top_scores).norm() / expected.top_scores.norm()))
+    name = f"demo transport and signatures on {device}"
+    return {"name": name, "ok": max(errors) < 1e-3, "error": max(errors), "fit_s": fit_s, "signatures_s": read_s}
+
+
 def stage_times(name: str, dtype: torch.dtype) -> dict[str, float]:
     """Milliseconds of the kernel with its second stage alone, beside the whole: where the time goes."""
     from csrc_triton.topk import topk
@@ -136,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(2)
     start = time.perf_counter()
     out = Path(os.environ.get("OUT") or Path(__file__).parent / "results") / "gpu-check.json"
-    checks = correctness()
+    checks = [*correctness(), check_transport("cuda")]
     wrong = [check["name"] for check in checks if not check["ok"]]
     records: list[dict[str, Any]] = []
     skipped: list[str] = []
