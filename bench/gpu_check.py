@@ -109,7 +109,7 @@ def correctness() -> list[dict[str, Any]]:
 
 
 def check_transport(device: str) -> dict[str, Any]:
-    """The demo's transport and signatures on a device against those on the CPU in float64, and the seconds they take."""
+    """The demo's transport and signatures on a device against the CPU in float64, and the seconds they take."""
     model, tokens = (
         ql.load_model(ASSETS / "model", device=device),
         ql.load_tokens(ASSETS / "tokens.safetensors").head(16),
