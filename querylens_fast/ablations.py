@@ -143,7 +143,8 @@ def _splice(model: Model, dictionary: Dictionary, ids: Tensor) -> _Splice:
         raise ValueError(f"dictionary {dictionary.name!r} reads {read!r} and writes {write!r}: it cannot be spliced in")
     acts = coder.encode(x)
     scale, _ = coder.output_scale(x)
-    output = coder.decode(acts, x)
+    # As sae-lens splices a transcoder in, and so the reference's answers: encoder and decoder, without the skip path.
+    output = coder.decode(acts, x, skip=False)
 
     def direction(features: Tensor) -> Tensor:
         return coder.decoder_rows(features)[:, None, None] * scale

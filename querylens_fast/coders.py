@@ -77,14 +77,14 @@ class Coder:
         rows = self.weights["W_dec"][features]
         return rows / rows.norm(dim=-1, keepdim=True) if self.rescale_by_decoder_norm else rows
 
-    def decode(self, acts: Tensor, x: Tensor) -> Tensor:
-        """The output [..., D] for activations [..., n]; x is the coder's input, for rescaling and skips."""
+    def decode(self, acts: Tensor, x: Tensor, skip: bool = True) -> Tensor:
+        """The output [..., D] for activations [..., n]; x is the coder's input, for rescaling and (``skip``) W_skip."""
         w = self.weights
         if self.rescale_by_decoder_norm:
             acts = acts / w["W_dec"].norm(dim=-1)
         scale, shift = self.output_scale(x)
         y = (acts @ w["W_dec"] + w["b_dec"]) * scale + shift
-        return y + x @ w["W_skip"].mT if "W_skip" in w else y
+        return y + x @ w["W_skip"].mT if skip and "W_skip" in w else y
 
     def output_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, shift) [..., 1] that the decoder applies to its output at inputs x [..., D]."""
