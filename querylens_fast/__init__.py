@@ -13,13 +13,14 @@ Data goes one way: sources (`models`, `dictionaries`, `tokens`) → vectors → 
 `ablations`) → `readouts` → streamed top-k (`ops`) → `signatures` → sinks (`store`).
 """
 
-from querylens_fast.dictionaries import Dictionary, directions, load_dictionary, neuron_dictionary
+from querylens_fast.dictionaries import Dictionary, directions, neuron_dictionary
 from querylens_fast.downstream import downstream
 from querylens_fast.fitting import fit_transport
 from querylens_fast.models import Model, UnsupportedModelError, as_model, load_model
 from querylens_fast.ops import TopK, streamed_topk
 from querylens_fast.presets import PRESETS, Preset, find_preset
 from querylens_fast.signatures import Signatures, scores_at, signatures
+from querylens_fast.sources import load_dictionary
 from querylens_fast.store import StoredSignatures
 from querylens_fast.tokens import Tokens, load_tokens
 from querylens_fast.transport import Transport, load_transport

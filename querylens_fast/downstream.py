@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from querylens_fast.blocks import AnyNorm, Norm
-from querylens_fast.dictionaries import Dictionary, load_dictionary
+from querylens_fast.dictionaries import Dictionary
 from querylens_fast.models import Model, as_model
 from querylens_fast.ops import TopK, streamed_topk
+from querylens_fast.sources import load_dictionary
 
 _WEIGHT = re.compile(r"^blocks\.(\d+)\.(attn|mlp)\.(W_Q|W_K|W_V|W_in|W_gate)$")
 

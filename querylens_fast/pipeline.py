@@ -16,7 +16,7 @@ from torch import Tensor
 
 from querylens_fast.ablations import ablate
 from querylens_fast.blocks import at_least_float32
-from querylens_fast.dictionaries import Dictionary, load_dictionary
+from querylens_fast.dictionaries import Dictionary
 from querylens_fast.fitting import fit_transport
 from querylens_fast.linearity import Walked, walk_features
 from querylens_fast.models import Model, as_model
@@ -24,6 +24,7 @@ from querylens_fast.ops import TopK
 from querylens_fast.presets import Preset, find_preset
 from querylens_fast.readouts import Scorer, find_readout
 from querylens_fast.results import LayerTerm, Signatures
+from querylens_fast.sources import load_dictionary
 from querylens_fast.tokens import Tokens, as_tokens
 from querylens_fast.transitions import ADAPTIVE_CHOICES, Adaptive, TunedLens, load_tuned_lens
 from querylens_fast.transport import Transport, load_transport

@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from querylens_fast.dictionaries import load_dictionary
 from querylens_fast.pipeline import Pipeline, Stats, plan
 from querylens_fast.presets import Preset
 from querylens_fast.results import Signatures, concatenate
+from querylens_fast.sources import load_dictionary
 from querylens_fast.store import open_sink
 from querylens_fast.tokens import Tokens
 from querylens_fast.transport import Transport

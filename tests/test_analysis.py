@@ -13,10 +13,10 @@ from golden_cases import CASES, assert_close, assert_same_row, golden
 from querylens_fast.analysis import common, jvp, vjp
 from querylens_fast.analysis.lens import distribute_batch
 from querylens_fast.analysis.run import analyze_identity, analyze_token_change, analyze_tuned_lens
-from querylens_fast.dictionaries import load_dictionary
 from querylens_fast.features import Feature
 from querylens_fast.fitting import fit_transport
 from querylens_fast.models import Model, load_model
+from querylens_fast.sources import load_dictionary
 from querylens_fast.tokens import Tokens, load_tokens
 from querylens_fast.transitions import load_tuned_lens
 

@@ -1,5 +1,6 @@
 """The wheel carries both packages and the demo's files, and works from outside the checkout."""
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -29,7 +30,11 @@ print(found.top_tokens[0], again.top_ids.shape)
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)]
+    # From a clean copy: what an earlier build left in build/ would travel along.
+    source = folder / "source"
+    skipped = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "tests", "bench")
+    shutil.copytree(ROOT, source, ignore=skipped)
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(source)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-2000:]
     return next(folder.glob("*.whl"))

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from querylens_fast.analysis.common import BASELINE_REGISTRY, resolve_baseline
 from querylens_fast.analysis.configuration import CONFIGS, KEYS, compose, config_names
 from querylens_fast.analysis.run import main, run
-from querylens_fast.dictionaries import load_dictionary
 from querylens_fast.features import Feature, save_features_json
 from querylens_fast.fitting import fit_transport
 from querylens_fast.models import load_model
 from querylens_fast.signatures import signatures
+from querylens_fast.sources import load_dictionary
 from querylens_fast.store import read_jsonl
 from querylens_fast.tokens import load_tokens
 

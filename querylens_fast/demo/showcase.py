@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from querylens_fast.demo import ASSETS
-from querylens_fast.dictionaries import Dictionary, load_dictionary
+from querylens_fast.dictionaries import Dictionary
 from querylens_fast.evaluation import MaxActivating, max_activating_tokens
 from querylens_fast.fitting import fit_transport
 from querylens_fast.models import Model, load_model
 from querylens_fast.signatures import Signatures, signatures
+from querylens_fast.sources import load_dictionary
 from querylens_fast.store import StoredSignatures
 from querylens_fast.tokens import Tokens, load_tokens
 from querylens_fast.transport import Transport
