@@ -15,6 +15,7 @@ Data goes one way: sources (`models`, `dictionaries`, `tokens`) → vectors → 
 
 from querylens_fast.dictionaries import Dictionary, directions, neuron_dictionary
 from querylens_fast.downstream import downstream
+from querylens_fast.features import Activation, Feature
 from querylens_fast.fitting import fit_transport
 from querylens_fast.models import Model, UnsupportedModelError, as_model, load_model
 from querylens_fast.ops import TopK, streamed_topk
@@ -29,7 +30,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "Activation",
     "Dictionary",
+    "Feature",
     "Model",
     "Preset",
     "Signatures",

@@ -9,3 +9,7 @@ script written for it changes its imports and nothing else:
 They take the hooked models and sae-lens objects such a script holds, transformers models, and this package's own.
 What they compute is the engine's; DIFFERENCES.md, beside this file, lists where the answers differ and why.
 """
+
+from querylens_fast.features import Activation, Feature
+
+__all__ = ["Activation", "Feature"]
