@@ -242,8 +242,10 @@ def as_model(model: Any, tokenizer: Any = None) -> Model:
     if hasattr(model, "cfg") and hasattr(model, "blocks") and hasattr(model, "W_E"):
         loaded, forward = from_hooked(model), model
     elif hasattr(model, "config") and hasattr(model, "get_input_embeddings"):
-        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        loaded = from_transformers(model, name, tokenizer or _load_tokenizer(name, None, required=False))
+        name = getattr(model.config, "_name_or_path", "")
+        if tokenizer is None and name:
+            tokenizer = _load_tokenizer(name, None, required=False)
+        loaded = from_transformers(model, name or type(model).__name__, tokenizer)
         forward = _logits_of(model)
     else:
         raise UnsupportedModelError(

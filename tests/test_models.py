@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_models import LAYERS, VOCAB, save_tiny_model
+from tiny_models import CONFIGS, LAYERS, VOCAB, save_tiny_model
 from torch.func import jvp, vjp
 
 import querylens_fast as ql
@@ -103,6 +103,14 @@ def test_as_model_takes_a_transformers_model(gpt2: ql.Model) -> None:
     assert ql.as_model(gpt2.source) is adapted
     with pytest.raises(ql.UnsupportedModelError, match="expected the result of load_model"):
         ql.as_model("gpt2")
+
+
+def test_a_model_made_in_memory_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]()).eval()
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: pytest.fail("looked for a tokenizer")
+    )
+    assert ql.as_model(source).tokenizer is None
 
 
 def test_an_unsupported_architecture_is_refused_by_name(tmp_path: Path) -> None:
