@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -310,16 +310,16 @@ def convert_features(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(ctx: typer.Context) -> None:
     """The bundled benchmarks (from a source checkout); arguments go to `python -m bench`."""
-    import runpy
+    import subprocess
     import sys
 
+    root = Path(__file__).parent.parent
     with reported_errors():
-        try:
-            main: Callable[..., Any] = runpy.run_module
-            sys.argv = ["bench", *ctx.args]
-            main("bench", run_name="__main__", alter_sys=True)
-        except ModuleNotFoundError as error:
-            raise ImportError(f"the benchmarks come with a source checkout; run this in one ({error})") from error
+        if not (root / "bench" / "__main__.py").is_file():
+            raise FileNotFoundError("the benchmarks come with a source checkout; install that with `pip install -e .`")
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "bench", *ctx.args], env=environment))
 
 
 if __name__ == "__main__":

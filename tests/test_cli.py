@@ -143,6 +143,12 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_benchmarks_start_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    call("bench", "lens", "--help")
+    refused("bench", "lens", "--no-such-option")
+
+
 IMPORT = """
 import time, sys
 import torch
