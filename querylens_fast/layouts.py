@@ -252,13 +252,16 @@ def from_hooked(hooked: Any) -> Model:
         b_U=None if b_U is None or not bool(b_U.any()) else b_U.detach(),
         embed_scale=1.0,
         position_embedding=hooked.W_pos.detach() if cfg.positional_embedding_type == "standard" else None,
-        logit_softcap=float(getattr(cfg, "output_logits_soft_cap", 0) or 0) or None
-        if getattr(cfg, "output_logits_soft_cap", -1) > 0
-        else None,
+        logit_softcap=_positive(getattr(cfg, "output_logits_soft_cap", None)),
         convention="hooked model, final norm folded into W_U" if folded else "hooked model, raw unembedding",
         tokenizer=getattr(hooked, "tokenizer", None),
         source=hooked,
     )
+
+
+def _positive(value: float | None) -> float | None:
+    """A hooked model's soft cap: −1 stands for none."""
+    return float(value) if value is not None and value > 0 else None
 
 
 def _hooked_norm(module: Any) -> Norm:
@@ -291,7 +294,6 @@ def _hooked_block(cfg: Any, block: Any, layer: int) -> Block:
         module = getattr(owner, name, None)
         return IDENTITY if module is None else _hooked_norm(module)
 
-    softcap = float(getattr(cfg, "attn_scores_soft_cap", -1) or -1)
     attention = Attention(
         norm=_hooked_norm(block.ln1),
         W_Q=heads(a.W_Q, 1),
@@ -308,7 +310,7 @@ def _hooked_block(cfg: Any, block: Any, layer: int) -> Block:
         n_heads=cfg.n_heads,
         n_kv_heads=cfg.n_heads // group,
         scale=1.0 / float(a.attn_scale) if cfg.use_attn_scale else 1.0,
-        softcap=softcap if softcap > 0 else None,
+        softcap=_positive(getattr(cfg, "attn_scores_soft_cap", None)),
         window=cfg.window_size if local else None,
         rotary=_hooked_rotary(a) if cfg.positional_embedding_type == "rotary" else None,
     )

@@ -104,6 +104,27 @@ def test_the_references_rows(case: GoldenCase, hooked, preset: str) -> None:
             assert_same_row(row, case, preset, layer, row["feature"])
 
 
+@pytest.mark.parametrize("preset", ["query_lens_value_approx", "query_lens_key"])
+def test_a_reference_users_script(case: GoldenCase, hooked, preset: str) -> None:
+    """The reference's own calls, on the objects its users hold."""
+    from querylens_fast.analysis import Feature, common, jvp, vjp
+
+    ids, layer, feature = ql.load_tokens(case.tokens_path).ids, case.layers[1], case.features[2]
+    f = Feature(case.name, feature, str(layer), "res")
+    transition = common.BASELINE_REGISTRY[preset]["stream_transition"]
+    build = common.ResidCache if "value" in preset else common.VJPResidCache
+    cache = build.build_for_local_pile_sample(hooked, ids, 1, "all", use_layer_norm=True)
+    if "value" in preset:
+        row = jvp.analyze_feature(
+            hooked, f, sae_of(case, layer), ids, 0, 1, transition, k=case.k, use_jvp_layer_norm=True, resid_cache=cache
+        )
+    else:
+        row = vjp.analyze_feature(
+            hooked, f, sae_of(case, layer), ids, 0, 1, transition, k=case.k, use_vjp_layer_norm=True, resid_cache=cache
+        )
+    assert_same_row(row, case, preset, layer, feature)
+
+
 @pytest.mark.parametrize(("preset", "value", "sign"), [("token_change", 10.0, 1), ("zero_out", 0.0, -1)])
 def test_ablations_are_the_hooked_models_own(case: GoldenCase, hooked, preset: str, value: float, sign: int) -> None:
     """The mean change of logits that the hooked model itself gives with the SAE spliced in and the feature set."""
