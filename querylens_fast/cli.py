@@ -142,6 +142,7 @@ def transport(
     with reported_errors():
         import querylens_fast as ql
 
+        quiet_loading()
         loaded = ql.load_model(model, device=device, dtype=dtype)
         sample = ql.load_tokens(tokens, model=loaded, num_samples=num_samples, max_length=max_length, seed=seed)
         fitted = ql.fit_transport(
@@ -180,6 +181,7 @@ def signatures(
         import querylens_fast as ql
 
         source = ql.load_dictionary(dictionary, sae_id, layer)
+        quiet_loading()
         loaded = ql.load_model(model, device=device, dtype=dtype)
         sample = None if tokens is None else ql.load_tokens(tokens, model=loaded)
         stored = ql.signatures(
@@ -228,6 +230,7 @@ def evaluate_input(
                 raise ValueError("with --model, give --dictionary (once for each layer) and --tokens too")
             import querylens_fast as ql
 
+            quiet_loading()
             loaded = ql.load_model(model, device=device)
             sample = ql.load_tokens(tokens, model=loaded)
             cut = 0 if transport is not None else min(FIT_SEQUENCES, len(sample.ids) // 2)
