@@ -38,6 +38,8 @@ class Preset:
         needs_value = (*ABLATIONS, "tuned_lens", "adaptive")
         if self.stream_transition in needs_value and self.feature_vector != "value":
             raise ValueError(f"stream_transition={self.stream_transition!r} is for feature_vector='value' only")
+        if self.readout is not None and self.stream_transition in ABLATIONS:
+            raise ValueError(f"stream_transition={self.stream_transition!r} ends in logits: its readout must be None")
         if self.readout is None and self.stream_transition not in ABLATIONS:
             raise ValueError(f"stream_transition={self.stream_transition!r} needs a readout: {', '.join(READOUTS)}")
 
@@ -100,4 +102,6 @@ def find_preset(preset: str | Preset | Sequence[str | None]) -> Preset:
     if len(preset) != 3:
         raise ValueError(f"preset is {preset!r}; expected a name or (feature_vector, stream_transition, readout)")
     vector, transition, readout = preset
-    return Preset(f"{vector}_{transition}_{readout}", vector, str(transition), readout)  # type: ignore[arg-type]
+    name = f"{vector}_{transition}_{readout}"
+    # The ablations end in logits by themselves; as in the reference, a readout given with them does nothing.
+    return Preset(name, vector, str(transition), None if transition in ABLATIONS else readout)  # type: ignore[arg-type]

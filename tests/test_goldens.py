@@ -134,3 +134,16 @@ def test_any_three_components_combine(case, fitted) -> None:
                 assert found.preset == f"{vector}_{transition}_{readout}"
                 assert ql.find_preset(found.preset) == found.pipeline.preset
                 assert torch.isfinite(found.top_scores).all()
+
+
+@pytest.mark.parametrize("preset", ["token_change", "zero_out"])
+def test_a_readout_given_with_an_ablation_does_nothing(case, fitted, preset: str) -> None:
+    model, tokens, *_ = fitted
+    given = {"tokens": tokens, "k": 3, "features": case.features}
+    dictionary = ql.load_dictionary(case.sae_path(case.layers[1]))
+    plain = ql.signatures(dictionary, model, preset=preset, **given)
+    for composed in (("value", preset, "unembed"), f"value_{preset}_embed"):
+        found = ql.signatures(dictionary, model, preset=composed, **given)
+        assert torch.equal(found.top_scores, plain.top_scores) and torch.equal(found.top_ids, plain.top_ids)
+    with pytest.raises(ValueError, match="ends in logits"):
+        ql.Preset("wrong", "value", preset, "unembed")
