@@ -25,7 +25,6 @@ app = typer.Typer(
 evaluate_app = typer.Typer(help="Check signatures against what features do on held-out text.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate")
 
-ModelOption = Annotated[str, typer.Option(help="Local folder or hub id of a transformers causal LM.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
 MemoryOption = Annotated[float, typer.Option(help="Bound on the working memory, GiB.")]

@@ -62,7 +62,6 @@ def streamed_topk(
     top: bool = True,
     bottom: bool = True,
     backend: str = "auto",
-    exact: bool = True,
     block_rows: int | None = None,
 ) -> TopK:
     """The k largest and k smallest entries of each row of (F Wᵀ + offset) * scale + bias, never held whole.
@@ -77,8 +76,6 @@ def streamed_topk(
         top: return the largest.
         bottom: return the smallest.
         backend: "auto", "torch" or "triton" (see the module's notes).
-        exact: scores and order as described above. False allows a backend to return the order and scores of its first
-            pass, with the rounding of its tensor cores; the torch backend is always exact.
         block_rows: rows of F scored at a time; None lets the backend choose. Changes memory and speed, not the result
             beyond the last bit of a score.
 
