@@ -1,0 +1,40 @@
+"""The command line, `querylens-fast`: every command, by the module that holds it.
+
+Commands say where their result is. A mistake is one line on stderr that says what to do, exit code 2, and nothing
+written.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import typer
+
+from querylens_fast.cli import computing, showing
+
+app = typer.Typer(
+    help="Token signatures for every feature of sparse autoencoders and transcoders.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+evaluate = typer.Typer(help="Check signatures against what features do on held-out text.", no_args_is_help=True)
+OWN_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.callback()
+def _setup() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("transformers", "httpx", "datasets", "jax"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+app.command()(showing.demo)
+app.command(context_settings=OWN_ARGUMENTS)(computing.run)
+app.command()(computing.transport)
+app.command()(computing.signatures)
+app.add_typer(evaluate, name="evaluate")
+evaluate.command("input")(showing.evaluate_input)
+app.command()(computing.topk)
+app.command("convert-features")(computing.convert_features)
+app.command(context_settings=OWN_ARGUMENTS)(showing.bench)

@@ -1,0 +1,120 @@
+"""Commands that show what the package does: the demo, the input score, the benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from querylens_fast.cli.console import DeviceOption, quiet_loading, reported_errors, say, wide_console
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("querylens_demo"),
+    k: Annotated[int, typer.Option(help="Tokens a side in the files.")] = 25,
+) -> None:
+    """The whole job on the embedded model and dictionaries, offline, in under a minute."""
+    from rich.table import Table
+
+    with reported_errors():
+        from querylens_fast.demo import showcase
+
+        quiet_loading()
+        result = showcase.run_demo(out, k)
+    title = "Features at the quartiles of activation strength on held-out text (· space, ⏎ line end)"
+    table = Table(title=title, show_lines=True)
+    for column in (
+        "dictionary",
+        "feature",
+        "activated by",
+        "key tokens: Logit | Query Lens",
+        "value tokens: Logit | Query Lens",
+    ):
+        table.add_column(column, overflow="fold")
+    for row in result.rows:
+        pairs = [
+            f"Logit: {showcase.visible(row.tokens[f'logit_lens_{side}'])}\n"
+            f"Query: {showcase.visible(row.tokens[f'query_lens_{side}'])}"
+            for side in ("key", "value")
+        ]
+        table.add_row(row.dictionary, str(row.feature), showcase.visible(row.activating), *pairs)
+    wide_console(160).print(table, markup=False)
+    steps = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
+    total = f"{showcase.total_seconds(result):.1f} s on {showcase.threads()} threads"
+    say(f"{result.n_features} features × 4 signatures in {total} ({steps})")
+    say(f"results: {out.resolve()} ({len(result.files)} files: transport, tokens, one Parquet a dictionary and preset)")
+
+
+def evaluate_input(
+    model: Annotated[str | None, typer.Option(help="Default: the embedded model and dictionaries.")] = None,
+    dictionary: Annotated[list[str] | None, typer.Option(help="Repeat for more layers.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Held-out sample to find activating tokens in.")] = None,
+    transport: Annotated[Path | None, typer.Option(help="Default: fitted on the first tokens, left out after.")] = None,
+    presets: Annotated[str, typer.Option(help="Comma-separated.")] = (
+        "logit_lens_key,key_identity_embed_cosine_centered,query_lens_key,logit_lens_value,query_lens_value"
+    ),
+    k: Annotated[int, typer.Option(help="Signature size.")] = 25,
+    examples: Annotated[int, typer.Option(help="Activating sequences a feature.")] = 20,
+    min_examples: Annotated[int, typer.Option(help="Features with fewer are left out.")] = 5,
+    device: DeviceOption = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Write the scores as JSON too.")] = None,
+) -> None:
+    """The paper's input score I(T): is what activates a feature in its signature? By layer, with 95 % intervals."""
+    from rich.table import Table
+
+    with reported_errors():
+        from querylens_fast.demo.showcase import FIT_SEQUENCES, Example, load_example
+        from querylens_fast.evaluation import as_table, evaluate_presets
+
+        if model is None:
+            quiet_loading()
+            example = load_example()
+        else:
+            if not dictionary or not tokens:
+                raise ValueError("with --model, give --dictionary (once for each layer) and --tokens too")
+            import querylens_fast as ql
+
+            quiet_loading()
+            loaded = ql.load_model(model, device=device)
+            sample = ql.load_tokens(tokens, model=loaded)
+            cut = 0 if transport is not None else min(FIT_SEQUENCES, len(sample.ids) // 2)
+            example = Example(
+                loaded, [ql.load_dictionary(d) for d in dictionary], sample.head(cut or 1),
+                ql.Tokens(sample.ids[cut:], sample.valid_mask[cut:], sample.source),
+            )  # fmt: skip
+        scores = evaluate_presets(
+            example.model, example.dictionaries, example.held_out, transport or example.fit_tokens,
+            presets.split(","), k, examples, min_examples,
+        )  # fmt: skip
+    by_preset = as_table(scores)
+    names = sorted(
+        {s.dictionary for s in scores if s.dictionary}, key=lambda n: [s.dictionary for s in scores].index(n)
+    )
+    table = Table(title=f"Input score I(T), k={k}: mean over features [95 % interval]")
+    table.add_column("preset")
+    for name in [*names, "mean over dictionaries"]:
+        table.add_column(name)
+    for preset, row in by_preset.items():
+        cells = [row[n] for n in [*names, None]]
+        table.add_row(preset, *(f"{c.mean:.3f} [{c.low:.3f}, {c.high:.3f}] n={c.n_features}" for c in cells))
+    wide_console(200).print(table, markup=False)
+    if out is not None:
+        out.write_text(json.dumps([s.as_dict() for s in scores], indent=1), encoding="utf-8")
+        say(f"results: {out.resolve()}")
+
+
+def bench(ctx: typer.Context) -> None:
+    """The bundled benchmarks (from a source checkout); arguments go to `python -m bench`."""
+    import subprocess
+    import sys
+
+    root = Path(__file__).parents[2]
+    with reported_errors():
+        if not (root / "bench" / "__main__.py").is_file():
+            raise FileNotFoundError("the benchmarks come with a source checkout; install that with `pip install -e .`")
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "bench", *ctx.args], env=environment))
