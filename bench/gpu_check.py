@@ -22,7 +22,7 @@ from torch import Tensor
 import querylens_fast as ql
 from bench.cases import CASES, ODD
 from bench.topk import inputs, report, run_case, save
-from querylens_fast import blocked, ops
+from querylens_fast import blocked, fused, ops
 from querylens_fast.demo import ASSETS
 
 BUDGET_S = 420
@@ -50,7 +50,7 @@ def check_gaussian(n: int, d: int, V: int, k: int, dtype: torch.dtype) -> dict[s
     W = torch.randn(V, d, generator=generator, device="cuda").to(dtype)
     S = F.double() @ W.double().T
     none = blocked.Epilogue(None, None, None)
-    outcome = ops._triton_topk(F, W, k, none, top=True, bottom=True, block_rows=None)
+    outcome = fused.topk(F, W, k, none, top=True, bottom=True, block_rows=None)
     error = 0.0
     for side, largest in ((outcome.top, True), (outcome.bottom, False)):
         assert side is not None

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 
-from querylens_fast import blocked, certified, narrow, ops
+from querylens_fast import blocked, certified, fused, narrow, ops
 from querylens_fast.ops import TopK, scores_at, streamed_topk
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -170,7 +170,7 @@ def test_float32_stays_float32_when_the_process_allows_less() -> None:
 def test_kernel_proves_ordinary_rows(dtype: torch.dtype | None) -> None:
     F, W = gaussian(24, 64, 16).to(DEVICE), gaussian(6000, 64, 17).to(DEVICE)
     none = blocked.Epilogue(None, None, None)
-    outcome = ops._triton_topk(F, W, 12, none, top=True, bottom=True, block_rows=None, dtype=dtype)
+    outcome = fused.topk(F, W, 12, none, top=True, bottom=True, block_rows=None, dtype=dtype)
     best, worst = blocked.topk(F, W, 12, none, top=True, bottom=True)
     assert outcome.fallback_rows == 0 and outcome.crowded_rows > 0
     assert torch.equal(outcome.top.ids, best.ids) and torch.equal(outcome.bottom.ids, worst.ids)

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from querylens_fast import blocked, narrow, ops
+from querylens_fast import blocked, fused, narrow
 from querylens_fast.blocked import Epilogue, Side
 from querylens_fast.ops import streamed_topk
 
@@ -122,7 +122,7 @@ def test_kernel_equals_a_stable_sort(problem: Problem, rows: int | None, dtype: 
     moved = Epilogue(*(None if v is None else v.to(DEVICE) for v in epilogue))
     check(
         poisoned(
-            lambda: ops._triton_topk(
+            lambda: fused.topk(
                 F.to(DEVICE), W.to(DEVICE), k, moved, top=True, bottom=True, block_rows=rows, dtype=dtype
             )[:2]
         ),
