@@ -14,11 +14,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from querylens_fast.blocks import AnyNorm, Masking, Norm, at_least_float32
+from querylens_fast.blocks import Masking
 from querylens_fast.coders import Coder
 from querylens_fast.dictionaries import Dictionary
 from querylens_fast.hooks import parse_hook
 from querylens_fast.models import Model
+from querylens_fast.norms import AnyNorm, Norm, at_least_float32
 from querylens_fast.tokens import Tokens
 from querylens_fast.walks import Budget, batches
 

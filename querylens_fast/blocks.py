@@ -17,85 +17,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from querylens_fast.norms import IDENTITY, AnyLinearNorm, AnyNorm, at_least_float32
+
 Activation = Callable[[Tensor], Tensor]
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32 when it is narrower; sums and norm statistics are never taken in half precision."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-@dataclass(frozen=True)
-class Norm:
-    """LayerNorm (``centred``) or RMSNorm with its scale and bias, both [D] or None."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    centred: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Normalise the last axis of x ([..., D]); statistics in float32 or wider."""
-        x_hat, _ = self._standardise(x)
-        y = x_hat if self.weight is None else x_hat * self.weight
-        y = y if self.bias is None else y + self.bias
-        return y.to(x.dtype)
-
-    def linearise(self, x: Tensor) -> LinearNorm:
-        """The Jacobian of the norm at x [B, S, D]."""
-        x_hat, inverse_std = self._standardise(x)
-        return LinearNorm(x_hat.to(x.dtype), inverse_std.to(x.dtype), self.weight, self.centred)
-
-    def _standardise(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = at_least_float32(x)
-        if self.centred:
-            x = x - x.mean(-1, keepdim=True)
-        inverse_std = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return x * inverse_std, inverse_std
-
-
-@dataclass(frozen=True)
-class LinearNorm:
-    """J t = w ∘ (t − mean t − x̂ mean(x̂ t)) / σ; the middle matrix is symmetric, so the pullback reuses it."""
-
-    x_hat: Tensor
-    inverse_std: Tensor
-    weight: Tensor | None
-    centred: bool
-
-    def jvp(self, t: Tensor) -> Tensor:
-        t = self._project(t)
-        return t if self.weight is None else t * self.weight.to(t.dtype)
-
-    def vjp(self, g: Tensor) -> Tensor:
-        return self._project(g if self.weight is None else g * self.weight.to(g.dtype))
-
-    def _project(self, t: Tensor) -> Tensor:
-        along = (t * self.x_hat).mean(-1, keepdim=True)
-        if self.centred:
-            t = t - t.mean(-1, keepdim=True)
-        return torch.addcmul(t, self.x_hat, along, value=-1).mul_(self.inverse_std)
-
-
-class Identity:
-    """Stands where a block has no norm, or where the Jacobian is asked for without it."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x
-
-    def linearise(self, x: Tensor) -> Identity:
-        return self
-
-    def jvp(self, t: Tensor) -> Tensor:
-        return t
-
-    def vjp(self, g: Tensor) -> Tensor:
-        return g
-
-
-IDENTITY = Identity()
-AnyNorm = Norm | Identity
-AnyLinearNorm = LinearNorm | Identity
 
 
 @dataclass(frozen=True)
@@ -251,16 +175,22 @@ class LinearAttention:
         """J_Aᵀ g for g [C, B, S, D]."""
         w = self.weights
         mixed = w._heads(nnf.linear(self.post_norm.vjp(g), w.W_O.mT), w.n_heads)
+        dq, dk, dv = self.heads_vjp(mixed)
+        back = nnf.linear(w._merge(self.q_norm.vjp(self.turn_back(dq))), w.W_Q.mT)
+        back += nnf.linear(w._merge(self.k_norm.vjp(self.turn_back(self._gather(dk)))), w.W_K.mT)
+        back += nnf.linear(w._merge(self._gather(dv)), w.W_V.mT)
+        return self.norm.vjp(back)
+
+    def heads_vjp(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cotangents of the turned q and k and of v, each query head's own, for one of the mixed values.
+
+        All are [C, B, H, S, E]; grouped key and value heads are not added up yet.
+        """
         dv = self.pattern.mT @ mixed
         dscores = self._through_softmax(mixed @ self.v.mT)
         if self.slope is not None:
             dscores = dscores * self.slope
-        dq = dscores @ self.k
-        dk = dscores.mT @ self.q
-        back = nnf.linear(w._merge(self.q_norm.vjp(self._turn_back(dq))), w.W_Q.mT)
-        back += nnf.linear(w._merge(self.k_norm.vjp(self._turn_back(self._gather(dk)))), w.W_K.mT)
-        back += nnf.linear(w._merge(self._gather(dv)), w.W_V.mT)
-        return self.norm.vjp(back)
+        return dscores @ self.k, dscores.mT @ self.q, dv
 
     def _through_softmax(self, d: Tensor) -> Tensor:
         d = d * self.pattern
@@ -269,7 +199,7 @@ class LinearAttention:
     def _turn(self, x: Tensor) -> Tensor:
         return x if self.cos is None or self.sin is None else x * self.cos + _rotate_half(x) * self.sin
 
-    def _turn_back(self, x: Tensor) -> Tensor:
+    def turn_back(self, x: Tensor) -> Tensor:
         return x if self.cos is None or self.sin is None else x * self.cos + _rotate_half_transposed(x * self.sin)
 
     def _spread(self, x: Tensor) -> Tensor:

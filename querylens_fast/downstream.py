@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from querylens_fast.blocks import AnyNorm, Norm
 from querylens_fast.dictionaries import Dictionary
 from querylens_fast.models import Model, as_model
+from querylens_fast.norms import AnyNorm, Norm
 from querylens_fast.ops import TopK, streamed_topk
 from querylens_fast.sources import load_dictionary
 

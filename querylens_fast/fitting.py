@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from querylens_fast.blocks import at_least_float32
+from querylens_fast.blocks import LinearAttention, LinearMLP
 from querylens_fast.models import Model, as_model
+from querylens_fast.norms import at_least_float32
 from querylens_fast.tokens import Tokens, as_tokens
+from querylens_fast.totals import has_closed_form, total
 from querylens_fast.transport import FORMAT, ORDERS, SIDES, Transport
 from querylens_fast.walks import (
     Budget,
@@ -134,23 +136,23 @@ class _Fit:
     def steps(self) -> int:
         """Progress units: directions walked, summed over batches."""
         n_batches = -(-len(self.tokens.ids) // self.rows)
-        sweeps = len(self.sides) * ("full" in self.orders) + ("first_order" in self.orders)
+        sweeps = len(self.sides) * ("full" in self.orders)
         d, points = self.model.d_model, 2 * self.model.n_layers + 1
         extra = {"none": 0, "probes": self.n_probes, "exact": d * (points if "full" in self.orders else 1)}
-        return n_batches * (d * sweeps + extra[self.energy] * len(self.sides))
+        first = int("first_order" in self.orders)
+        return n_batches * (d * sweeps + first + extra[self.energy] * len(self.sides))
 
     def sweep(self, lin: Linearised) -> Iterator[int]:
         """Add one batch's share to every accumulator; yields the walks done."""
         basis = torch.eye(self.model.d_model, dtype=self.model.dtype, device=self.model.device)
-        for chosen in batches(self.model.d_model, self.budget.directions):
+        for chosen in batches(self.model.d_model, self.budget.directions) if "full" in self.orders else ():
             start = lin.everywhere(basis[chosen]) * lin.mask
-            if "full" in self.orders:
-                for side in self.sides:
-                    self._full(lin, start, chosen, side)
-                    yield len(start)
-            if "first_order" in self.orders:
-                self._first_order(lin, start, chosen)
+            for side in self.sides:
+                self._full(lin, start, chosen, side)
                 yield len(start)
+        if "first_order" in self.orders:
+            self._first_order(lin)
+            yield 1
         if self.energy == "probes":
             yield from self._probe(lin)
         elif self.energy == "exact":
@@ -163,15 +165,30 @@ class _Fit:
             t = lin.pull(i, t) if side == "value" else lin.push(i, t)
             total[i if side == "value" else i + 1, chosen] += position_sum(t)
 
-    def _first_order(self, lin: Linearised, start: Tensor, chosen: slice) -> None:
-        # One tangent serves both sides: its sum over valid outputs is a column of the value term; its sum over all
-        # outputs, padded queries too, is a row of the key term (a cotangent enters there unmasked).
-        for i in range(len(lin.modules)):
-            t = lin.jvp(i, start)
-            if "value" in self.sides:
-                self.matrices["value", "first_order"][i, :, chosen] += position_sum(t * lin.mask).mT
-            if "key" in self.sides:
-                self.matrices["key", "first_order"][i, chosen] += position_sum(t)
+    def _first_order(self, lin: Linearised) -> None:
+        """Each module's own term: in closed form, or by walking the basis where it has none."""
+        mask = lin.mask
+        outs = {"value": mask, "key": mask if bool(mask.all()) else torch.ones_like(mask)}
+        for i, module in enumerate(lin.modules):
+            if module is None:
+                continue
+            found: dict[int, Tensor] = {}
+            for side in self.sides:
+                # A key-side cotangent enters unmasked: its sum takes in the outputs at padded queries too.
+                weights = outs[side]
+                if id(weights) not in found:
+                    found[id(weights)] = self._total(lin, i, weights)
+                term = found[id(weights)]
+                self.matrices[side, "first_order"][i] += term if side == "value" else term.mT
+
+    def _total(self, lin: Linearised, i: int, outs: Tensor) -> Tensor:
+        """[D, D]: module i's Jacobian summed over valid inputs and, with weights [B, S, 1], over outputs."""
+        module = lin.modules[i]
+        if isinstance(module, LinearAttention | LinearMLP) and has_closed_form(module, outs.shape[1]):
+            return total(module, lin.mask, outs, self.budget.directions)
+        basis = torch.eye(self.model.d_model, dtype=self.model.dtype, device=self.model.device)
+        chunks = batches(len(basis), self.budget.directions)
+        return torch.cat([position_sum(lin.jvp(i, lin.everywhere(basis[c]) * lin.mask) * outs) for c in chunks]).mT
 
     def _probe(self, lin: Linearised) -> Iterator[int]:
         for chosen in batches(self.n_probes, self.budget.directions):

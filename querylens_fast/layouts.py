@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from querylens_fast.blocks import IDENTITY, MLP, Activation, AnyNorm, Attention, Block, Norm
+from querylens_fast.blocks import MLP, Activation, Attention, Block
 from querylens_fast.models import Model, UnsupportedModelError
+from querylens_fast.norms import IDENTITY, AnyNorm, Norm
 
 
 @dataclass(frozen=True)

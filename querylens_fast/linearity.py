@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from querylens_fast.blocks import at_least_float32
 from querylens_fast.models import Model
+from querylens_fast.norms import at_least_float32
 from querylens_fast.tokens import Tokens
 from querylens_fast.walks import Budget, Order, Side, Submodule, batches, linearise, position_sum, walk_terms
 

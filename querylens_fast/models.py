@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from querylens_fast.blocks import Block, Masking, Norm, at_least_float32
+from querylens_fast.blocks import Block, Masking
+from querylens_fast.norms import Norm, at_least_float32
 
 DTYPES = {
     "float64": torch.float64,

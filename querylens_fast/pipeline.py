@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from querylens_fast.ablations import ablate
-from querylens_fast.blocks import at_least_float32
 from querylens_fast.dictionaries import Dictionary
 from querylens_fast.fitting import fit_transport
 from querylens_fast.linearity import Walked, walk_features
 from querylens_fast.models import Model, as_model
+from querylens_fast.norms import at_least_float32
 from querylens_fast.ops import TopK
 from querylens_fast.presets import Preset, find_preset
 from querylens_fast.readouts import Scorer, find_readout

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from querylens_fast import ops
-from querylens_fast.blocks import at_least_float32
 from querylens_fast.models import Model
+from querylens_fast.norms import at_least_float32
 
 COSINE_EPS = 1e-8
 ROWS_AT_ONCE = 8192

@@ -22,8 +22,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from querylens_fast.blocks import LinearAttention, LinearMLP, at_least_float32
+from querylens_fast.blocks import LinearAttention, LinearMLP
 from querylens_fast.models import Model
+from querylens_fast.norms import at_least_float32
 from querylens_fast.tokens import Tokens
 
 Side = Literal["value", "key"]

@@ -20,10 +20,11 @@ from querylens_fast import blocked, readouts
 from querylens_fast.ablations import ablate
 from querylens_fast.analysis.caches import ResidCache, ResidChunk, VJPResidCache, VJPResidChunk
 from querylens_fast.analysis.lens import dictionary_of, distributed_mean, gathered
-from querylens_fast.blocks import IDENTITY, LinearAttention, LinearMLP, Masking, at_least_float32
+from querylens_fast.blocks import LinearAttention, LinearMLP, Masking
 from querylens_fast.linearity import STATISTICS, linearity
 from querylens_fast.models import Model, as_model
 from querylens_fast.models import load_model as load_engine_model
+from querylens_fast.norms import IDENTITY, at_least_float32
 from querylens_fast.presets import PRESETS, find_preset
 from querylens_fast.tokens import Tokens, as_tokens
 
