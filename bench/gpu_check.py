@@ -58,7 +58,7 @@ def check_gaussian(n: int, d: int, V: int, k: int, dtype: torch.dtype) -> dict[s
         error = max(error, float((side.scores.double() - expected).abs().max()))
         error = max(error, float((S.gather(1, side.ids) - expected).abs().max()))
     name = f"gaussian {n}x{d}x{V} k={k} {dtype}"
-    rates = {"crowded": outcome.crowded_rows / (2 * n), "fallback": outcome.fallback_rows / (2 * n)}
+    rates = {"crowded": outcome.widened_rows / (2 * n), "fallback": outcome.fallback_rows / (2 * n)}
     return {"name": name, "error": error, "ok": error <= 1e-5 * math.sqrt(d), **rates}
 
 

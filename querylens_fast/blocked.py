@@ -1,15 +1,11 @@
-"""The torch backend of the streamed top-k: blocked matrix products and a selection that never sorts whole rows.
+"""The torch backend of the streamed top-k: blocked matrix products, and `selection` from each block of scores.
 
-Scores are computed in tiles of at most ``TILE_ELEMENTS`` and dropped at once, so memory does not depend on n x V. A
-tile's winners are found in three steps: the extreme of each group of columns, the k best groups, the k best elements
-of those. The k-th best *value* found that way is always right; a row is ambiguous only when other elements equal it,
-and for those rows alone the lowest ids among the equals are looked up in the whole tile. Everything here works on any
-torch device.
+Scores are computed in tiles of at most ``TILE_ELEMENTS`` and dropped at once, so memory does not depend on n x V.
+Everything here works on any torch device.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,18 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import workspace
+from .selection import Side, best_of_tile, merge
+
 TILE_ELEMENTS = 1 << 24
 """Scores held at a time (64 MiB in float32)."""
 CAST_ELEMENTS = 1 << 24
 """Elements of W held at a time in the accumulation dtype, when W is narrower."""
 MAX_COLUMNS = 1 << 16
-
-
-class Side(NamedTuple):
-    """The k best of one side of each row: scores [n, k] from the extreme inwards, ids [n, k] int64."""
-
-    scores: Tensor
-    ids: Tensor
 
 
 class Epilogue(NamedTuple):
@@ -83,57 +75,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def merge(first: Side, second: Side, k: int, *, largest: bool) -> Side:
-    """The k best of two sides, where every id of ``first`` is lower than every id of ``second``."""
-    scores = torch.cat([first.scores, second.scores], 1)
-    ids = torch.cat([first.ids, second.ids], 1)
-    return best_by_sort(scores, k, largest=largest, ids=ids)
-
-
-def best_by_sort(scores: Tensor, k: int, *, largest: bool, ids: Tensor | None = None) -> Side:
-    """The k best by a stable sort of whole rows (NaN last); ids default to positions and must ascend among equals."""
-    # torch sorts NaN above every number, so both sides sort upwards to have it last.
-    order = torch.sort(-scores if largest else scores, dim=1, stable=True).indices[:, :k]
-    return Side(scores.gather(1, order), order if ids is None else ids.gather(1, order))
-
-
-def best_of_tile(scores: Tensor, k: int, *, largest: bool) -> Side:
-    """The k best of each row of a tile, exactly: sorted, ties by the lower column, NaN after every number.
-
-    Args:
-        scores: [r, c] float32 or float64.
-        k: 1 ≤ k ≤ c.
-        largest: the largest or the smallest.
-
-    Returns:
-        A Side whose ids are columns of the tile. Cost: one pass over the tile, a top-k over c/g group extremes and one
-        over k·g gathered elements, g ≈ sqrt(c/k); two more passes over the rows that have a tie across the k-th place.
-    """
-    n_rows, n_cols = scores.shape
-    group = group_size(n_cols, k)
-    if group < 4 or n_rows == 0:
-        return best_by_sort(scores, k, largest=largest)
-    worst = -math.inf if largest else math.inf
-    extremes = group_extremes(scores, group, largest)
-    original = scores
-    has_nan = bool(extremes.isnan().any())
-    if has_nan:
-        scores = scores.masked_fill(scores.isnan(), worst)
-        extremes = group_extremes(scores, group, largest)
-    candidates, ids = gather_best_groups(scores, extremes, group, k, largest)
-    values, places = candidates.topk(min(k + 1, candidates.shape[1]), dim=1, largest=largest)
-    ids, kth = ids.gather(1, places[:, :k]), values[:, k - 1 : k]
-    ids = ids.sort(dim=1).values
-    result = best_by_sort(scores.gather(1, ids), k, largest=largest, ids=ids)
-    _settle_ties(scores, result, values, kth, extremes, k, largest)
-    if has_nan:
-        short = (kth == worst).squeeze(1).nonzero().squeeze(1)
-        if short.numel():
-            whole = best_by_sort(original[short], k, largest=largest)
-            result.scores[short], result.ids[short] = whole.scores, whole.ids
-    return result
-
-
 def pass_rows(W: Tensor) -> int:
     """Rows of W to take at a time when all of it is read once.
 
@@ -141,60 +82,6 @@ def pass_rows(W: Tensor) -> int:
     """
     elements = (1 << 22) if W.device.type == "cpu" else CAST_ELEMENTS
     return max(1, elements // max(1, W.shape[1]))
-
-
-def group_size(n_cols: int, k: int) -> int:
-    """Columns in a group, a power of two near sqrt(c/k): as many extremes to look through as elements of k groups."""
-    return 1 << max(0, round(math.log2(math.sqrt(n_cols / k))))
-
-
-def group_extremes(scores: Tensor, group: int, largest: bool) -> Tensor:
-    """Extremes [r, G] of groups {j, j + G, j + 2G, ...}: the reduction then runs over whole vector registers."""
-    n_groups = scores.shape[1] // group
-    grouped = scores[:, : n_groups * group].unflatten(1, (group, n_groups))
-    extremes = grouped.amax(1) if largest else grouped.amin(1)
-    tail = scores[:, n_groups * group :]
-    if tail.shape[1]:
-        tail_extreme = tail.amax(1, keepdim=True) if largest else tail.amin(1, keepdim=True)
-        # The short tail is always a candidate; it only has to report its NaN here.
-        poison = torch.where(tail_extreme.isnan(), tail_extreme, extremes[:, :1])
-        extremes = torch.cat([poison, extremes[:, 1:]], 1)
-    return extremes
-
-
-def gather_best_groups(scores: Tensor, extremes: Tensor, group: int, k: int, largest: bool) -> tuple[Tensor, Tensor]:
-    """Elements and columns [r, min(k, G)·g + tail] of the k best groups and of the tail that fills no group."""
-    n_rows, n_cols = scores.shape
-    n_groups = extremes.shape[1]
-    best = extremes.topk(min(k, n_groups), dim=1, largest=largest, sorted=False).indices
-    steps = torch.arange(0, group * n_groups, n_groups, device=scores.device)
-    ids = (best[:, :, None] + steps).flatten(1)
-    tail = torch.arange(group * n_groups, n_cols, device=scores.device).expand(n_rows, -1)
-    ids = torch.cat([ids, tail], 1)
-    return scores.gather(1, ids), ids
-
-
-def _settle_ties(
-    scores: Tensor, result: Side, values: Tensor, kth: Tensor, extremes: Tensor, k: int, largest: bool
-) -> None:
-    """Redo in place the rows where elements left out equal the k-th value: the lowest ids among the equals win."""
-    tied = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    if values.shape[1] > k:
-        tied |= values[:, k] == values[:, k - 1]
-    # Groups left out can only matter when their extreme reaches the k-th value.
-    reaching = (extremes >= kth) if largest else (extremes <= kth)
-    tied |= reaching.sum(1) > k
-    rows = tied.nonzero().squeeze(1)
-    if not rows.numel():
-        return
-    tile, bound = scores[rows], kth[rows]
-    beyond = (tile > bound) if largest else (tile < bound)
-    equal = tile == bound
-    wanted = k - beyond.sum(1, keepdim=True)
-    keep = beyond | (equal & (equal.cumsum(1, dtype=torch.int32) <= wanted))
-    ids = keep.nonzero()[:, 1].view(len(rows), k)
-    fixed = best_by_sort(tile.gather(1, ids), k, largest=largest, ids=ids)
-    result.scores[rows], result.ids[rows] = fixed.scores, fixed.ids
 
 
 def topk(
@@ -215,8 +102,7 @@ def topk(
     rows = block_rows or max(1, TILE_ELEMENTS // min(cols, V))
     sides = {largest: empty_side(F, k) for largest, wanted in ((True, top), (False, bottom)) if wanted}
     rows, cols = min(rows, max(n, 1)), min(cols, V)
-    # One tile for all blocks: fresh memory of this size costs more to map than the selection.
-    tile = torch.empty(rows * cols, dtype=dtype, device=F.device)
+    tile = workspace.take("tile", rows * cols, dtype, F.device)
     with torch.no_grad(), full_float32():
         for start in range(0, V, cols):
             columns = slice(start, min(start + cols, V))
@@ -255,8 +141,11 @@ def _columns_per_block(W: Tensor, dtype: torch.dtype) -> int:
     return max(1024, min(MAX_COLUMNS, CAST_ELEMENTS // max(1, W.shape[1])))
 
 
-def scores_at(F: Tensor, W: Tensor, ids: Tensor, epilogue: Epilogue) -> Tensor:
-    """Scores [n, m] of rows of F with the columns ids [n, m] (arguments already checked)."""
+def scores_at(F: Tensor, W: Tensor, ids: Tensor, epilogue: Epilogue, *, distinct: bool = False) -> Tensor:
+    """Scores [n, m] of rows of F with the columns ids [n, m] (arguments already checked).
+
+    ``distinct`` says that no row of ids holds one twice, which is looked up otherwise.
+    """
     dtype = accumulation_dtype(F.dtype)
     n, m = ids.shape
     sampled = F.device.type == "cpu" and W.dtype == dtype and m > 0
@@ -265,7 +154,7 @@ def scores_at(F: Tensor, W: Tensor, ids: Tensor, epilogue: Epilogue) -> Tensor:
     with torch.no_grad(), full_float32():
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
-            if sampled and _distinct(ids[rows]):
+            if sampled and (distinct or _distinct(ids[rows])):
                 dots = _sampled_products(F[rows], W, ids[rows])
             else:
                 dots = (W[ids[rows]].to(dtype) @ F[rows].to(dtype)[:, :, None]).squeeze(2)

@@ -6,8 +6,9 @@ best score it left out looked. `ErrorBound` limits how far its scores can be fro
     |<f, w> - <f', w'>| <= |f - f'| |w| + |f'| |w - w'| + rounding of the sums,
 
 so a row whose k-th exact score is beyond the best one left out by more than that is finished. A group of columns that
-may hide a winner behind its two known ones is scored in full, and a row without proof goes to the blocked float32
-path. Rows with ties across the k-th place, NaN or infinities end up there too, so their order is decided in one place.
+may hide a winner behind its two known ones is scored in full; a row without proof gets more candidates, and where those
+don't do goes to the blocked float32 path. Rows with ties across the k-th place, NaN or infinities end up there too, so
+their order is decided in one place.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from . import blocked
-from .blocked import Epilogue, Side
+from .blocked import Epilogue
+from .selection import Side, best_by_sort
 
 MAX_CROWDED = 4
 """Groups scored in full for a row; a row with more of them goes to the blocked path."""
@@ -39,6 +41,8 @@ class Proposal(NamedTuple):
     """[r, m]: no approximate score hidden behind this candidate is beyond this; ∓inf if nothing is hidden."""
     columns_of: Callable[[Tensor], Tensor] | None = None
     """Columns [.., g] of groups [..]."""
+    wider: Callable[[Tensor], Proposal] | None = None
+    """More candidates for some rows of the block (their places in it), while the fast pass still knows them."""
 
 
 class Bound(Protocol):
@@ -54,7 +58,10 @@ class Bound(Protocol):
         ...
 
 
-Propose = Callable[[slice], tuple[Proposal | None, Proposal | None]]
+Propose = Callable[[slice, bool], tuple[Proposal | None, Proposal | None]]
+"""(rows, wide) → proposals for the top and the bottom; wide: earlier rows needed more candidates."""
+Rescore = Callable[[Tensor, Tensor, Tensor, Epilogue], Tensor]
+"""(F [r, d], W, ids [r, m] distinct, epilogue) → exact scores [r, m]."""
 
 
 class Outcome(NamedTuple):
@@ -62,10 +69,10 @@ class Outcome(NamedTuple):
 
     top: Side | None
     bottom: Side | None
-    crowded_rows: int
-    """Rows and sides in which groups were scored in full."""
+    widened_rows: int
+    """Rows and sides that the first candidates did not settle: more were taken, or groups scored in full."""
     fallback_rows: int
-    """Rows and sides that went to the blocked path."""
+    """Those among them that went to the blocked path."""
 
 
 class ErrorBound(NamedTuple):
@@ -129,6 +136,19 @@ def largest(values: Tensor) -> float:
     return math.inf if math.isnan(value) else value
 
 
+def exact_scores(F: Tensor, W: Tensor, ids: Tensor, epilogue: Epilogue) -> Tensor:
+    """The scores that the blocked path gives candidates too."""
+    return blocked.scores_at(F, W, ids, epilogue, distinct=True)
+
+
+class _Task(NamedTuple):
+    """What stays the same for every block of rows."""
+
+    W: Tensor
+    k: int
+    rescore: Rescore
+
+
 def topk(
     F: Tensor,
     W: Tensor,
@@ -140,6 +160,7 @@ def topk(
     top: bool,
     bottom: bool,
     block_rows: int,
+    rescore: Rescore = exact_scores,
 ) -> Outcome:
     """The k best of each row, from the proposals of a fast pass.
 
@@ -148,105 +169,118 @@ def topk(
         W: [V, d].
         k: 1 ≤ k ≤ V.
         epilogue: what turns inner products into scores.
-        propose: called with each slice of rows; returns a Proposal for the top and one for the bottom (or None).
+        propose: called with each slice of rows.
         bound: the error bound of the fast pass.
         top: whether ``propose`` proposes for the top.
         bottom: whether it does for the bottom.
         block_rows: rows for each call of ``propose``.
+        rescore: exact scores of candidates.
 
     Returns:
         Outcome with scores in the accumulation dtype, as `blocked.topk` returns them.
     """
-    if not math.isfinite(bound.norm):
-        best, worst = blocked.topk(F, W, k, epilogue, top=top, bottom=bottom)
-        return Outcome(best, worst, 0, len(F) * (top + bottom))
     sides = {largest: blocked.empty_side(F, k) for largest, wanted in ((True, top), (False, bottom)) if wanted}
-    crowded = fallback = 0
+    task = _Task(W, k, rescore)
+    widened = fallback = 0
+    wide = False
     with torch.no_grad(), blocked.full_float32():
         for start in range(0, len(F), block_rows):
-            if 2 * fallback > start * len(sides):
+            if 2 * fallback > start * len(sides) or not math.isfinite(bound.norm):
                 # The data defeats the fast pass: do the rest without it.
                 rest = slice(start, len(F))
                 again = blocked.topk(F[rest], W, k, epilogue.of_rows(rest), top=top, bottom=bottom)
                 for largest, found in zip((True, False), again, strict=True):
                     if found is not None:
                         sides[largest].scores[rest], sides[largest].ids[rest] = found
-                fallback += (len(F) - start) * len(sides)
-                break
+                redone = (len(F) - start) * len(sides)
+                return Outcome(sides.get(True), sides.get(False), widened + redone, fallback + redone)
             rows = slice(start, min(start + block_rows, len(F)))
-            error = bound.rows(F[rows], epilogue.of_rows(rows))
-            for largest, proposal in zip((True, False), propose(rows), strict=True):
+            chosen = epilogue.of_rows(rows)
+            error = bound.rows(F[rows], chosen)
+            before = widened
+            for largest, proposal in zip((True, False), propose(rows, wide), strict=True):
                 if proposal is None:
                     continue
                 side = sides[largest]
-                found, widened, redone = _settle(F, W, k, epilogue, rows, proposal, error, largest)
+                found, more, redone = _settle(task, F[rows], chosen, proposal, error, largest)
                 side.scores[rows], side.ids[rows] = found
-                crowded, fallback = crowded + widened, fallback + redone
-    return Outcome(sides.get(True), sides.get(False), crowded, fallback)
+                widened, fallback = widened + more, fallback + redone
+            wide = wide or 2 * (widened - before) > (rows.stop - start) * len(sides)
+    return Outcome(sides.get(True), sides.get(False), widened, fallback)
 
 
 def _settle(
-    F: Tensor, W: Tensor, k: int, epilogue: Epilogue, rows: slice, proposal: Proposal, error: Tensor, largest: bool
+    task: _Task, F: Tensor, epilogue: Epilogue, proposal: Proposal, error: Tensor, largest: bool
 ) -> tuple[Side, int, int]:
-    """Score the candidates of a block of rows, prove each row or repair it; also how many rows were repaired how."""
-    F_block, epilogue = F[rows], epilogue.of_rows(rows)
-    ids, scores = _by_id(proposal.ids, _scores_of(F_block, W, proposal.ids, epilogue))
-    found = blocked.best_by_sort(scores, min(k, ids.shape[1]), largest=largest, ids=ids)
-    if ids.shape[1] < k:
-        return _blocked(F_block, W, k, epilogue, largest), 0, len(F_block)
+    """The k best of a block of rows; how many needed more than the first candidates, how many the blocked path."""
+    found, proved, crowded = _prove(task, F, epilogue, proposal, error, largest)
+    index = (~proved).nonzero().squeeze(1)
+    widened = crowded + len(index)
+    if len(index) and proposal.wider is not None:
+        again, proved, _ = _prove(task, F[index], epilogue.of_rows(index), proposal.wider(index), error[index], largest)
+        found.scores[index], found.ids[index] = again
+        index = index[~proved]
+    if len(index):
+        best, worst = blocked.topk(F[index], task.W, task.k, epilogue.of_rows(index), top=largest, bottom=not largest)
+        side = best if largest else worst
+        assert side is not None
+        found.scores[index], found.ids[index] = side
+    return found, widened, len(index)
+
+
+def _prove(
+    task: _Task, F: Tensor, epilogue: Epilogue, proposal: Proposal, error: Tensor, largest: bool
+) -> tuple[Side, Tensor, int]:
+    """Score the candidates exactly; the k best, which rows [r] are proved, and how many had groups scored in full."""
+    k = task.k
+    if proposal.ids.shape[1] < k:
+        return blocked.empty_side(F, k), torch.zeros(len(F), dtype=torch.bool, device=F.device), 0
+    ids, scores = _by_id(proposal.ids, _scores_of(task, F, proposal.ids, epilogue))
+    found = best_by_sort(scores, k, largest=largest, ids=ids)
     kth = found.scores[:, -1]
     # Written so that a NaN anywhere leaves the row unproved.
     proved = (kth > proposal.left_out + error) if largest else (kth < proposal.left_out - error)
-    n_crowded = 0
-    if proposal.behind is not None:
-        reach = (
-            (proposal.behind + error[:, None] >= kth[:, None])
-            if largest
-            else (proposal.behind - error[:, None] <= kth[:, None])
-        )
-        crowded = reach.sum(1)
-        proved &= crowded <= MAX_CROWDED
-        index = (proved & (crowded > 0)).nonzero().squeeze(1)
-        n_crowded = len(index)
-        if n_crowded:
-            wider = _widen(F_block[index], W, k, epilogue.of_rows(index), _take(proposal, index), reach[index], largest)
-            found.scores[index], found.ids[index] = wider
-    index = (~proved).nonzero().squeeze(1)
+    if proposal.behind is None:
+        return found, proved, 0
+    reach = (
+        (proposal.behind + error[:, None] >= kth[:, None])
+        if largest
+        else (proposal.behind - error[:, None] <= kth[:, None])
+    )
+    crowded = reach.sum(1)
+    proved &= crowded <= MAX_CROWDED
+    index = (proved & (crowded > 0)).nonzero().squeeze(1)
     if len(index):
-        again = _blocked(F_block[index], W, k, epilogue.of_rows(index), largest)
-        found.scores[index], found.ids[index] = again
-    return found, n_crowded, len(index)
+        wider = _widen(task, F[index], epilogue.of_rows(index), _take(proposal, index), reach[index], largest)
+        found.scores[index], found.ids[index] = wider
+    return found, proved, len(index)
 
 
-def _widen(F: Tensor, W: Tensor, k: int, epilogue: Epilogue, proposal: Proposal, reach: Tensor, largest: bool) -> Side:
+def _widen(task: _Task, F: Tensor, epilogue: Epilogue, proposal: Proposal, reach: Tensor, largest: bool) -> Side:
     """The k best of candidates and of every column in the groups that may hide one."""
     assert proposal.groups is not None and proposal.columns_of is not None
+    V = len(task.W)
     n_groups = min(MAX_CROWDED, reach.shape[1])
     wanted, places = reach.int().topk(n_groups, dim=1)
     groups = proposal.groups.gather(1, places).masked_fill(wanted == 0, -1)
-    columns = proposal.columns_of(groups).masked_fill((groups < 0)[:, :, None], len(W)).flatten(1)
+    columns = proposal.columns_of(groups).masked_fill((groups < 0)[:, :, None], V).flatten(1)
     known = (proposal.groups[:, :, None] == groups[:, None, :]).any(2)
-    ids = torch.cat([proposal.ids.masked_fill(known, len(W)), columns], 1)
-    ids, scores = _by_id(ids, _scores_of(F, W, ids, epilogue))
-    return blocked.best_by_sort(scores, k, largest=largest, ids=ids)
+    ids = torch.cat([proposal.ids.masked_fill(known, V), columns], 1)
+    ids, scores = _by_id(ids, _scores_of(task, F, ids, epilogue))
+    return best_by_sort(scores, task.k, largest=largest, ids=ids)
 
 
-def _scores_of(F: Tensor, W: Tensor, ids: Tensor, epilogue: Epilogue) -> Tensor:
+def _scores_of(task: _Task, F: Tensor, ids: Tensor, epilogue: Epilogue) -> Tensor:
     """Exact scores of candidates; NaN for those that stand for nothing."""
-    absent = ids >= len(W)
-    return blocked.scores_at(F, W, ids.masked_fill(absent, 0), epilogue).masked_fill(absent, math.nan)
+    absent = ids >= len(task.W)
+    if not bool(absent.any()):
+        return task.rescore(F, task.W, ids, epilogue)
+    return blocked.scores_at(F, task.W, ids.masked_fill(absent, 0), epilogue).masked_fill(absent, math.nan)
 
 
 def _by_id(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     ids, order = ids.sort(dim=1)
     return ids, scores.gather(1, order)
-
-
-def _blocked(F: Tensor, W: Tensor, k: int, epilogue: Epilogue, largest: bool) -> Side:
-    best, worst = blocked.topk(F, W, k, epilogue, top=largest, bottom=not largest)
-    side = best if largest else worst
-    assert side is not None
-    return side
 
 
 def _take(proposal: Proposal, index: Tensor) -> Proposal:

@@ -40,7 +40,7 @@ def topk(
     vectors = blocked.Epilogue(*(None if v is None else v.float().contiguous() for v in epilogue))
     places = torch.arange(config.group, device=F.device)
 
-    def propose(rows: slice) -> tuple[certified.Proposal | None, certified.Proposal | None]:
+    def propose(rows: slice, wide: bool) -> tuple[certified.Proposal | None, certified.Proposal | None]:
         bias, scale, offset = vectors.of_rows(rows)
         sides = launch(
             F[rows].to(dtype).contiguous(),

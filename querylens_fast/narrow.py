@@ -10,13 +10,12 @@ turns the candidates into exact float32 results.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import blocked, certified
+from . import blocked, certified, selection, workspace
 from .blocked import Epilogue
 
 NARROW = torch.bfloat16
@@ -24,6 +23,8 @@ MAX_COPY_BYTES = 1 << 31
 """Largest bfloat16 copy of W; beyond it the float32 path, which needs none."""
 MIN_ROWS = 192
 """Fewer rows of F do not pay for the copy of W."""
+WIDER = 8
+"""Times as many candidates for a row that the first ones do not settle."""
 _EXTRA = 32
 _BLOCK_ROWS = 512
 _TILE_ELEMENTS = 1 << 25
@@ -31,8 +32,8 @@ _TILE_ELEMENTS = 1 << 25
 
 
 def candidates_for(k: int) -> int:
-    """How many candidates a side: room for the rounding of the product."""
-    return max(k + 24, (5 * k + 3) // 2)
+    """How many candidates a side: room for the rounding of the product where scores are as good as random."""
+    return k + max(16, k // 2)
 
 
 def pays(F: Tensor, W: Tensor, k: int) -> bool:
@@ -87,18 +88,16 @@ def topk(
     """The k best of each row by bfloat16 candidates; arguments as for `blocked.topk`, float32 on the CPU only."""
     with torch.no_grad():
         folded, bound = _fold_columns(W, epilogue)
-    m = min(candidates_for(k), len(W))
-    width = folded.shape[1]
+    m, width = candidates_for(k), folded.shape[1]
     rows = block_rows or max(1, min(_BLOCK_ROWS, _TILE_ELEMENTS // len(W)))
     rows = max(1, min(rows, len(F)))
-    # One tile for all blocks: fresh memory of this size costs more to map than the selection.
-    tile = torch.empty(rows * len(W), dtype=NARROW)
+    tile = workspace.take("narrow tile", rows * len(W), NARROW, F.device)
 
-    def propose(rows: slice) -> tuple[certified.Proposal | None, certified.Proposal | None]:
+    def propose(rows: slice, wide: bool) -> tuple[certified.Proposal | None, certified.Proposal | None]:
         narrow_F = _fold_rows(F[rows], epilogue.of_rows(rows), width)
         scores = torch.mm(narrow_F, folded.T, out=tile[: len(narrow_F) * len(W)].view(-1, len(W)))
-        best = _candidates(scores, m, largest=True) if top else None
-        worst = _candidates(scores, m, largest=False) if bottom else None
+        best = _candidates(scores, m, wide, largest=True) if top else None
+        worst = _candidates(scores, m, wide, largest=False) if bottom else None
         return best, worst
 
     return certified.topk(F, W, k, epilogue, propose, bound, top=top, bottom=bottom, block_rows=rows)
@@ -114,12 +113,13 @@ def _fold_columns(W: Tensor, epilogue: Epilogue) -> tuple[Tensor, NarrowBound]:
     """[V, d + extra] bfloat16 and the bound's share of W."""
     V, d = W.shape
     plain = all(vector is None for vector in epilogue)
-    folded = torch.empty(V, d if plain else d + _EXTRA, dtype=NARROW)
+    width = d if plain else d + _EXTRA
+    folded = workspace.take("narrow W", V * width, NARROW, W.device).view(V, width)
     scale = None if epilogue.scale is None else epilogue.scale.to(W)
     norm = rounding = 0.0
     step = min(blocked.pass_rows(W), V)
-    # Written again for each block, because fresh memory costs more than the arithmetic.
-    rounded, scaled = torch.empty(step, d), torch.empty(0 if scale is None else step, d)
+    rounded = workspace.take("rounded", step * d, torch.float32, W.device).view(step, d)
+    scaled = workspace.take("scaled", 0 if scale is None else step * d, torch.float32, W.device).view(-1, d)
     for start in range(0, V, step):
         rows = slice(start, min(start + step, V))
         block = W[rows]
@@ -158,17 +158,19 @@ def _fold_rows(F: Tensor, epilogue: Epilogue, width: int) -> Tensor:
     return folded
 
 
-def _candidates(scores: Tensor, m: int, *, largest: bool) -> certified.Proposal:
+def _candidates(scores: Tensor, m: int, wide: bool, *, largest: bool) -> certified.Proposal:
     """The m best of each row of a bfloat16 tile, in no order, and a bound on the others before they were rounded."""
-    worst = -math.inf if largest else math.inf
-    group = blocked.group_size(scores.shape[1], m)
-    extremes = blocked.group_extremes(scores, group, largest)
-    if bool(extremes.isnan().any()):
-        scores = scores.masked_fill(scores.isnan(), worst)
-        extremes = blocked.group_extremes(scores, group, largest)
-    elements, ids = blocked.gather_best_groups(scores, extremes, group, m, largest)
-    values, places = elements.topk(m, dim=1, largest=largest, sorted=False)
-    left_out = (values.amin(1) if largest else values.amax(1)).float()
-    # Rounding to bfloat16 keeps order and moves a number by at most 2^-8 of itself.
-    slack = left_out.abs() * 2.0**-8 + 1e-38
-    return certified.Proposal(ids.gather(1, places), left_out + slack if largest else left_out - slack)
+    numbers, extremes = selection.without_nan(scores, largest)
+
+    def proposal(numbers: Tensor, extremes: Tensor, m: int) -> certified.Proposal:
+        ids = selection.best_places(numbers, m, largest, extremes)
+        values = numbers.gather(1, ids)
+        left_out = (values.amin(1) if largest else values.amax(1)).float()
+        # Rounding to bfloat16 keeps order and moves a number by at most 2^-8 of itself.
+        slack = left_out.abs() * 2.0**-8 + 1e-38
+        return certified.Proposal(ids, left_out + slack if largest else left_out - slack)
+
+    if wide:
+        return proposal(numbers, extremes, WIDER * m)
+    first = proposal(numbers, extremes, m)
+    return first._replace(wider=lambda index: proposal(numbers[index], extremes[index], WIDER * m))

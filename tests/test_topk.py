@@ -172,7 +172,7 @@ def test_kernel_proves_ordinary_rows(dtype: torch.dtype | None) -> None:
     none = blocked.Epilogue(None, None, None)
     outcome = fused.topk(F, W, 12, none, top=True, bottom=True, block_rows=None, dtype=dtype)
     best, worst = blocked.topk(F, W, 12, none, top=True, bottom=True)
-    assert outcome.fallback_rows == 0 and outcome.crowded_rows > 0
+    assert outcome.fallback_rows == 0 and outcome.widened_rows > 0
     assert torch.equal(outcome.top.ids, best.ids) and torch.equal(outcome.bottom.ids, worst.ids)
 
 
