@@ -177,8 +177,8 @@ class LinearAttention:
         mixed = w._heads(nnf.linear(self.post_norm.vjp(g), w.W_O.mT), w.n_heads)
         dq, dk, dv = self.heads_vjp(mixed)
         back = nnf.linear(w._merge(self.q_norm.vjp(self.turn_back(dq))), w.W_Q.mT)
-        back += nnf.linear(w._merge(self.k_norm.vjp(self.turn_back(self._gather(dk)))), w.W_K.mT)
-        back += nnf.linear(w._merge(self._gather(dv)), w.W_V.mT)
+        _add_product(back, w._merge(self.k_norm.vjp(self.turn_back(self._gather(dk)))), w.W_K)
+        _add_product(back, w._merge(self._gather(dv)), w.W_V)
         return self.norm.vjp(back)
 
     def heads_vjp(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,6 +209,11 @@ class LinearAttention:
     def _gather(self, x: Tensor) -> Tensor:
         kv = self.weights.n_kv_heads
         return x if kv == self.weights.n_heads else x.unflatten(-3, (kv, -1)).sum(-3)
+
+
+def _add_product(total: Tensor, x: Tensor, weight: Tensor) -> None:
+    """total += x weight, within the matrix product; total [..., D], x [..., N], weight [N, D]."""
+    total.view(-1, total.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight)
 
 
 @dataclass(frozen=True)
@@ -295,7 +300,7 @@ class LinearMLP:
         if w.W_gate is None or self.by_gate is None:
             return self.norm.vjp(nnf.linear(hidden.mul_(self.by_up), w.W_in.mT))
         back = nnf.linear(hidden * self.by_gate, w.W_gate.mT)
-        back += nnf.linear(hidden.mul_(self.by_up), w.W_in.mT)
+        _add_product(back, hidden.mul_(self.by_up), w.W_in)
         return self.norm.vjp(back)
 
 

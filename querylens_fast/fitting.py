@@ -1,6 +1,6 @@
 """Fitting: the sweeps that make a transport (`transport` has the mathematics).
 
-`_Fit` holds the accumulators; each batch of sequences is linearised once, and directions walk through it in chunks, so
+`Fit` holds the accumulators; each batch of sequences is linearised once, and directions walk through it in chunks, so
 that memory keeps to the user's bound.
 """
 
@@ -75,7 +75,7 @@ def fit_transport(
     _check_choice("energy", [energy], ("none", "probes", "exact"))
     _check_choice("submodule", [submodule], ("both", "attn", "mlp"))
     budget = Budget.plan(model, tokens.ids.shape[1], max_memory_gib)
-    fit = _Fit(model, tokens, sides, orders, energy, n_probes, seed, budget)
+    fit = Fit(model, tokens, sides, orders, energy, n_probes, seed, budget)
     with tqdm(total=fit.steps, desc="transport", unit="walk", disable=not progress) as bar:
         for rows in batches(len(tokens.ids), fit.rows):
             lin = linearise(model, tokens, rows, submodule, through_norms)
@@ -92,7 +92,7 @@ def _check_choice(name: str, chosen: Sequence[str], allowed: Sequence[str]) -> N
         raise ValueError(f"{name} is {list(chosen)}; expected some of {', '.join(allowed)}")
 
 
-class _Fit:
+class Fit:
     """The accumulators of one fit. Sums are kept in float32 or wider, whatever the model's dtype."""
 
     def __init__(
@@ -144,31 +144,35 @@ class _Fit:
 
     def sweep(self, lin: Linearised) -> Iterator[int]:
         """Add one batch's share to every accumulator; yields the walks done."""
-        basis = torch.eye(self.model.d_model, dtype=self.model.dtype, device=self.model.device)
         for chosen in batches(self.model.d_model, self.budget.directions) if "full" in self.orders else ():
-            start = lin.everywhere(basis[chosen]) * lin.mask
             for side in self.sides:
-                self._full(lin, start, chosen, side)
-                yield len(start)
+                self.add_full(lin, chosen, side)
+                yield chosen.stop - chosen.start
         if "first_order" in self.orders:
-            self._first_order(lin)
+            self.add_first_order(lin)
             yield 1
         if self.energy == "probes":
             yield from self._probe(lin)
         elif self.energy == "exact":
-            yield from self._exact(lin, basis)
+            yield from self._exact(lin)
 
-    def _full(self, lin: Linearised, t: Tensor, chosen: slice, side: Side) -> None:
+    def _basis(self, chosen: slice) -> Tensor:
+        """Rows of the identity, [C, D]."""
+        return torch.eye(self.model.d_model, dtype=self.model.dtype, device=self.model.device)[chosen]
+
+    def add_full(self, lin: Linearised, chosen: slice, side: Side) -> None:
+        """Walk the chosen basis directions through all modules; each point's position sum is its matrices' rows."""
+        t = lin.everywhere(self._basis(chosen)) * lin.mask
         total, last = self.matrices[side, "full"], len(lin.modules)
         total[last if side == "value" else 0, chosen] += position_sum(t)
         for i in range(last - 1, -1, -1) if side == "value" else range(last):
             t = lin.pull(i, t) if side == "value" else lin.push(i, t)
             total[i if side == "value" else i + 1, chosen] += position_sum(t)
 
-    def _first_order(self, lin: Linearised) -> None:
+    def add_first_order(self, lin: Linearised) -> None:
         """Each module's own term: in closed form, or by walking the basis where it has none."""
         mask = lin.mask
-        outs = {"value": mask, "key": mask if bool(mask.all()) else torch.ones_like(mask)}
+        outs = {"value": mask, "key": torch.ones_like(mask) if lin.padded else mask}
         for i, module in enumerate(lin.modules):
             if module is None:
                 continue
@@ -186,9 +190,9 @@ class _Fit:
         module = lin.modules[i]
         if isinstance(module, LinearAttention | LinearMLP) and has_closed_form(module, outs.shape[1]):
             return total(module, lin.mask, outs, self.budget.directions)
-        basis = torch.eye(self.model.d_model, dtype=self.model.dtype, device=self.model.device)
-        chunks = batches(len(basis), self.budget.directions)
-        return torch.cat([position_sum(lin.jvp(i, lin.everywhere(basis[c]) * lin.mask) * outs) for c in chunks]).mT
+        chunks = batches(self.model.d_model, self.budget.directions)
+        starts = (lin.everywhere(self._basis(c)) * lin.mask for c in chunks)
+        return torch.cat([position_sum(lin.jvp(i, start) * outs) for start in starts]).mT
 
     def _probe(self, lin: Linearised) -> Iterator[int]:
         for chosen in batches(self.n_probes, self.budget.directions):
@@ -225,8 +229,8 @@ class _Fit:
                 u = u + (lin.vjp(i, signs) if side == "value" else lin.jvp(i, signs)).sum(2)
             add(i if side == "value" else i + 1, u)
 
-    def _exact(self, lin: Linearised, basis: Tensor) -> Iterator[int]:
-        last = len(lin.modules)
+    def _exact(self, lin: Linearised) -> Iterator[int]:
+        basis, last = self._basis(slice(None)), len(lin.modules)
         for side, order in self.energies:
             gram = self.energies[side, order][:, 0]
             if order == "full":

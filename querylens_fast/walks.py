@@ -24,7 +24,6 @@ from torch import Tensor
 
 from querylens_fast.blocks import LinearAttention, LinearMLP
 from querylens_fast.models import Model
-from querylens_fast.norms import at_least_float32
 from querylens_fast.tokens import Tokens
 
 Side = Literal["value", "key"]
@@ -43,6 +42,8 @@ class Linearised:
     modules: list[LinearAttention | LinearMLP | None]
     mask: Tensor
     rows: slice
+    padded: bool
+    """Whether the mask hides anything."""
 
     def jvp(self, i: int, t: Tensor) -> Tensor:
         module = self.modules[i]
@@ -58,11 +59,13 @@ class Linearised:
 
     def push(self, i: int, t: Tensor) -> Tensor:
         """One step up: m ∘ (t + J_i t)."""
-        return self.jvp(i, t).add_(t).mul_(self.mask)
+        t = self.jvp(i, t).add_(t)
+        return t.mul_(self.mask) if self.padded else t
 
     def pull(self, i: int, g: Tensor) -> Tensor:
         """One step down: m ∘ (g + J_iᵀ g)."""
-        return self.vjp(i, g).add_(g).mul_(self.mask)
+        g = self.vjp(i, g).add_(g)
+        return g.mul_(self.mask) if self.padded else g
 
 
 @dataclass(frozen=True)
@@ -116,16 +119,17 @@ def linearise(
     """
     ids, valid = tokens.ids[rows].to(model.device), tokens.valid_mask[rows].to(model.device)
     plain = model.masking(ids)
-    masked = plain if bool(valid.all()) else model.masking(ids, valid)
+    padded = not bool(valid.all())
+    masked = model.masking(ids, valid) if padded else plain
     x = model.first_residual(ids)
     modules: list[LinearAttention | LinearMLP | None] = []
     for block in model.blocks:
         attention = block.attention.linearise(x, masked, through_norms)
-        x = x + (attention.output if masked is plain else block.attention(x, plain))
+        x = x + (block.attention(x, plain) if padded else attention.output)
         mlp = block.mlp.linearise(x, through_norms)
         x = x + mlp.output
         modules += [attention if submodule != "mlp" else None, mlp if submodule != "attn" else None]
-    return Linearised(modules, valid[..., None].to(model.dtype), rows)
+    return Linearised(modules, valid[..., None].to(model.dtype), rows, padded)
 
 
 def batches(n: int, size: int) -> Iterator[slice]:
@@ -135,7 +139,7 @@ def batches(n: int, size: int) -> Iterator[slice]:
 
 def position_sum(t: Tensor) -> Tensor:
     """[C, D] sum of t [C, B, S, D] over sequences and positions, in float32 or wider."""
-    return at_least_float32(t).sum((1, 2))
+    return t.sum((1, 2), dtype=torch.promote_types(t.dtype, torch.float32))
 
 
 def walk(lin: Linearised, start: Tensor, point: int, side: Side, order: Order) -> Tensor:
