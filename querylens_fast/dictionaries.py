@@ -8,6 +8,7 @@ model's MLP.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -82,6 +83,16 @@ class Dictionary:
             )
         return self.load_coder()
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the dictionary's shape and of some of its rows, which tells a replaced file from the old one."""
+        digest = hashlib.sha256(f"{self.n_features},{self.d_model}".encode())
+        ids = torch.linspace(0, max(self.n_features - 1, 0), min(16, self.n_features)).long()
+        for rows in (self.value_rows, self.key_rows):
+            if rows is not None:
+                digest.update(rows.read(ids).detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
     def check_model(self, model: Model) -> None:
         """Raise ValueError when the dictionary cannot belong to the model."""
         if self.d_model != model.d_model:
@@ -106,8 +117,10 @@ class Dictionary:
             return torch.arange(n)
         if isinstance(features, str):
             features = _parse_range(features, n)
-        if isinstance(features, (slice, range)):
-            features = list(range(*features.indices(n))) if isinstance(features, slice) else list(features)
+        if isinstance(features, slice):
+            features = range(*features.indices(n))
+        if isinstance(features, range):
+            features = features.start + features.step * torch.arange(len(features))
         ids = torch.as_tensor(features)
         if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim > 1:
             raise ValueError(f"features are {list(ids.shape)} of {ids.dtype}; expected a list of integer feature ids")
@@ -123,18 +136,22 @@ class Dictionary:
         found = rows.read(ids)
         bad = ~torch.isfinite(found).all(-1)
         if bool(bad.any()):
-            row = int(bad.nonzero()[0])
-            feature = row + (ids.start or 0) if isinstance(ids, slice) else int(ids[row])
-            raise ValueError(f"dictionary {self.name!r}: the {side} vector of feature {feature} holds NaN or inf")
+            wanted = torch.arange(self.n_features)[ids] if isinstance(ids, slice) else ids.cpu()
+            broken = wanted[bad.cpu()]
+            raise ValueError(
+                f"dictionary {self.name!r}: the {side} vector of feature {int(broken[0])} holds NaN or inf "
+                f"({len(broken)} such in rows {int(wanted.min())} to {int(wanted.max())} of {rows}); fetch the file "
+                "again, or pass features= without them"
+            )
         return found
 
 
-def _parse_range(text: str, n: int) -> list[int]:
+def _parse_range(text: str, n: int) -> range | list[int]:
     """Ids from "a:b", "7" or "1,5,9"."""
     try:
         if ":" in text:
             start, stop = (int(x) if x else None for x in text.split(":"))
-            return list(range(*slice(start, stop).indices(n)))
+            return range(*slice(start, stop).indices(n))
         return [int(x) for x in text.split(",")]
     except ValueError:
         raise ValueError(f"features={text!r}; expected 'all', 'start:stop' or ids like '1,5,9'") from None

@@ -1,14 +1,15 @@
 """Sources: dictionaries from files, folders, releases and objects.
 
-`load_dictionary` reads sae-lens folders, releases and objects, plain safetensors, Qwen-Scope ``.pt`` and Gemma Scope
-``.npz`` files. Orientation differs by format (sae-lens keeps W_enc as [D, n], Qwen-Scope as [n, D]); it is decided by
-name and shape, and refused where neither decides. No file runs code.
+`load_dictionary` reads any file of the table in `formats`, sae-lens releases and sae-lens objects. Orientation differs
+by format (sae-lens keeps W_enc as [D, n], Qwen-Scope as [n, D]); it is decided by shape and name, and refused where
+neither decides. Matrices stay in their files and are read in part; no file runs code.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,23 @@ from torch import Tensor
 
 from querylens_fast.coders import Coder, coder_from
 from querylens_fast.dictionaries import Dictionary
+from querylens_fast.formats import Format, find_format, split_axes, weights_in
 from querylens_fast.hooks import Kind, place
-from querylens_fast.rows import FileRows, MemoryRows, Rows
+from querylens_fast.rows import MemoryRows, Rows, SummedRows
+from querylens_fast.tensorfiles import StoredTensor, open_tensors
+
+SAE_LENS_WEIGHTS = "sae_weights.safetensors"
+_SAE_LENS_NAMES = {
+    "encoder.bias": "b_enc",
+    "encoder_linear.bias": "b_enc",
+    "decoder.bias": "b_dec",
+    "decoder_linear.bias": "b_dec",
+    "bias": "b_dec",
+    "decoder_bias": "b_dec",
+    "mag_bias": "b_mag",
+    "gate_bias": "b_gate",
+}
+"""What other formats call sae-lens's vectors."""
 
 
 def load_dictionary(
@@ -33,9 +49,9 @@ def load_dictionary(
     """A dictionary from a file, a folder, a release, or an object.
 
     Args:
-        source: A folder in sae-lens's format (cfg.json, sae_weights.safetensors); a safetensors file with W_dec [n, D]
-            and/or W_enc [D, n]; a Qwen-Scope ``.sae.pt`` or Gemma Scope ``.npz`` file; a sae-lens release (with
-            ``sae_id``; needs sae-lens); a sae-lens object; or a `Dictionary`.
+        source: A file or folder of sae-lens, Qwen-Scope, Gemma Scope 1 or 2, Llama Scope, EleutherAI sparsify,
+            dictionary_learning or circuit-tracer; a safetensors file with W_dec [n, D] and/or W_enc [D, n]; a sae-lens
+            release (with ``sae_id``; needs sae-lens); a sae-lens object; or a `Dictionary`.
         sae_id: The id within a release.
         layer: The layer, where the source does not say.
         kind: "sae" or "transcoder", where the source does not say.
@@ -57,15 +73,9 @@ def load_dictionary(
         return _from_object(source, layer)
     path = Path(source)
     if path.is_dir():
-        if not (path / "cfg.json").is_file():
-            raise FileNotFoundError(f"{str(path)!r} has no cfg.json: it is not a folder in sae-lens's format")
-        return _from_folder(path, layer, kind, hook_name, hook_name_out)
-    if path.suffix == ".safetensors" and path.is_file():
-        if path.name == "sae_weights.safetensors" and (path.parent / "cfg.json").is_file():
-            return _from_folder(path.parent, layer, kind, hook_name, hook_name_out)
-        return _from_safetensors(path, {}, layer, kind, hook_name, hook_name_out)
-    if path.suffix in (".pt", ".npz") and path.is_file():
-        return _from_tensors(str(path), _read_tensors(path), {}, layer, kind, hook_name, hook_name_out)
+        path = _weights_of(path, layer)
+    if path.is_file():
+        return _from_file(path, layer, kind, hook_name, hook_name_out)
     if sae_id is None:
         raise FileNotFoundError(
             f"dictionary {str(source)!r}: no such file or folder; for a sae-lens release pass sae_id= too"
@@ -73,125 +83,130 @@ def load_dictionary(
     return _from_release(str(source), sae_id, layer)
 
 
-def _from_folder(
+def _weights_of(folder: Path, layer: int | None) -> Path:
+    """The weights file a folder is about; ``layer`` chooses where it holds one for each."""
+    found = weights_in(folder)
+    if layer is not None and len(found) > 1:
+        found = [path for path in found if re.findall(r"\d+", path.name)[-1:] == [str(layer)]] or found
+    if not found:
+        missing = [name for name in ("cfg.json", SAE_LENS_WEIGHTS) if not (folder / name).is_file()]
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no {' and no '.join(missing)}, so it is not in sae-lens's format, and no weights "
+            "file of another known format; if it holds a dictionary, name the file itself"
+        )
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:5])
+        raise ValueError(f"{str(folder)!r} holds {len(found)} dictionaries ({names}, …); name one, or pass layer=")
+    return found[0]
+
+
+def _from_file(
     path: Path, layer: int | None, kind: Kind | None, hook_name: str | None, hook_name_out: str | None
 ) -> Dictionary:
-    try:
-        cfg = json.loads((path / "cfg.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path / 'cfg.json')!r} is not valid JSON: {error}") from error
-    weights = path / "sae_weights.safetensors"
-    if not weights.is_file():
-        raise FileNotFoundError(f"{str(path)!r} has a cfg.json but no sae_weights.safetensors")
-    return _from_safetensors(weights, cfg, layer, kind, hook_name, hook_name_out, name=str(path))
-
-
-def _from_safetensors(
-    path: Path,
-    cfg: Mapping[str, Any],
-    layer: int | None,
-    kind: Kind | None,
-    hook_name: str | None,
-    hook_name_out: str | None,
-    name: str | None = None,
-) -> Dictionary:
-    from safetensors import SafetensorError, safe_open
-
-    name = name or str(path)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-            hook_name = hook_name or (file.metadata() or {}).get("hook_name")
-            small = {key: file.get_tensor(key) for key, shape in shapes.items() if len(shape) < 2}
-    except SafetensorError as error:
-        raise ValueError(f"dictionary file {str(path)!r} is damaged or truncated: {error}") from error
+    tensors, metadata = open_tensors(path)
+    known, match = find_format(path, tensors)
+    if known.beside:
+        tensors |= open_tensors(path.parent / known.beside.replace("{1}", match[1]))[0]
+    name = str(path.parent) if path.name == SAE_LENS_WEIGHTS else str(path)
+    small = {_SAE_LENS_NAMES.get(bare, bare): tensors[key] for key, bare in _bare_names(tensors, match).items()}
+    small = {key: tensor.read() for key, tensor in small.items() if len(tensor.shape) < 2}
     for key, tensor in small.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"dictionary {name!r}: {key} holds NaN or inf")
-
-    def rows(key: str) -> Rows | None:
-        shape = shapes.get(key)
-        if shape is None:
-            return None
-        transposed = _is_transposed(name, key, shapes)
-        n, d = (shape[1], shape[0]) if transposed else shape
-        return FileRows(str(path), key, (n, d), transposed)
+    rows = _Sides(name, known, match, tensors, small)
+    values, keys = rows.of(known.values), rows.of(known.keys)
+    settings = known.settings(path, known.read_config(path))
 
     def coder() -> Coder:
-        from safetensors.torch import load_file
-
-        return coder_from(cfg, load_file(str(path)))
+        return coder_from(settings, _coder_weights(tensors, small, values, keys))
 
     return _assemble(
-        name, cfg, rows("W_dec"), rows("W_enc"), coder if cfg else None, layer, kind, hook_name, hook_name_out
+        name,
+        settings,
+        values,
+        keys,
+        coder if "architecture" in settings else None,
+        layer,
+        kind,
+        hook_name or metadata.get("hook_name"),
+        hook_name_out,
     )
 
 
-def _is_transposed(name: str, key: str, shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Does the file hold this matrix as [D, n]? By its name, and by the other matrix where the two disagree."""
-    shape = shapes[key]
-    if len(shape) != 2:
-        raise ValueError(f"dictionary {name!r}: {key} is {list(shape)}; expected a matrix")
-    if key == "W_enc" and "W_dec" in shapes:
-        n, d = shapes["W_dec"]
-        if tuple(shape) == (d, n):
-            return True
-        if tuple(shape) == (n, d):
-            return False
-        raise ValueError(f"dictionary {name!r}: W_enc is {list(shape)} but W_dec is {[n, d]}; expected {[d, n]}")
-    return key == "W_enc"
+def _bare_names(tensors: Mapping[str, StoredTensor], match: re.Match[str]) -> dict[str, str]:
+    """Tensor names without the layer that files of cross-layer transcoders end them in."""
+    ending = f"_{match[1]}" if match.re.groups else ""
+    return {name: name.removesuffix(ending) if ending else name for name in tensors}
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a ``.pt`` (weights only) or ``.npz`` (no pickles) file."""
-    import pickle
-    import zipfile
+@dataclass(frozen=True)
+class _Sides:
+    """The matrices of a dictionary file, turned to [n, D]."""
 
-    try:
-        if path.suffix == ".npz":
-            import numpy as np
+    name: str
+    format: Format
+    match: re.Match[str]
+    tensors: Mapping[str, StoredTensor]
+    small: Mapping[str, Tensor]
 
-            with np.load(path, allow_pickle=False) as arrays:
-                return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"dictionary file {str(path)!r} is damaged, or holds more than tensors: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"dictionary file {str(path)!r} holds a {type(loaded).__name__}; expected named tensors")
-    return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+    def of(self, specs: Sequence[str]) -> Rows | None:
+        """The rows of the first of these tensors that the file holds."""
+        for spec in specs:
+            key, axes = split_axes(spec, self.match)
+            if key in self.tensors:
+                tensor = self.tensors[key]
+                if axes == "n,m,d" and len(tensor.shape) == 3:
+                    return SummedRows(tensor.rows(False), tensor.shape[1])
+                return tensor.rows(self._is_transposed(key, tensor.shape, axes))
+        return None
 
-
-def _from_tensors(
-    name: str,
-    tensors: Mapping[str, Tensor],
-    cfg: Mapping[str, Any],
-    layer: int | None,
-    kind: Kind | None,
-    hook_name: str | None,
-    hook_name_out: str | None,
-) -> Dictionary:
-    n_features = next((len(tensors[k]) for k in ("b_enc", "threshold") if k in tensors), None)
-
-    def rows(key: str) -> Rows | None:
-        if key not in tensors:
-            return None
-        matrix = tensors[key]
-        if matrix.ndim != 2:
-            raise ValueError(f"dictionary {name!r}: {key} is {list(matrix.shape)}; expected a matrix")
-        if n_features is None:
-            turned = key == "W_enc"
-        elif matrix.shape[0] == matrix.shape[1]:
+    def _is_transposed(self, key: str, shape: tuple[int, ...], axes: str) -> bool:
+        """Does the file hold this matrix as [D, n]? By its shape where that tells, else as the format has it."""
+        if len(shape) != 2:
+            raise ValueError(f"dictionary {self.name!r}: {key} is {list(shape)}; expected a matrix")
+        n, known_by = self._n_features()
+        if n is not None and n not in shape:
             raise ValueError(
-                f"dictionary {name!r}: {key} is square {list(matrix.shape)}, so its orientation is not known; "
+                f"dictionary {self.name!r}: {key} is {list(shape)} but {known_by}; expected one axis of {n}"
+            )
+        if n is not None and shape[0] != shape[1]:
+            return shape[0] != n
+        if axes == "?" and shape[0] == shape[1]:
+            raise ValueError(
+                f"dictionary {self.name!r}: {key} is square {list(shape)}, so its orientation is not known; "
                 "store it as safetensors with W_dec [n, d] and W_enc [d, n]"
             )
-        elif n_features not in matrix.shape:
-            raise ValueError(f"dictionary {name!r}: {key} is {list(matrix.shape)}, no side of which is {n_features}")
-        else:
-            turned = matrix.shape[0] != n_features
-        return MemoryRows(matrix.mT if turned else matrix)
+        return key == "W_enc" if axes == "?" else axes == "d,n"
 
-    return _assemble(name, cfg, rows("W_dec"), rows("W_enc"), None, layer, kind, hook_name, hook_name_out)
+    def _n_features(self) -> tuple[int | None, str]:
+        """How many features there are, and what says so."""
+        for name in ("b_enc", "b_gate", "threshold"):
+            if name in self.small and self.small[name].ndim == 1:
+                return len(self.small[name]), f"{name} has {len(self.small[name])} entries"
+        for spec in self.format.values:
+            key, axes = split_axes(spec, self.match)
+            if key in self.tensors and axes != "?" and len(self.tensors[key].shape) >= 2:
+                shape = self.tensors[key].shape
+                return shape[axes.split(",").index("n")], f"{key} is {list(shape)}"
+        return None, ""
+
+
+def _coder_weights(
+    tensors: Mapping[str, StoredTensor], small: Mapping[str, Tensor], values: Rows | None, keys: Rows | None
+) -> dict[str, Tensor]:
+    """All of a dictionary's tensors, under sae-lens's names and turned as it has them."""
+    weights = dict(small)
+    if values is not None:
+        weights["W_dec"] = values.read(slice(None))
+    if keys is not None:
+        weights["W_enc"] = keys.read(slice(None)).T.contiguous()
+    if "log_jumprelu_threshold" in weights:
+        weights["threshold"] = weights["log_jumprelu_threshold"].exp()
+    if "W_skip" in tensors:
+        weights["W_skip"] = tensors["W_skip"].read()
+    if "affine_skip_connection" in tensors:
+        weights["W_skip"] = tensors["affine_skip_connection"].read().T
+    return weights
 
 
 def _from_object(sae: Any, layer: int | None) -> Dictionary:
@@ -249,6 +264,7 @@ def _assemble(
     if values is None and keys is None:
         raise ValueError(f"dictionary {name!r} holds neither W_dec nor W_enc")
     metadata = cfg.get("metadata") or {}
+    layer = cfg.get("layer") if layer is None else layer
     architecture = str(cfg.get("architecture", ""))
     hook_name = str(hook_name or metadata.get("hook_name") or cfg.get("hook_name") or "")
     hook_name_out = str(hook_name_out or metadata.get("hook_name_out") or cfg.get("hook_name_out") or "")
@@ -260,6 +276,12 @@ def _assemble(
     if architecture == "matching_pursuit" and keys is None:
         keys = values
     layer, kind, points, refusals = place(name, hook_name, hook_name_out, layer, kind)
+    if isinstance(values, SummedRows):
+        points["value"] = None
+        refusals["value"] = (
+            f"its features write to {values.m} layers, so no single transport carries them; "
+            "logit_lens_value reads the sum of what they write"
+        )
     return Dictionary(
         name,
         kind,
@@ -274,7 +296,7 @@ def _assemble(
         hook_name_out or hook_name,
         details={
             "architecture": architecture,
-            "model_name": str(metadata.get("model_name") or ""),
+            "model_name": str(metadata.get("model_name") or cfg.get("model_name") or ""),
             "normalize_activations": str(cfg.get("normalize_activations") or "none"),
         },
         refusals=refusals,

@@ -250,11 +250,14 @@ def test_truncated_and_incomplete_folders(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged or truncated"):
         ql.load_dictionary(tmp_path / "cut")
-    weights.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no sae_weights\.safetensors"):
-        ql.load_dictionary(tmp_path / "cut")
+    shutil.copy(source / "sae_weights.safetensors", weights)
+    config = (tmp_path / "cut" / "cfg.json").read_text()
     (tmp_path / "cut" / "cfg.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
+        ql.load_dictionary(tmp_path / "cut")
+    (tmp_path / "cut" / "cfg.json").write_text(config)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no sae_weights\.safetensors"):
         ql.load_dictionary(tmp_path / "cut")
 
 
