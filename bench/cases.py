@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
 class Case(NamedTuple):
@@ -32,3 +33,13 @@ CASES = {
 }
 ODD = [(1, 1, 1, 1), (255, 507, 123, 25), (129, 768, 5003, 25), (33, 100, 50257, 256), (130, 2304, 30011, 64)]
 """n, d, V, k that fill no tile."""
+
+
+def _gpt2_small() -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config())
+
+
+MODEL_SHAPES: dict[str, Callable[[], Any]] = {"gpt2-small": _gpt2_small}
+"""Whole models with random weights, as transformers makes them."""
