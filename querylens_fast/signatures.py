@@ -1,21 +1,25 @@
 """Signatures: the tokens of every feature, block by block from the dictionary's file to the writer.
 
 `signatures` is the package's main job. It plans a `Pipeline` (every check happens there, before anything is computed
-or written), then streams blocks of features through it. In memory the result is one `Signatures`; with ``out=`` blocks
-go to a Parquet or JSONL file and a killed run resumes.
+or written), then streams blocks of features through it, each read from the dictionary's file while the one before it
+is computed. In memory the result is one `Signatures`; with ``out=`` blocks go to a Parquet or JSONL file and a killed
+run resumes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from querylens_fast.pipeline import Pipeline, Stats, plan
 from querylens_fast.presets import Preset
+from querylens_fast.readahead import read_ahead
 from querylens_fast.results import Signatures, concatenate
 from querylens_fast.sources import load_dictionary
 from querylens_fast.store import open_sink
@@ -26,6 +30,9 @@ from querylens_fast.walks import batches
 __all__ = ["Pipeline", "Signatures", "plan", "scores_at", "signatures"]
 
 BLOCK_ROWS = 2048
+MAX_BLOCK_ROWS = 1 << 15
+BLOCK_BYTES = 1 << 25
+"""Of one block's vectors or result; some eight such are held at a time."""
 
 
 def signatures(
@@ -49,7 +56,7 @@ def signatures(
     vectors: bool = False,
     format: str | None = None,
     token_strings: bool = True,
-    block_rows: int = BLOCK_ROWS,
+    block_rows: int | None = None,
     resume: bool = True,
     progress: bool | None = None,
 ) -> Any:
@@ -77,7 +84,8 @@ def signatures(
         vectors: Keep the vectors that are read out in the result.
         format: "parquet" or "jsonl", by default from out's ending.
         token_strings: Write token strings beside ids (needs a tokenizer).
-        block_rows: Features a block.
+        block_rows: Features a block: what is computed at a time and lost when the run is killed. By default as many
+            as keep a block's vectors and its result under 32 MiB each, 32,768 at most.
         resume: Go on from what an earlier, killed run wrote to out; False: refuse to touch it.
         progress: Show a progress bar; by default with ``out``.
 
@@ -89,6 +97,9 @@ def signatures(
         FileNotFoundError: A missing file.
         FileExistsError: ``out`` holds the result of another run.
         OSError: The disk is full; what was written stays and the run resumes.
+
+    Memory: the model, a bfloat16 copy of its unembedding on processors that multiply in it, and about 0.3 GiB, whatever
+    the dictionary's width; the dictionary is read a block at a time.
     """
     dictionary = load_dictionary(dictionary)
     chosen = dictionary.select(features)
@@ -112,27 +123,56 @@ def signatures(
         n_features=len(chosen),
         progress=show,
     )
+    if block_rows is None:
+        block_rows = rows_per_block(pipeline)
     if block_rows < 1:
         raise ValueError(f"block_rows is {block_rows}; expected at least 1")
-    label = f"{pipeline.preset.name} layer {dictionary.layer}"
     if out is None:
-        with tqdm(total=len(chosen), desc=label, unit="feature", disable=not show) as bar:
+        with _progress(pipeline, len(chosen), 0, show) as bar:
             parts = []
-            for block in batches(len(chosen), block_rows):
-                parts.append(pipeline(chosen[block]))
-                bar.update(len(parts[-1]))
-        return concatenate(parts) if parts else pipeline(chosen)
-    identity = {**pipeline.identity(chosen), "block_rows": block_rows}
+            for found in _computed(pipeline, list(chosen.split(block_rows))):
+                parts.append(found)
+                bar.update(len(found))
+        return concatenate(parts)
+    identity = {
+        **pipeline.identity(chosen),
+        "dictionary_fingerprint": dictionary.fingerprint,
+        "block_rows": block_rows,
+    }
     with open_sink(out, format, identity, resume=resume, token_strings=token_strings, model=pipeline.model) as sink:
         if pipeline.tokens is not None:
             pipeline.tokens.save(Path(f"{out}.tokens.safetensors"))
-        with tqdm(total=len(chosen), desc=label, unit="feature", disable=not show) as bar:
-            for block in batches(len(chosen), block_rows):
-                pending = sink.pending(block)
-                if pending:
-                    sink.write(pipeline(chosen[pending]), pending)
-                bar.update(block.stop - block.start)
+        pending = [found for block in batches(len(chosen), block_rows) if (found := sink.pending(block))]
+        n_done = len(chosen) - sum(map(len, pending))
+        with _progress(pipeline, len(chosen), n_done, show) as bar:
+            for indices, found in zip(
+                pending, _computed(pipeline, [chosen[torch.tensor(indices)] for indices in pending]), strict=True
+            ):
+                sink.write(found, indices)
+                bar.update(len(found))
         return sink.finish(len(chosen))
+
+
+def _computed(pipeline: Pipeline, blocks: Sequence[Tensor]) -> Iterator[Signatures]:
+    """The signatures of each block of feature ids in turn, the next block read meanwhile."""
+    side, dictionary = pipeline.preset.feature_vector, pipeline.dictionary
+    with read_ahead(dictionary, side, blocks, pipeline.model.device) as ahead:
+        reading = replace(pipeline, dictionary=ahead)
+        for block in blocks:
+            yield replace(reading(block), pipeline=pipeline)
+
+
+def _progress(pipeline: Pipeline, total: int, n_done: int, show: bool) -> tqdm[Any]:
+    label = f"{pipeline.preset.name} layer {pipeline.dictionary.layer}"
+    return tqdm(total=total, initial=n_done, desc=label, unit="feature", disable=not show)
+
+
+def rows_per_block(pipeline: Pipeline) -> int:
+    """Features a block, so that a block's vectors and its result stay under `BLOCK_BYTES` each."""
+    lists = 1 + (pipeline.model.n_layers if pipeline.layers else 0)
+    vectors = pipeline.model.d_model * torch.promote_types(pipeline.model.dtype, torch.float32).itemsize
+    n = BLOCK_BYTES // max(vectors, 24 * pipeline.k * lists)
+    return max(256, min(MAX_BLOCK_ROWS, 1 << (n.bit_length() - 1)))
 
 
 def scores_at(dictionary: Any, model: Any, features: Any, token_ids: Tensor | Sequence[int], **options: Any) -> Tensor:

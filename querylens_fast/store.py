@@ -1,25 +1,20 @@
 """Sinks: where signatures are written, so that nothing is lost and a killed run goes on.
 
-Parquet, for whole dictionaries: every block is a part file, written under another name and renamed when whole; the
-parts become one file at the end. JSONL, the reference's row format: rows are appended a block at a time, and a
-half-written last line is cut off when the run resumes. Beside either lies the identity of the run it belongs to; a
-file of another run is refused, never mixed.
+Parquet, for whole dictionaries, is in `parquet`. JSONL, the reference's row format: rows are appended a block at a
+time, and a half-written last line is cut off when the run resumes. Beside either lies the identity of the run it
+belongs to; a file of another run is refused, never mixed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from querylens_fast.models import Model
 from querylens_fast.results import Signatures
@@ -72,6 +67,8 @@ def open_sink(
         raise ValueError(f"out is {str(path)!r}; expected a .parquet or .jsonl file, or format='parquet' or 'jsonl'")
     if token_strings or format == "jsonl":
         model.str_tokens([0])
+    from querylens_fast.parquet import ParquetSink
+
     kind = ParquetSink if format == "parquet" else JsonlSink
     return kind(path, identity, resume, token_strings, model)
 
@@ -109,7 +106,7 @@ class Sink:
             kept = f"what was written of {str(self.path)!r} is kept; run the same call again to go on from there"
             raise OSError(error.errno, f"{error.strerror or error}; {kept}", error.filename) from error
 
-    def pending(self, block: slice) -> list[int]:
+    def pending(self, block: slice) -> Sequence[int]:
         """Indices of the block that are not written yet."""
         raise NotImplementedError
 
@@ -141,7 +138,7 @@ class JsonlSink(Sink):
         self.done = _mend_jsonl(path)
         write_whole(_identity_path(path), json.dumps(self.identity, indent=1))
 
-    def pending(self, block: slice) -> list[int]:
+    def pending(self, block: slice) -> Sequence[int]:
         return [i for i in range(block.start, block.stop) if i not in self.done]
 
     def write(self, found: Signatures, indices: Sequence[int], names: Sequence[str] | None = None) -> None:
@@ -198,102 +195,6 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file if line.strip()]
 
 
-class ParquetSink(Sink):
-    """A part file a block; one Parquet file at the end, with the run's identity in its schema metadata."""
-
-    format = "parquet"
-
-    def __init__(self, path: Path, identity: dict[str, Any], resume: bool, token_strings: bool, model: Model) -> None:
-        super().__init__(path, {**identity, "token_strings": token_strings}, resume, token_strings, model)
-        self.complete = path.exists()
-        if not self.complete:
-            self.parts.mkdir(exist_ok=True)
-            write_whole(self.parts / "run.json", json.dumps(self.identity, indent=1))
-
-    @property
-    def parts(self) -> Path:
-        return self.path.with_name(self.path.name + ".parts")
-
-    def pending(self, block: slice) -> list[int]:
-        if self.complete or self._part(block.start).exists():
-            return []
-        return list(range(block.start, block.stop))
-
-    def write(self, found: Signatures, indices: Sequence[int], names: Sequence[str] | None = None) -> None:
-        import pyarrow.parquet as pq
-
-        table = self._table(found)
-        target = self._part(indices[0])
-        partial = target.with_suffix(".partial")
-        pq.write_table(table, partial, compression="zstd")
-        os.replace(partial, target)
-
-    def finish(self, n_features: int) -> StoredSignatures:
-        import pyarrow.parquet as pq
-
-        if not self.complete:
-            parts = sorted(self.parts.glob("part-*.parquet"))
-            if parts:
-                schema = pq.read_schema(parts[0]).with_metadata({METADATA_KEY: json.dumps(self.identity).encode()})
-                partial = self.parts / "whole.partial"
-                with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-                    for part in parts:
-                        writer.write_table(pq.read_table(part).cast(schema))
-                os.replace(partial, self.path)
-            shutil.rmtree(self.parts)
-        return super().finish(n_features)
-
-    def _part(self, start: int) -> Path:
-        return self.parts / f"part-{start:012d}.parquet"
-
-    def _earlier_identity(self) -> dict[str, Any] | None:
-        if self.path.exists():
-            return read_identity(self.path)
-        if (self.parts / "run.json").is_file():
-            return json.loads((self.parts / "run.json").read_text(encoding="utf-8"))
-        return None
-
-    @cached_property
-    def _vocabulary(self) -> Any:
-        import pyarrow as pa
-
-        return pa.array(self.model.str_tokens(range(self.model.vocab_size)))
-
-    def _table(self, found: Signatures) -> Any:
-        import pyarrow as pa
-
-        columns: dict[str, Any] = {
-            "layer": pa.array([found.layer] * len(found), pa.int32()),
-            "feature": pa.array(found.features.numpy()),
-        }
-        for side in ("top", "bottom"):
-            ids, scores = getattr(found, f"{side}_ids"), getattr(found, f"{side}_scores")
-            columns[f"{side}_ids"] = _lists(ids.int())
-            columns[f"{side}_scores"] = _lists(scores)
-            if self.token_strings:
-                flat = self._vocabulary.take(pa.array(ids.flatten().numpy()))
-                columns[f"{side}_tokens"] = pa.ListArray.from_arrays(_offsets(ids), flat)
-        columns |= {name: pa.array(column.numpy()) for name, column in found.stats.items()}
-        if found.choices is not None:
-            columns["transition"] = pa.array(found.choices)
-        if found.layer_terms is not None:
-            rows = [found._layer_row(i) for i in range(len(found))]
-            columns |= {name: pa.array([row[name] for row in rows]) for name in rows[0]}
-        return pa.table(columns)
-
-
-def _offsets(x: Tensor) -> Any:
-    import pyarrow as pa
-
-    return pa.array(torch.arange(0, x.numel() + 1, x.shape[1], dtype=torch.int32).numpy())
-
-
-def _lists(x: Tensor) -> Any:
-    import pyarrow as pa
-
-    return pa.ListArray.from_arrays(_offsets(x), pa.array(x.flatten().numpy()))
-
-
 def read_identity(path: str | Path) -> dict[str, Any]:
     """What a result file is a result of.
 
@@ -320,8 +221,21 @@ def read_identity(path: str | Path) -> dict[str, Any]:
     return json.loads(metadata[METADATA_KEY])
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write that takes the name ``path`` when it is whole and on the disk, and is gone when writing fails."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
