@@ -1,19 +1,25 @@
-"""``python -m bench topk ...``, ``python -m bench lens ...`` and ``python -m bench gpu_check``."""
+"""``python -m bench NAME ...`` for ``python -m bench.NAME ...``: one line for each benchmark without a name."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 
-from bench import gpu_check, lens, topk
-
-COMMANDS = {"topk": topk.main, "lens": lens.main, "gpu_check": gpu_check.main}
+COMMANDS = {
+    "topk": "streamed top-k against what one would write otherwise",
+    "lens": "transport and signatures of whole dictionaries against one walk for each feature",
+    "compile_check": "every kernel variant compiled for every target: registers, spills, shared memory, instructions",
+    "gpu_check": "everything on a GPU machine: correctness, ceilings, peers, the goals",
+    "report": "pictures and tables of the committed results",
+}
 
 
 def main() -> None:
-    name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("topk", [])
+    name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if name not in COMMANDS:
-        raise SystemExit(f"unknown benchmark {name!r}: expected one of {', '.join(COMMANDS)}")
-    COMMANDS[name](rest)
+        listing = "\n".join(f"  {command:14s} {what}" for command, what in COMMANDS.items())
+        raise SystemExit(f"python -m bench NAME [--help], where NAME is one of\n{listing}")
+    importlib.import_module(f"bench.{name}").main(rest)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ from torch import Tensor
 
 import querylens_fast as ql
 from bench.cases import CASES, ODD
-from bench.topk import inputs, report, run_case, save
+from bench.machine import machine
+from bench.record import save
+from bench.topk import inputs, report, run_case
 from querylens_fast import blocked, fused, ops
 from querylens_fast.demo import ASSETS
 
@@ -181,8 +183,8 @@ def main(arguments: list[str] | None = None) -> None:
         except Exception as error:
             skipped.append(f"{name} {dtype}: {error}")
         # Written after each, so that a limit on the machine loses one case and not all.
-        save(out, torch.device("cuda"), records, checks=checks, skipped=skipped)
-    save(out, torch.device("cuda"), records, checks=checks, skipped=skipped)
+        save(out, {"machine": machine(torch.device("cuda")), "checks": checks, "skipped": skipped, "cases": records})
+    save(out, {"machine": machine(torch.device("cuda")), "checks": checks, "skipped": skipped, "cases": records})
     print(f"{len(checks) - len(wrong)} of {len(checks)} checks right" + "".join(f"\nWRONG: {name}" for name in wrong))
     if wrong:
         raise SystemExit(1)

@@ -24,7 +24,7 @@ from torch.func import jvp, vjp
 import querylens_fast as ql
 from bench import sweeps
 from bench.cases import MODEL_SHAPES
-from bench.topk import machine, sync
+from bench.machine import machine, sync
 from querylens_fast.demo.showcase import load_example
 from querylens_fast.models import parse_dtype
 from querylens_fast.walks import Side

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,21 +15,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import querylens_fast as ql
-from bench.topk import sync
+from bench.machine import sync
+from bench.timing import seconds
 from querylens_fast.fitting import Fit
 from querylens_fast.walks import Budget, Side, batches, linearise
 
 GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_")
 ATTENTION = ("aten::bmm", "aten::baddbmm")
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall time of a call."""
-    sync(device)
-    start = time.perf_counter()
-    run()
-    sync(device)
-    return time.perf_counter() - start
 
 
 def gemm_rate(d: int, neurons: int, dtype: torch.dtype, device: torch.device) -> float:

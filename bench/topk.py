@@ -9,12 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
-import os
-import platform
-import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +17,9 @@ import torch
 from torch import Tensor
 
 from bench.cases import CASES, Case
+from bench.machine import machine
+from bench.record import save
+from bench.timing import measure
 from querylens_fast.ops import TopK, streamed_topk
 
 CHUNK_ELEMENTS = 1 << 24
@@ -95,62 +92,6 @@ def check(F: Tensor, W: Tensor, k: int) -> dict[str, float]:
     return {"ours": max(ours), "torch": max(theirs), "limit": limit}
 
 
-def sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measure(tasks: dict[str, Callable[[], object]], device: torch.device, repeat: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each task (p20, p50, p80), tasks taking turns; on a GPU also the extra memory in MiB."""
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    extra: dict[str, float] = {}
-    for turn in range(repeat + 1):
-        for name, task in tasks.items():
-            sync(device)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-            start = time.perf_counter()
-            result = task()
-            sync(device)
-            passed_ms = 1e3 * (time.perf_counter() - start)
-            if device.type == "cuda":
-                extra[name] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
-            del result
-            # The first turn warms caches and compiles.
-            if turn:
-                times[name].append(passed_ms)
-    summary = {}
-    for name, values in times.items():
-        cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
-        summary[name] = {"p20_ms": cuts[0], "p50_ms": statistics.median(values), "p80_ms": cuts[3]}
-        if name in extra:
-            summary[name]["extra_mib"] = extra[name]
-    return summary
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Where and with what this was measured."""
-    triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    return {
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cpu": cpu,
-        "bf16_products": bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def run_case(case: Case, rows: int, dtype: torch.dtype, device: str, repeat: int) -> dict[str, Any]:
     """Check, then measure one case; the record that goes into the JSON."""
     F, W = inputs(case, rows, dtype, device)
@@ -180,12 +121,6 @@ def report(record: dict[str, Any]) -> None:
     print(f"  error {error['ours']:.2g} (torch {error['torch']:.2g}); {record['tflops']:.2f} TFLOP/s")
 
 
-def save(path: Path, device: torch.device, records: list[dict[str, Any]], **more: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(device), **more, "cases": records}, indent=1) + "\n")
-    print(f"\nwritten to {path}")
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench topk", description=__doc__)
     parser.add_argument("--case", action="append", choices=list(CASES), help="default: gpt2; may be repeated")
@@ -206,7 +141,8 @@ def main(arguments: list[str] | None = None) -> None:
         records.append(run_case(CASES[name], rows, dtype, options.device, options.repeat))
         report(records[-1])
     if options.out:
-        save(options.out, torch.device(options.device), records)
+        save(options.out, {"machine": machine(torch.device(options.device)), "cases": records})
+        print(f"\nwritten to {options.out}")
 
 
 if __name__ == "__main__":
