@@ -23,7 +23,7 @@ MAX_COPY_BYTES = 1 << 31
 """Largest bfloat16 copy of W; beyond it the float32 path, which needs none."""
 MIN_ROWS = 192
 """Fewer rows of F do not pay for the copy of W."""
-WIDER = 8
+WIDER = 4
 """Times as many candidates for a row that the first ones do not settle."""
 _EXTRA = 32
 _BLOCK_ROWS = 512
@@ -33,7 +33,7 @@ _TILE_ELEMENTS = 1 << 25
 
 def candidates_for(k: int) -> int:
     """How many candidates a side: room for the rounding of the product where scores are as good as random."""
-    return k + max(16, k // 2)
+    return k + max(31, k // 2)
 
 
 def pays(F: Tensor, W: Tensor, k: int) -> bool:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import workspace
+
 GROUP = 16
 """Columns in a group: fewer leave more extremes to look through, more leave more elements."""
 
@@ -66,20 +68,26 @@ def best_of_tile(scores: Tensor, k: int, *, largest: bool) -> Side:
 
 
 def without_nan(scores: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
-    """The scores with NaN made the worst there is (the same tensor where there is none), and `extremes_of` them."""
-    extremes = extremes_of(scores, GROUP, largest)
-    tail = scores[:, extremes.shape[1] * GROUP :]
-    # The extreme of a group that holds a NaN is NaN.
-    if not bool(extremes.isnan().any() or tail.isnan().any()):
+    """The scores with NaN made the worst there is (the same tensor where there is none), and `extremes_of` them.
+
+    The extremes are valid until the next call for the same side.
+    """
+    r, n_groups = len(scores), scores.shape[1] // GROUP
+    room = workspace.take(f"extremes {largest}", r * n_groups, scores.dtype, scores.device).view(r, n_groups)
+    grouped = scores[:, : n_groups * GROUP].unflatten(1, (GROUP, n_groups))
+    extreme = torch.amax if largest else torch.amin
+    extremes, tail = extreme(grouped, 1, out=room), scores[:, n_groups * GROUP :]
+    # The extreme of what holds a NaN is NaN.
+    if not any(part.numel() and math.isnan(part.amax()) for part in (extremes, tail)):
         return scores, extremes
     scores = scores.masked_fill(scores.isnan(), -math.inf if largest else math.inf)
-    return scores, extremes_of(scores, GROUP, largest)
+    return scores, extremes_of(scores, largest)
 
 
-def extremes_of(scores: Tensor, group: int, largest: bool) -> Tensor:
-    """Extremes [r, G] of groups {j, j + G, j + 2G, ...}, G = c // group: whole vector registers are compared."""
-    n_groups = scores.shape[1] // group
-    grouped = scores[:, : n_groups * group].unflatten(1, (group, n_groups))
+def extremes_of(scores: Tensor, largest: bool) -> Tensor:
+    """Extremes [r, G] of groups {j, j + G, j + 2G, ...}, G = c // GROUP: whole vector registers are compared."""
+    n_groups = scores.shape[1] // GROUP
+    grouped = scores[:, : n_groups * GROUP].unflatten(1, (GROUP, n_groups))
     return grouped.amax(1) if largest else grouped.amin(1)
 
 
@@ -92,21 +100,23 @@ def best_places(scores: Tensor, m: int, largest: bool, extremes: Tensor | None =
         largest: the largest or the smallest.
         extremes: `extremes_of` these scores by GROUP, where they are known.
     """
-    places = None
-    if scores.shape[1] >= 2 * GROUP * m:
-        if extremes is None:
-            extremes = extremes_of(scores, GROUP, largest)
-        places = _elements_of(best_places(extremes, m, largest), extremes.shape[1], scores.shape[1])
-        scores = scores.gather(1, places)
-    best = scores.topk(min(m, scores.shape[1]), dim=1, largest=largest, sorted=False).indices
-    return best if places is None else places.gather(1, best)
-
-
-def _elements_of(groups: Tensor, n_groups: int, n_cols: int) -> Tensor:
-    """Columns [r, b·GROUP + tail] of groups [r, b], and of the tail that fills no group."""
-    steps = torch.arange(0, GROUP * n_groups, n_groups, device=groups.device)
-    tail = torch.arange(GROUP * n_groups, n_cols, device=groups.device).expand(len(groups), -1)
-    return torch.cat([(groups[:, :, None] + steps).flatten(1), tail], 1)
+    c = scores.shape[1]
+    if c < 2 * GROUP * m:
+        return scores.topk(min(m, c), dim=1, largest=largest, sorted=False).indices
+    if extremes is None:
+        extremes = extremes_of(scores, largest)
+    n_groups = extremes.shape[1]
+    groups = best_places(extremes, m, largest)
+    tail = scores[:, n_groups * GROUP :]
+    # Gathered group by group, so that no index of the elements' size is ever built.
+    steps = scores[:, : n_groups * GROUP].unflatten(1, (GROUP, n_groups))
+    elements = steps.gather(2, groups[:, None, :].expand(-1, GROUP, -1)).flatten(1)
+    if tail.shape[1]:
+        elements = torch.cat([elements, tail], 1)
+    best = elements.topk(m, dim=1, largest=largest, sorted=False).indices
+    inside = best.clamp(max=GROUP * m - 1)
+    columns = groups.gather(1, inside % m) + inside.div(m, rounding_mode="floor") * n_groups
+    return torch.where(best < GROUP * m, columns, best + (n_groups - m) * GROUP)
 
 
 def _settle_ties(scores: Tensor, result: Side, values: Tensor, k: int, largest: bool) -> None:
