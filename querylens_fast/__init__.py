@@ -20,6 +20,7 @@ from querylens_fast.fitting import fit_transport
 from querylens_fast.models import Model, UnsupportedModelError, as_model, load_model
 from querylens_fast.ops import TopK, streamed_topk
 from querylens_fast.presets import PRESETS, Preset, find_preset
+from querylens_fast.search import Hits, search, show
 from querylens_fast.signatures import Signatures, scores_at, signatures
 from querylens_fast.sources import load_dictionary
 from querylens_fast.store import StoredSignatures
@@ -33,6 +34,7 @@ __all__ = [
     "Activation",
     "Dictionary",
     "Feature",
+    "Hits",
     "Model",
     "Preset",
     "Signatures",
@@ -52,6 +54,8 @@ __all__ = [
     "load_transport",
     "neuron_dictionary",
     "scores_at",
+    "search",
+    "show",
     "signatures",
     "streamed_topk",
 ]

@@ -144,10 +144,9 @@ def signatures(
             pipeline.tokens.save(Path(f"{out}.tokens.safetensors"))
         pending = [found for block in batches(len(chosen), block_rows) if (found := sink.pending(block))]
         n_done = len(chosen) - sum(map(len, pending))
+        ids = [chosen[torch.tensor(indices)] for indices in pending]
         with _progress(pipeline, len(chosen), n_done, show) as bar:
-            for indices, found in zip(
-                pending, _computed(pipeline, [chosen[torch.tensor(indices)] for indices in pending]), strict=True
-            ):
+            for indices, found in zip(pending, _computed(pipeline, ids), strict=True):
                 sink.write(found, indices)
                 bar.update(len(found))
         return sink.finish(len(chosen))

@@ -10,7 +10,7 @@ import logging
 
 import typer
 
-from querylens_fast.cli import computing, showing
+from querylens_fast.cli import browsing, computing, showing
 
 app = typer.Typer(
     help="Token signatures for every feature of sparse autoencoders and transcoders.",
@@ -33,6 +33,8 @@ app.command()(showing.demo)
 app.command(context_settings=OWN_ARGUMENTS)(computing.run)
 app.command()(computing.transport)
 app.command()(computing.signatures)
+app.command()(browsing.show)
+app.command()(browsing.search)
 app.add_typer(evaluate, name="evaluate")
 evaluate.command("input")(showing.evaluate_input)
 app.command()(computing.topk)

@@ -73,6 +73,10 @@ def signatures(
     tuned_lens: Annotated[Path | None, typer.Option(help="Params file of the tuned-lens library.")] = None,
     stats: Annotated[str, typer.Option(help="auto, none, rel_var or exact.")] = "auto",
     k: Annotated[int, typer.Option(help="Tokens a side.")] = 25,
+    token_strings: Annotated[bool, typer.Option(help="Write token strings beside ids.")] = True,
+    block_rows: Annotated[
+        int | None, typer.Option(help="Features computed at a time: what a killed run loses.", show_default="by memory")
+    ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     max_memory_gib: MemoryOption = 2.0,
@@ -97,6 +101,8 @@ def signatures(
             features=features,
             out=out,
             max_memory_gib=max_memory_gib,
+            token_strings=token_strings,
+            block_rows=block_rows,
         )
     say(f"{stored.n_features} signatures: {stored.path.resolve()}")
 

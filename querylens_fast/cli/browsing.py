@@ -1,0 +1,94 @@
+"""Commands that look into a result: one feature, or every feature that names a token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from querylens_fast.cli.console import reported_errors, say, wide_console
+
+ResultArgument = Annotated[Path, typer.Argument(help="A .parquet or .jsonl result of `signatures`.")]
+ModelOption = Annotated[str | None, typer.Option(help="Whose tokenizer to use, for a result without token strings.")]
+
+
+def show(
+    result: ResultArgument,
+    feature: Annotated[int, typer.Argument(help="Feature id.")],
+    model: ModelOption = None,
+) -> None:
+    """The signature of one feature: its top and bottom tokens with their scores."""
+    with reported_errors():
+        from rich.table import Table
+
+        from querylens_fast.search import show as rows_of
+        from querylens_fast.store import read_identity
+
+        preset = read_identity(result).get("preset", "")
+        rows = rows_of(result, feature, model=model)
+    for row in rows:
+        table = Table(title=f"feature {feature}, layer {row['layer']}, {preset}")
+        for side in ("top", "bottom"):
+            table.add_column(f"{side} token")
+            table.add_column("score", justify="right")
+        sides = [_cells(row, side) for side in ("top", "bottom")]
+        for (token, score), (low_token, low_score) in zip(*sides, strict=True):
+            table.add_row(token, f"{score:.4f}", low_token, f"{low_score:.4f}")
+        wide_console(100).print(table, markup=False)
+        for name in ("rel_var", "rel_var_se", "transition"):
+            if name in row:
+                say(f"{name}: {row[name]}")
+
+
+def search(
+    result: ResultArgument,
+    token: Annotated[str, typer.Argument(help="A token, found with and without a leading space.")] = "",
+    id: Annotated[int | None, typer.Option(help="A token id instead.")] = None,
+    side: Annotated[str, typer.Option(help="top, bottom or both.")] = "both",
+    exact: Annotated[bool, typer.Option(help="Take the token as it is, leading space or none.")] = False,
+    limit: Annotated[int, typer.Option(help="Features to show a side.")] = 20,
+    model: ModelOption = None,
+) -> None:
+    """The features whose signatures hold a token, ranked by its score."""
+    with reported_errors():
+        from rich.table import Table
+
+        from querylens_fast.search import SIDES, tokens_like
+        from querylens_fast.search import search as find
+        from querylens_fast.search import show as rows_of
+
+        if (id is None) == (token == ""):
+            raise ValueError("give a token or --id, one of the two")
+        if side not in ("top", "bottom", "both"):
+            raise ValueError(f"side is {side!r}; expected top, bottom or both")
+        wanted: Any = token if id is None else id
+        sides: tuple[Any, ...] = SIDES if side == "both" else (side,)
+        found = [find(result, wanted, side=one, exact=exact, model=model) for one in sides]
+        if id is None and model is None and not any(map(len, found)):
+            like = ", ".join(map(repr, tokens_like(result, token)))
+            raise ValueError(f"no signature holds {token!r}" + (f"; tokens like it: {like}" if like else ""))
+    for hits in found:
+        table = Table(title=f"{len(hits)} features have it among their {hits.side} tokens")
+        for name in ("feature", "layer", "score", "rank", "token"):
+            table.add_column(name, justify="right")
+        columns = (hits.features, hits.layers, hits.scores, hits.ranks, hits.token_ids)
+        names: dict[int, str] = {}
+        for feature, layer, score, rank, token_id in zip(*(c[:limit].tolist() for c in columns), strict=True):
+            if token_id not in names:
+                row = next(row for row in rows_of(result, feature, model=model) if row["layer"] == layer)
+                names[token_id] = _cells(row, hits.side)[rank][0]
+            table.add_row(str(feature), str(layer), f"{score:.4f}", str(rank + 1), names[token_id])
+        wide_console(100).print(table, markup=False)
+
+
+def _cells(row: dict[str, Any], side: str) -> list[tuple[str, float]]:
+    """(token, score) of one side, the token as text with its spaces to be seen, or as its id."""
+    ids, scores = row[f"{side}_ids"], row[f"{side}_scores"]
+    tokens = row.get(f"{side}_tokens")
+    names = [str(i) for i in ids] if tokens is None else [_visible(t) for t in tokens]
+    return list(zip(names, scores, strict=True))
+
+
+def _visible(token: str) -> str:
+    return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "→")
