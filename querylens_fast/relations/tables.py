@@ -1,0 +1,309 @@
+"""Tables: what relates to what, one row a relation, in memory or streamed to Parquet.
+
+Every product of `querylens_fast.relations` is one long table. A relation found by the streamed top-k is a row of
+
+    source, source_layer, source_id    what was asked about: a dictionary's feature, a token of the vocabulary, …
+    target, target_layer, target_id    what was found: a neuron, a head, a feature of another dictionary, a token, …
+    side, rank, score                  "top" or "bottom"; 0 is the most extreme; larger scores first on top
+
+followed by columns of the product's own. Long, not lists: a filter, a join of two products or a group-by is one line in
+pandas, polars or DuckDB, and Parquet stores the repeated columns in next to nothing. Rows are sorted by source id, then
+side, then rank within each target. Layers are null where a side has none (the vocabulary).
+
+A product is a sequence of `Block`s, each of which computes its rows when called:
+
+    def rows(ids: Tensor) -> pa.Table:
+        found = streamed_topk(values[ids], W, k)
+        return topk_rows(found, ids, source="sae", source_layer=3, target="unembedding", target_layer=None)
+
+    blocks = [Block(len(ids), partial(rows, ids)) for ids in torch.arange(n).split(2048)]
+    found = tabulate(blocks, {"what": "downstream", "k": k}, out="readers.parquet")
+    found.table(), found.pandas(), found.metadata
+
+With ``out`` every block becomes a part file in ``<out>.parts``, whole or not at all; a killed run called again computes
+only what is missing, and the file appears under its name once it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from querylens_fast.models import Model
+from querylens_fast.ops import TopK
+from querylens_fast.store import METADATA_KEY, read_identity, whole, write_whole
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROW_GROUP = 1 << 20
+"""Rows of a Parquet row group, at most; a block starts a new one."""
+FORMAT = "querylens_fast.relations/1"
+
+
+class Block(NamedTuple):
+    """A part of a product that is computed, written and resumed as one."""
+
+    size: int
+    """Progress units: features, tokens, …"""
+    compute: Callable[[], pa.Table]
+    """Its rows; every block of a product gives the same columns."""
+
+
+@dataclass(frozen=True)
+class RelationTable:
+    """A product's rows and what they are: in memory, or in the Parquet file ``path``.
+
+    ``metadata`` holds the product's name, conventions, model, dictionaries and settings. ``len()`` counts rows.
+    """
+
+    metadata: dict[str, Any]
+    path: Path | None = None
+    in_memory: pa.Table | None = field(default=None, repr=False)
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows as a pyarrow Table; from a file, only the columns asked for are read."""
+        if self.in_memory is not None:
+            return self.in_memory if columns is None else self.in_memory.select(list(columns))
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self.path, columns=None if columns is None else list(columns))
+
+    def pandas(self) -> Any:
+        """The rows as a pandas DataFrame (repeated strings as categories). Raises ImportError without pandas."""
+        return self.table().to_pandas()
+
+    def __len__(self) -> int:
+        if self.in_memory is not None:
+            return self.in_memory.num_rows
+        import pyarrow.parquet as pq
+
+        return pq.read_metadata(self.path).num_rows
+
+
+def tabulate(
+    blocks: Sequence[Block],
+    metadata: dict[str, Any],
+    *,
+    out: str | Path | None = None,
+    resume: bool = True,
+    progress: bool | None = None,
+    unit: str = "feature",
+) -> RelationTable:
+    """Compute every block and keep its rows, in memory or in a Parquet file.
+
+    Args:
+        blocks: The product, at least one block.
+        metadata: What the rows are, as JSON values; ``what`` names the product. A file of other metadata is refused.
+        out: A ``.parquet`` file to stream to. Peak memory is then one block's rows.
+        resume: Go on from what an earlier, killed call wrote; False: refuse to touch it.
+        progress: Show a progress bar; by default with ``out``.
+        unit: What the bar counts.
+
+    Raises:
+        ValueError: No blocks, or out is no .parquet file.
+        FileExistsError: ``out`` holds another run's result, or one of this run and resume is False.
+        OSError: The disk is full; what was written stays and the run resumes.
+    """
+    import pyarrow as pa
+
+    if not blocks:
+        raise ValueError(f"there is nothing to compute for {metadata.get('what')!r}: no features or no targets chosen")
+    metadata = json.loads(json.dumps({"format": FORMAT, **metadata, "blocks": len(blocks)}))
+    show = out is not None if progress is None else progress
+    with tqdm(total=sum(b.size for b in blocks), desc=metadata.get("what"), unit=unit, disable=not show) as bar:
+        if out is not None:
+            return _write(blocks, metadata, Path(out), resume, bar)
+        parts = []
+        for block in blocks:
+            parts.append(block.compute())
+            bar.update(block.size)
+    return RelationTable(metadata, in_memory=pa.concat_tables(parts).unify_dictionaries())
+
+
+def read_table(path: str | Path) -> RelationTable:
+    """A table that was written with ``out=``.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: It is no table of this package.
+    """
+    metadata = read_identity(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} is a result of {metadata.get('preset')!r}, not a table of relations")
+    return RelationTable(metadata, Path(path))
+
+
+def topk_rows(
+    found: TopK,
+    source_ids: Tensor,
+    *,
+    source: str,
+    source_layer: int | None,
+    target: str,
+    target_layer: int | None,
+    target_ids: Tensor | None = None,
+    **more: Any,
+) -> pa.Table:
+    """The rows of a `TopK`.
+
+    Args:
+        found: Of n sources; a side that is None gives no rows.
+        source_ids: [n] ids of its rows.
+        source: Name of what the sources are, e.g. a dictionary's.
+        source_layer: Their layer.
+        target: Name of what was searched.
+        target_layer: Its layer.
+        target_ids: [V] ids to write for W's rows 0 … V−1, where they are not these.
+        **more: Further columns: a str, int, float or None for all rows; or a Tensor [n] for each source.
+    """
+    sides = {"top": (found.top_ids, found.top_scores), "bottom": (found.bottom_ids, found.bottom_scores)}
+    kept = {name: (ids, scores) for name, (ids, scores) in sides.items() if ids is not None and scores is not None}
+    ids = torch.stack([ids.cpu() for ids, _ in kept.values()], 1)
+    scores = torch.stack([scores.cpu() for _, scores in kept.values()], 1)
+    n, _, k = ids.shape
+    repeats = len(kept) * k
+    if target_ids is not None:
+        ids = target_ids.cpu()[ids]
+    return rows(
+        n * repeats,
+        source=source,
+        source_layer=source_layer,
+        source_id=source_ids.cpu().repeat_interleave(repeats),
+        target=target,
+        target_layer=target_layer,
+        target_id=ids.flatten(),
+        side=Categories(list(kept), torch.arange(len(kept)).repeat_interleave(k).repeat(n)),
+        rank=torch.arange(k, dtype=torch.int32).repeat(n * len(kept)),
+        score=scores.flatten(),
+        **{name: _for_each(value, repeats) for name, value in more.items()},
+    )
+
+
+@dataclass(frozen=True)
+class Categories:
+    """A column of strings that repeat: names[codes], codes an integer Tensor [n]."""
+
+    names: Sequence[str]
+    codes: Tensor
+
+    def repeat_interleave(self, repeats: int) -> Categories:
+        return Categories(self.names, self.codes.repeat_interleave(repeats))
+
+
+Column = Tensor | Categories | Sequence[str] | str | int | float | None
+
+
+def rows(n: int, **columns: Column) -> pa.Table:
+    """A table of n rows: of each column a Tensor [n], `Categories`, a list of strings, or one value for all rows.
+
+    Columns that are layers (their name ends in "layer") are int32 and may be None; other integers are int64.
+    """
+    import pyarrow as pa
+
+    return pa.table({name: _column(name, value, n) for name, value in columns.items()})
+
+
+def identity_of(model: Model, **settings: Any) -> dict[str, Any]:
+    """Metadata that every product on a model has: the model and its convention, then the product's settings."""
+    return {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "convention": model.convention,
+        **settings,
+    }
+
+
+def _column(name: str, value: Column, n: int) -> pa.Array:
+    import pyarrow as pa
+
+    strings = pa.dictionary(pa.int32(), pa.string())
+    if isinstance(value, Categories):
+        codes = pa.array(value.codes.int().cpu().numpy())
+        return pa.DictionaryArray.from_arrays(codes, pa.array(list(value.names), pa.string()))
+    if isinstance(value, str):
+        codes = pa.array(torch.zeros(n, dtype=torch.int32).numpy())
+        return pa.DictionaryArray.from_arrays(codes, pa.array([value], pa.string()))
+    if name.endswith("layer"):
+        layers = value.cpu().numpy() if isinstance(value, Tensor) else [value] * n
+        return pa.array(layers, pa.int32())
+    if isinstance(value, Tensor):
+        return pa.array(value.detach().cpu().numpy())
+    if value is None or isinstance(value, (int, float)):
+        return pa.array([value] * n, pa.int64() if isinstance(value, int) else pa.float64())
+    return pa.array(list(value), pa.string()).cast(strings)
+
+
+def _for_each(value: Any, repeats: int) -> Any:
+    return value.repeat_interleave(repeats) if isinstance(value, (Tensor, Categories)) else value
+
+
+def _write(blocks: Sequence[Block], metadata: dict[str, Any], out: Path, resume: bool, bar: tqdm[Any]) -> RelationTable:
+    import pyarrow.parquet as pq
+
+    if out.suffix != ".parquet":
+        raise ValueError(f"out is {str(out)!r}; expected a .parquet file")
+    parts = out.with_name(out.name + ".parts")
+    _check_earlier(out, parts, metadata, resume)
+    if out.exists():
+        shutil.rmtree(parts, ignore_errors=True)
+        bar.update(bar.total)
+        return RelationTable(metadata, out)
+    parts.mkdir(parents=True, exist_ok=True)
+    write_whole(parts / "run.json", json.dumps(metadata, indent=1))
+    for i, block in enumerate(blocks):
+        path = parts / f"part-{i:09d}.parquet"
+        if not path.exists():
+            with whole(path) as partial:
+                pq.write_table(block.compute(), partial, compression="zstd")
+        bar.update(block.size)
+    _join([parts / f"part-{i:09d}.parquet" for i in range(len(blocks))], metadata, out)
+    shutil.rmtree(parts)
+    return RelationTable(metadata, out)
+
+
+def _check_earlier(out: Path, parts: Path, metadata: dict[str, Any], resume: bool) -> None:
+    if out.exists():
+        earlier = read_identity(out)
+    elif (parts / "run.json").is_file():
+        earlier = json.loads((parts / "run.json").read_text(encoding="utf-8"))
+    else:
+        return
+    if not resume:
+        raise FileExistsError(f"{str(out)!r} exists already; delete it, choose another out, or use resume=True")
+    if earlier != metadata:
+        changed = sorted(k for k in metadata.keys() | earlier.keys() if earlier.get(k) != metadata.get(k))
+        raise FileExistsError(
+            f"{str(out)!r} holds the result of another run (different: {', '.join(changed)}); delete it or choose "
+            "another out"
+        )
+
+
+def _join(parts: Sequence[Path], metadata: dict[str, Any], out: Path) -> None:
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(parts[0]).with_metadata({METADATA_KEY: json.dumps(metadata).encode()})
+    with whole(out) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for table in _tables(parts):
+            writer.write_table(table.cast(schema), row_group_size=ROW_GROUP)
+
+
+def _tables(parts: Sequence[Path]) -> Iterator[pa.Table]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for part in parts:
+        try:
+            yield pq.read_table(part)
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"{str(part)!r} is damaged ({error}); delete it and run the same call again to compute it anew"
+            ) from error
