@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import workspace
+from .moments import Moments
 from .selection import Side, best_of_tile, merge
 
 TILE_ELEMENTS = 1 << 24
@@ -94,12 +95,17 @@ def topk(
     bottom: bool,
     block_rows: int | None = None,
     block_cols: int | None = None,
+    moments: Moments | None = None,
+    tile_elements: int = TILE_ELEMENTS,
 ) -> tuple[Side | None, Side | None]:
-    """The k largest and the k smallest scores of each row of F over the rows of W (arguments already checked)."""
+    """The k largest and the k smallest scores of each row of F over the rows of W (arguments already checked).
+
+    ``moments`` sees every tile, of at most ``tile_elements`` scores.
+    """
     dtype = accumulation_dtype(F.dtype)
     n, V = len(F), len(W)
-    cols = block_cols or _columns_per_block(W, dtype)
-    rows = block_rows or max(1, TILE_ELEMENTS // min(cols, V))
+    cols = min(block_cols or _columns_per_block(W, dtype), tile_elements)
+    rows = block_rows or max(1, tile_elements // min(cols, V))
     sides = {largest: empty_side(F, k) for largest, wanted in ((True, top), (False, bottom)) if wanted}
     rows, cols = min(rows, max(n, 1)), min(cols, V)
     tile = workspace.take("tile", rows * cols, dtype, F.device)
@@ -112,6 +118,8 @@ def topk(
                 out = tile[: (row_block.stop - first) * len(block)].view(-1, len(block))
                 scores = torch.mm(F[row_block].to(dtype), block.T, out=out)
                 scores = epilogue.apply_(scores, row_block, columns)
+                if moments is not None:
+                    moments.add_tile(scores, first)
                 for largest, side in sides.items():
                     _add_tile(side, scores, row_block, start, k, largest)
     return sides.get(True), sides.get(False)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import blocked
 from .blocked import Epilogue
+from .moments import Moments
 from .selection import Side, best_by_sort
 
 MAX_CROWDED = 4
@@ -161,6 +162,7 @@ def topk(
     bottom: bool,
     block_rows: int,
     rescore: Rescore = exact_scores,
+    moments: Moments | None = None,
 ) -> Outcome:
     """The k best of each row, from the proposals of a fast pass.
 
@@ -175,6 +177,7 @@ def topk(
         bottom: whether it does for the bottom.
         block_rows: rows for each call of ``propose``.
         rescore: exact scores of candidates.
+        moments: what ``propose`` counts its scores into, for the rows that never reach it.
 
     Returns:
         Outcome with scores in the accumulation dtype, as `blocked.topk` returns them.
@@ -188,7 +191,9 @@ def topk(
             if 2 * fallback > start * len(sides) or not math.isfinite(bound.norm):
                 # The data defeats the fast pass: do the rest without it.
                 rest = slice(start, len(F))
-                again = blocked.topk(F[rest], W, k, epilogue.of_rows(rest), top=top, bottom=bottom)
+                unseen = None if moments is None else moments.after(start)
+                chosen = epilogue.of_rows(rest)
+                again = blocked.topk(F[rest], W, k, chosen, top=top, bottom=bottom, moments=unseen)
                 for largest, found in zip((True, False), again, strict=True):
                     if found is not None:
                         sides[largest].scores[rest], sides[largest].ids[rest] = found

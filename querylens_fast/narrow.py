@@ -10,6 +10,7 @@ turns the candidates into exact float32 results.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from . import blocked, certified, selection, workspace
 from .blocked import Epilogue
+from .moments import Moments
 
 NARROW = torch.bfloat16
 MAX_COPY_BYTES = 1 << 31
@@ -27,6 +29,7 @@ WIDER = 4
 """Times as many candidates for a row that the first ones do not settle."""
 _EXTRA = 32
 _BLOCK_ROWS = 512
+_MIN_TILE_ROWS = 32
 _TILE_ELEMENTS = 1 << 25
 """Scores held at a time (64 MiB in bfloat16)."""
 
@@ -36,16 +39,31 @@ def candidates_for(k: int) -> int:
     return k + max(31, k // 2)
 
 
-def pays(F: Tensor, W: Tensor, k: int) -> bool:
-    """Whether this processor and these shapes gain from the bfloat16 pass."""
+def pays(F: Tensor, W: Tensor, k: int, limit: int | None = None) -> bool:
+    """Whether this processor and these shapes gain from the bfloat16 pass, in ``limit`` bytes if there is a limit."""
+    copy = 2 * len(W) * (W.shape[1] + _EXTRA)
+    room = MAX_COPY_BYTES if limit is None else min(MAX_COPY_BYTES, limit - _MIN_TILE_ROWS * _row_bytes(W))
     return (
         F.device.type == "cpu"
         and F.dtype == torch.float32
         and len(F) >= MIN_ROWS
         and len(W) >= 32 * candidates_for(k)
-        and 2 * W.numel() <= MAX_COPY_BYTES
+        and copy <= room
         and multiplies_bfloat16()
     )
+
+
+def tile_rows(F: Tensor, W: Tensor, limit: int | None = None) -> int:
+    """Rows of F to score at a time, in ``limit`` bytes together with the copy of W."""
+    rows = min(_BLOCK_ROWS, _TILE_ELEMENTS // len(W))
+    if limit is not None:
+        rows = min(rows, (limit - 2 * len(W) * (W.shape[1] + _EXTRA)) // _row_bytes(W))
+    return max(1, min(rows, len(F)))
+
+
+def _row_bytes(W: Tensor) -> int:
+    """Of a row of scores in bfloat16, with room for their extremes and candidates."""
+    return 3 * len(W)
 
 
 def multiplies_bfloat16() -> bool:
@@ -83,24 +101,62 @@ class NarrowBound(NamedTuple):
 
 
 def topk(
-    F: Tensor, W: Tensor, k: int, epilogue: Epilogue, *, top: bool, bottom: bool, block_rows: int | None
+    F: Tensor,
+    W: Tensor,
+    k: int,
+    epilogue: Epilogue,
+    *,
+    top: bool,
+    bottom: bool,
+    block_rows: int | None,
+    moments: Moments | None = None,
+    exact: bool = True,
 ) -> certified.Outcome:
-    """The k best of each row by bfloat16 candidates; arguments as for `blocked.topk`, float32 on the CPU only."""
+    """The k best of each row by bfloat16 candidates; arguments as for `blocked.topk`.
+
+    ``exact`` proves and scores them in float32; else they stand as the bfloat16 product has them.
+    """
     with torch.no_grad():
         folded, bound = _fold_columns(W, epilogue)
     m, width = candidates_for(k), folded.shape[1]
-    rows = block_rows or max(1, min(_BLOCK_ROWS, _TILE_ELEMENTS // len(W)))
-    rows = max(1, min(rows, len(F)))
+    rows = max(1, min(block_rows or tile_rows(F, W), len(F)))
     tile = workspace.take("narrow tile", rows * len(W), NARROW, F.device)
 
-    def propose(rows: slice, wide: bool) -> tuple[certified.Proposal | None, certified.Proposal | None]:
+    def score(rows: slice) -> Tensor:
         narrow_F = _fold_rows(F[rows], epilogue.of_rows(rows), width)
         scores = torch.mm(narrow_F, folded.T, out=tile[: len(narrow_F) * len(W)].view(-1, len(W)))
+        if moments is not None:
+            moments.add_tile(scores, rows.start)
+        return scores
+
+    if not exact:
+        with torch.no_grad():
+            return _as_scored(F, k, score, rows, top, bottom)
+
+    def propose(rows: slice, wide: bool) -> tuple[certified.Proposal | None, certified.Proposal | None]:
+        scores = score(rows)
         best = _candidates(scores, m, wide, largest=True) if top else None
         worst = _candidates(scores, m, wide, largest=False) if bottom else None
         return best, worst
 
-    return certified.topk(F, W, k, epilogue, propose, bound, top=top, bottom=bottom, block_rows=rows)
+    return certified.topk(F, W, k, epilogue, propose, bound, top=top, bottom=bottom, block_rows=rows, moments=moments)
+
+
+def _as_scored(
+    F: Tensor, k: int, score: Callable[[slice], Tensor], block_rows: int, top: bool, bottom: bool
+) -> certified.Outcome:
+    """The k best of each row by the bfloat16 scores themselves."""
+    sides = {largest: blocked.empty_side(F, k) for largest, wanted in ((True, top), (False, bottom)) if wanted}
+    for start in range(0, len(F), block_rows):
+        rows = slice(start, min(start + block_rows, len(F)))
+        scores = score(rows)
+        for largest, side in sides.items():
+            numbers, extremes = selection.without_nan(scores, largest)
+            ids = selection.best_places(numbers, k, largest, extremes).sort(dim=1).values
+            # A NaN stands behind every number again.
+            found = selection.best_by_sort(scores.gather(1, ids), k, largest=largest, ids=ids)
+            side.scores[rows], side.ids[rows] = found
+    return certified.Outcome(sides.get(True), sides.get(False), 0, 0)
 
 
 def _split(values: Tensor) -> tuple[Tensor, Tensor]:

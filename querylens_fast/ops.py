@@ -13,8 +13,11 @@ place too: exactly what a stable sort of the scores returns (-0.0 equals 0.0). I
 score that is NaN (NaN input, 0 x inf, inf - inf) never wins while a number is left, on either side; where fewer than k
 numbers exist the NaNs follow them, lower id first.
 
-Precision. float64 inputs are scored in float64; float32, float16 and bfloat16 inputs are multiplied exactly and summed
-in float32 (never TF32), and scores are returned in float32.
+Precision. ``"exact"``: float64 inputs are scored in float64; float32, float16 and bfloat16 inputs are multiplied
+exactly and summed in float32 (never TF32). Candidates may come from a bfloat16 pass where one is faster, but every row
+of the result is proved against the bound on that pass's error, or scored again in float32 (`certified`). ``"float32"``
+is the same answer by one plain pass. ``"bf16"`` rounds F and W to bfloat16 and takes that product's own scores: nothing
+is proved, ids may differ where scores are closer than its rounding, and equals across the k-th place are cut anyhow.
 
 Backends. ``"torch"`` runs everywhere. ``"triton"`` is the fused kernel of csrc_triton: a GPU, or the CPU when Triton's
 interpreter is on (TRITON_INTERPRET=1 in the environment before the first use). ``"auto"`` decides by the tensor's
@@ -25,16 +28,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import blocked, narrow
+from .certified import Outcome
+from .moments import Moments, RowStatistics
 
-__all__ = ["TopK", "scores_at", "streamed_topk"]
+__all__ = ["RowStatistics", "TopK", "scores_at", "streamed_topk"]
 
 BACKENDS = ("auto", "torch", "triton")
+PRECISIONS = ("exact", "float32", "bf16")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -49,6 +57,29 @@ class TopK(NamedTuple):
     """[n, k], ascending; None when ``bottom=False``."""
     bottom_ids: Tensor | None
     """[n, k] int64 rows of W."""
+    statistics: RowStatistics | None = None
+    """Of all V scores of each row, with ``statistics=True``."""
+    widened_rows: int = 0
+    """Rows (each side counted) that the first candidates of an exact call did not prove."""
+
+    def to(self, device: torch.device | str) -> TopK:
+        """A copy whose tensors live on device."""
+        statistics = None if self.statistics is None else self.statistics.to(device)
+        moved = {name: side.to(device) for name, side in self.sides().items()}
+        return self._replace(statistics=statistics, **moved)
+
+    def sides(self) -> dict[str, Tensor]:
+        """Scores and ids of the sides that were asked for, by field."""
+        fields = ("top_scores", "top_ids", "bottom_scores", "bottom_ids")
+        return {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[TopK]) -> TopK:
+        """One TopK of the rows of several, which all have the same sides and statistics."""
+        sides = {name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].sides()}
+        known = [part.statistics for part in parts if part.statistics is not None]
+        statistics = RowStatistics.concatenate(known) if known else None
+        return parts[0]._replace(statistics=statistics, widened_rows=sum(p.widened_rows for p in parts), **sides)
 
 
 def streamed_topk(
@@ -62,7 +93,12 @@ def streamed_topk(
     top: bool = True,
     bottom: bool = True,
     backend: str = "auto",
+    precision: str = "exact",
+    statistics: bool = False,
+    histogram: Tensor | Sequence[float] | None = None,
     block_rows: int | None = None,
+    max_memory_gib: float | None = None,
+    threads: int | None = None,
 ) -> TopK:
     """The k largest and k smallest entries of each row of (F Wᵀ + offset) * scale + bias, never held whole.
 
@@ -76,35 +112,106 @@ def streamed_topk(
         top: return the largest.
         bottom: return the smallest.
         backend: "auto", "torch" or "triton" (see the module's notes).
+        precision: "exact", "float32" or "bf16" (see the module's notes).
+        statistics: also return `RowStatistics` of all V scores of each row, from the same pass: their rounding is that
+            of the pass (of bfloat16 where candidates come from it; ask for "float32" where that matters).
+        histogram: edges [bins + 1], ascending: adds the histogram to the statistics (and implies them). Bins are
+            [edge, next edge), the last one closed; scores outside are not counted. Slower than the other statistics.
         block_rows: rows of F scored at a time; None lets the backend choose. Changes memory and speed, not the result
             beyond the last bit of a score.
+        max_memory_gib: bound on the working memory beside the inputs and the result: tiles and the narrow copy of W.
+            None: tiles of 64 MiB and a copy of up to 2 GiB. On the CPU the tile's buffer is kept for the next call.
+        threads: CPU threads for this call; None leaves torch's setting.
 
     Returns:
-        TopK, ids int64 and sorted as the module's notes say. Extra memory: the result and a tile of scores (64 MiB),
-        whatever n and V.
+        TopK, ids int64 and sorted as the module's notes say. Extra memory: the result, a tile of scores and, for the
+        bfloat16 pass, a copy of W in bfloat16; whatever n · V.
 
     Raises:
-        ValueError: on a shape, dtype, device or k that does not fit, on top=bottom=False, and on a backend that is
-            unknown or can't run here.
+        ValueError: on a shape, dtype, device or k that does not fit, on top=bottom=False without statistics, and on a
+            backend, precision, edges or bound that is unknown or can't be had here.
     """
     _check_matrices(F, W)
     _check_vectors(F, W, bias=bias, scale=scale, offset=offset)
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= len(W):
         raise ValueError(f"k is {k!r} but W has {len(W)} rows: k must be a whole number from 1 to {len(W)}; lower k")
-    if not (top or bottom):
+    edges = None if histogram is None else _checked_edges(histogram)
+    statistics = statistics or edges is not None
+    if not (top or bottom or statistics):
         raise ValueError("top and bottom are both False: nothing is asked for; set at least one of them to True")
     if block_rows is not None and block_rows < 1:
         raise ValueError(f"block_rows is {block_rows}: expected at least 1; leave it None for the backend's own choice")
+    if max_memory_gib is not None and not max_memory_gib > 0:
+        raise ValueError(f"max_memory_gib is {max_memory_gib}: expected more than 0; leave it None for the defaults")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}: expected one of {', '.join(PRECISIONS)}; choose one of these")
+    if precision == "bf16" and F.dtype == torch.float64:
+        raise ValueError("precision is 'bf16' but F is torch.float64: convert F and W to float32 first, or use 'exact'")
     epilogue = blocked.Epilogue(bias, scale, offset)
-    if choose_backend(backend, F) == "triton":
+    moments = Moments(len(F), F.device, edges) if statistics else None
+    asked = _Asked(k, epilogue, top, bottom, block_rows, moments)
+    with _threads(threads):
+        found = _run(F, W, asked, choose_backend(backend, F), precision, max_memory_gib)
+    best, worst = found.top or (None, None), found.bottom or (None, None)
+    known = None if moments is None else moments.finish()
+    return TopK(best[0], best[1], worst[0], worst[1], known, found.widened_rows)
+
+
+class _Asked(NamedTuple):
+    """A checked call, in the order in which the backends take it."""
+
+    k: int
+    epilogue: blocked.Epilogue
+    top: bool
+    bottom: bool
+    block_rows: int | None
+    moments: Moments | None
+
+
+def _run(F: Tensor, W: Tensor, asked: _Asked, backend: str, precision: str, max_memory_gib: float | None) -> Outcome:
+    """The backend's answer to a checked call."""
+    k, epilogue, top, bottom, block_rows, moments = asked
+    limit = None if max_memory_gib is None else int(max_memory_gib * 2**30)
+    if backend == "triton":
         from . import fused
 
-        best, worst, *_ = fused.topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows)
-    elif narrow.pays(F, W, k):
-        best, worst, *_ = narrow.topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows)
-    else:
-        best, worst = blocked.topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows)
-    return TopK(*(best or (None, None)), *(worst or (None, None)))
+        if moments is not None or precision == "bf16":
+            raise ValueError("backend is 'triton': statistics and precision='bf16' need backend='torch' so far")
+        return fused.topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows)
+    if precision == "bf16" or (precision == "exact" and narrow.pays(F, W, k, limit)):
+        tile = narrow.tile_rows(F, W, limit) if block_rows is None else block_rows
+        exact = precision == "exact"
+        return narrow.topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=tile, moments=moments, exact=exact)
+    tile_elements = blocked.TILE_ELEMENTS if limit is None else max(1, min(blocked.TILE_ELEMENTS, limit // 16))
+    best, worst = blocked.topk(
+        F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows, moments=moments, tile_elements=tile_elements
+    )
+    return Outcome(best, worst, 0, 0)
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if threads is None or threads == before:
+        yield
+        return
+    if threads < 1:
+        raise ValueError(f"threads is {threads}: expected at least 1; leave it None for torch's setting")
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _checked_edges(histogram: Tensor | Sequence[float]) -> Tensor:
+    edges = torch.as_tensor(histogram, dtype=torch.float64)
+    if edges.ndim != 1 or len(edges) < 2 or not bool((edges[1:] > edges[:-1]).all()):
+        raise ValueError(
+            f"histogram is {edges.tolist() if edges.numel() < 20 else list(edges.shape)}: expected two or more edges "
+            "in ascending order"
+        )
+    return edges
 
 
 def scores_at(

@@ -63,7 +63,7 @@ class Pipeline:
         return Signatures(
             self,
             features,
-            *(x.cpu() for x in found if x is not None),
+            **found.to("cpu").sides(),
             stats={name: column.cpu() for name, column in stats.items()},
             choices=moved.choices,
             layer_terms=self._layer_terms(features, moved) if self.layers else None,
@@ -200,7 +200,7 @@ class Pipeline:
         return [
             LayerTerm(
                 layer,
-                TopK(*(x if x is None else x.cpu() for x in self.scorer.topk(mean, self.k, self.backend))),
+                self.scorer.topk(mean, self.k, self.backend).to("cpu"),
                 ((at_least_float32(mean) * total).sum(-1) / norm2).cpu(),
             )
             for layer, mean in means

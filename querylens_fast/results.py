@@ -136,9 +136,9 @@ def concatenate(parts: Sequence[Signatures]) -> Signatures:
     if first.layer_terms is not None:
         terms = []
         for i, term in enumerate(first.layer_terms):
-            columns = zip(*((p.layer_terms or [])[i].topk for p in parts), strict=True)
+            topk = TopK.concatenate([(p.layer_terms or [])[i].topk for p in parts])
             energy = torch.cat([(p.layer_terms or [])[i].energy for p in parts])
-            terms.append(LayerTerm(term.layer, TopK(*(torch.cat(c) for c in columns)), energy))
+            terms.append(LayerTerm(term.layer, topk, energy))
     return Signatures(
         first.pipeline,
         cat("features"),

@@ -123,7 +123,7 @@ def topk(
 
         a, b = (_read_matrix(spec).to(device) for spec in (rows, columns))
         found = streamed_topk(a, b.to(a.dtype), k, backend=backend)
-        save_file({name: x.cpu().contiguous() for name, x in found._asdict().items() if x is not None}, str(out))
+        save_file({name: x.cpu().contiguous() for name, x in found.sides().items()}, str(out))
     say(f"top and bottom {k} of {a.shape[0]} × {b.shape[0]}: {out.resolve()}")
 
 
