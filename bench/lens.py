@@ -143,9 +143,11 @@ def subject(options: argparse.Namespace, dtype: torch.dtype) -> tuple[ql.Model, 
         if options.shape:
             torch.manual_seed(0)
             source = MODEL_SHAPES[options.shape]().to(options.device, dtype).eval().requires_grad_(False)
-            model = ql.as_model(source)
+            model = ql.as_model(source, linearisation=options.linearisation)
         else:
-            model = ql.load_model(options.model, device=options.device, dtype=dtype)
+            model = ql.load_model(
+                options.model, device=options.device, dtype=dtype, linearisation=options.linearisation
+            )
         ids = torch.randint(0, model.vocab_size, (options.sequences, options.length), generator=generator)
         source = "random ids"
         dictionaries = [ql.neuron_dictionary(model, layer) for layer in range(model.n_layers)]
@@ -173,6 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--directions", type=int, help="basis directions timed (default: all)")
     parser.add_argument("--readouts", type=int, default=1 << 30, help="dictionaries whose read-out is timed")
     parser.add_argument("--dtype", default="float32", help="one or more, separated by commas")
+    parser.add_argument("--linearisation", choices=["hand-written", "autodiff"], default="hand-written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory", type=float, default=2.0, help="GiB for the sweeps")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")

@@ -51,7 +51,8 @@ def full_sweep(
 ) -> tuple[Fit, dict[str, Any]]:
     """Walk the first n directions over every batch; the accumulators and the times.
 
-    ``timed_s`` is what was measured, ``fit_s`` the same with the walks scaled to all d_model directions.
+    ``timed_s`` is what was measured; ``fit_s`` counts every walk of all d_model directions at the median of the chunks
+    timed, so that a neighbour's burst on a shared machine does not enter.
     """
     budget = Budget.plan(model, tokens.ids.shape[1], memory_gib)
     fit = Fit(model, tokens, (side,), ("full",), "none", 0, 0, budget)
@@ -66,10 +67,11 @@ def full_sweep(
             walks.append((spent, len(range(*chosen.indices(n_directions)))))
     spent = sum(s for s, _ in walks)
     each = sorted(s / n for s, n in walks)
+    n_batches = len(list(batches(len(tokens.ids), fit.rows)))
     return fit, {
         "directions_timed": n_directions,
         "timed_s": fixed + spent,
-        "fit_s": fixed + spent * model.d_model / n_directions,
+        "fit_s": fixed + statistics.median(each) * model.d_model * n_batches,
         "linearise_s": fixed,
         "ms_a_direction_and_batch": [1e3 * each[int(q * (len(each) - 1))] for q in (0.2, 0.5, 0.8)],
     }

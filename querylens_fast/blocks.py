@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as nnf
@@ -87,6 +88,15 @@ class Attention:
     softcap: float | None
     window: int | None
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+
+    @property
+    def width(self) -> int:
+        """H·E."""
+        return self.W_Q.shape[0]
+
+    def matrices(self) -> list[Tensor]:
+        """The weights that tell one model from another."""
+        return [self.W_Q, self.W_O]
 
     def __call__(self, x: Tensor, masking: Masking) -> Tensor:
         """The residual contribution A(x) of x [B, S, D]."""
@@ -229,6 +239,16 @@ class MLP:
     b_out: Tensor | None
     post_norm: AnyNorm
     activation: Activation
+    routed: ClassVar[bool] = False
+
+    @property
+    def width(self) -> int:
+        """N."""
+        return self.W_in.shape[0]
+
+    def matrices(self) -> list[Tensor]:
+        """The weights that tell one model from another."""
+        return [self.W_in, self.W_out]
 
     def hidden(self, normed: Tensor) -> Tensor:
         """Neuron activations [..., N] (what W_out reads) for the MLP's normed input [..., D]."""
@@ -250,11 +270,11 @@ class MLP:
         normed = self.norm(x)
         up = nnf.linear(normed, self.W_in, self.b_in)
         if self.W_gate is None:
-            hidden, slope = _with_slope(self.activation, up)
+            hidden, slope = with_slope(self.activation, up)
             by_gate, by_up = None, slope
         else:
             gate = nnf.linear(normed, self.W_gate, self.b_gate)
-            opened, slope = _with_slope(self.activation, gate)
+            opened, slope = with_slope(self.activation, gate)
             hidden, by_gate, by_up = opened * up, slope * up, opened
         mixed = nnf.linear(hidden, self.W_out, self.b_out)
         return LinearMLP(
@@ -267,7 +287,7 @@ class MLP:
         )
 
 
-def _with_slope(activation: Activation, x: Tensor) -> tuple[Tensor, Tensor]:
+def with_slope(activation: Activation, x: Tensor) -> tuple[Tensor, Tensor]:
     """activation(x) and its derivative there, elementwise."""
     value, slope, *_ = torch.func.jvp(activation, (x,), (torch.ones_like(x),))
     return value, slope
@@ -304,12 +324,26 @@ class LinearMLP:
         return self.norm.vjp(back)
 
 
+class LinearPart(Protocol):
+    """A module's output and Jacobian at one batch of residuals; directions are [C, B, S, D]."""
+
+    @property
+    def output(self) -> Tensor: ...
+
+    def jvp(self, t: Tensor) -> Tensor: ...
+
+    def vjp(self, g: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Block:
-    """One layer of the residual stream."""
+    """One layer of the residual stream: plain tensors, or parts that answer to the same methods.
 
-    attention: Attention
-    mlp: MLP
+    `experts.Mixture` stands in for an MLP, `autodiff.AutodiffAttention` and `AutodiffMLP` for any module.
+    """
+
+    attention: Any
+    mlp: Any
 
     def __call__(self, pre: Tensor, masking: Masking) -> Tensor:
         """``post`` [B, S, D] from ``pre`` [B, S, D]."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from querylens_fast.blocks import LinearAttention, LinearMLP
 from querylens_fast.models import Model, as_model
 from querylens_fast.norms import at_least_float32
 from querylens_fast.tokens import Tokens, as_tokens
@@ -188,7 +187,7 @@ class Fit:
     def _total(self, lin: Linearised, i: int, outs: Tensor) -> Tensor:
         """[D, D]: module i's Jacobian summed over valid inputs and, with weights [B, S, 1], over outputs."""
         module = lin.modules[i]
-        if isinstance(module, LinearAttention | LinearMLP) and has_closed_form(module, outs.shape[1]):
+        if has_closed_form(module, outs.shape[1]):
             return total(module, lin.mask, outs, self.budget.directions)
         chunks = batches(self.model.d_model, self.budget.directions)
         starts = (lin.everywhere(self._basis(c)) * lin.mask for c in chunks)
@@ -277,6 +276,8 @@ class Fit:
             "model": model.name,
             "fingerprint": model.fingerprint,
             "convention": model.convention,
+            "linearisation": model.linearisation,
+            "routing": "held fixed: experts and weights" if model.mixture_of_experts else "none",
             "dtype": str(model.dtype).removeprefix("torch."),
             "n_layers": str(model.n_layers),
             "d_model": str(model.d_model),

@@ -9,17 +9,20 @@ the model's on a few tokens and refuses a model it does not reproduce, so an unk
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from querylens_fast.blocks import Block, Masking
 from querylens_fast.norms import Norm, at_least_float32
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "float64": torch.float64,
@@ -31,6 +34,8 @@ DTYPES = {
     "half": torch.float16,
 }
 
+
+Linearisation = Literal["hand-written", "autodiff"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -55,7 +60,8 @@ class Model:
 
     W_E [V, D] is the raw embedding; the model multiplies it by ``embed_scale`` (Gemma: √d_model), so the token
     embedding of the paper is ``embed_scale · W_E``. W_U [V, D] is the unembedding's weight, b_U [V] its bias or None.
-    ``convention`` says how to read scores: raw lm_head or a hooked model's processed weights.
+    ``convention`` says how to read scores: raw lm_head or a hooked model's processed weights. ``linearisation`` says
+    whose Jacobians the walks take: those written out in `blocks` and `experts`, or autodiff's through the layers.
     """
 
     name: str
@@ -71,6 +77,12 @@ class Model:
     convention: str
     tokenizer: Any = None
     source: Any = field(default=None, repr=False)
+    linearisation: Linearisation = "hand-written"
+
+    @property
+    def mixture_of_experts(self) -> bool:
+        """Whether any layer routes its positions among experts; their Jacobians hold the routing fixed."""
+        return any(block.mlp.routed for block in self.blocks)
 
     @property
     def n_layers(self) -> int:
@@ -164,7 +176,7 @@ class Model:
         digest = hashlib.sha256(f"{self.n_layers},{self.d_model},{self.vocab_size}".encode())
         matrices = [self.W_E, self.W_U]
         for block in self.blocks:
-            matrices += [block.attention.W_Q, block.attention.W_O, block.mlp.W_in, block.mlp.W_out]
+            matrices += [*block.attention.matrices(), *block.mlp.matrices()]
         for matrix in matrices:
             rows = torch.linspace(0, matrix.shape[0] - 1, 16, device=matrix.device).long()
             columns = torch.linspace(0, matrix.shape[1] - 1, 16, device=matrix.device).long()
@@ -181,6 +193,7 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     tokenizer: str | Path | None = None,
     revision: str | None = None,
+    linearisation: Linearisation = "hand-written",
 ) -> Model:
     """Load a transformers causal LM.
 
@@ -190,6 +203,8 @@ def load_model(
         dtype: "float32", "float64", "bfloat16" or "float16".
         tokenizer: Another place to take the tokenizer from; by default the model's own.
         revision: A hub revision.
+        linearisation: "hand-written" for the architectures in `layouts.FAMILIES`; "autodiff" differentiates the layers
+            of any decoder of sequential blocks as transformers has them, at about twice the cost.
 
     Raises:
         FileNotFoundError: The folder or hub id cannot be had.
@@ -200,12 +215,18 @@ def load_model(
     from querylens_fast.layouts import from_transformers
 
     name, torch_dtype = str(model), parse_dtype(dtype)
+    _check_linearisation(linearisation)
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"{name} has no config.json: it is not a folder written by save_pretrained")
     try:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision)
         source = transformers.AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, config=config, dtype=torch_dtype, attn_implementation="eager"
+            name,
+            revision=revision,
+            config=config,
+            dtype=torch_dtype,
+            attn_implementation="eager",
+            experts_implementation="eager",
         )
     except OSError as error:
         raise FileNotFoundError(
@@ -221,24 +242,29 @@ def load_model(
             raise ValueError(f"model {name!r}: its weights file is damaged or truncated ({error})") from error
         raise
     source = source.to(torch.device(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
-    loaded = from_transformers(source, name, _load_tokenizer(tokenizer or name, revision, required=bool(tokenizer)))
+    loaded_tokenizer = _load_tokenizer(tokenizer or name, revision, required=bool(tokenizer))
+    loaded = from_transformers(source, name, loaded_tokenizer, linearisation)
     check_finite_weights(loaded)
     check_reproduction(loaded, _logits_of(source))
     return loaded
 
 
-def as_model(model: Any, tokenizer: Any = None) -> Model:
+def as_model(model: Any, tokenizer: Any = None, linearisation: Linearisation = "hand-written") -> Model:
     """A `Model` from one already in memory: a `Model`, a transformers causal LM or a hooked model.
+
+    ``linearisation`` is that of `load_model`, for a transformers model.
 
     Raises:
         UnsupportedModelError: It is none of these.
     """
-    from querylens_fast.layouts import from_hooked, from_transformers
+    from querylens_fast.hooked import from_hooked
+    from querylens_fast.layouts import from_transformers
 
+    _check_linearisation(linearisation)
     if isinstance(model, Model):
         return model
     known = getattr(model, "_querylens_model", None)
-    if isinstance(known, Model):
+    if isinstance(known, Model) and known.linearisation == linearisation:
         return known
     if hasattr(model, "cfg") and hasattr(model, "blocks") and hasattr(model, "W_E"):
         loaded, forward = from_hooked(model), model
@@ -246,7 +272,7 @@ def as_model(model: Any, tokenizer: Any = None) -> Model:
         name = getattr(model.config, "_name_or_path", "")
         if tokenizer is None and name:
             tokenizer = _load_tokenizer(name, None, required=False)
-        loaded = from_transformers(model, name or type(model).__name__, tokenizer)
+        loaded = from_transformers(model, name or type(model).__name__, tokenizer, linearisation)
         forward = _logits_of(model)
     else:
         raise UnsupportedModelError(
@@ -285,12 +311,19 @@ def _load_tokenizer(source: str | Path, revision: str | None, required: bool) ->
         return None
 
 
+def _check_linearisation(linearisation: str) -> None:
+    if linearisation not in get_args(Linearisation):
+        raise ValueError(f"linearisation is {linearisation!r}; expected 'hand-written' or 'autodiff'")
+
+
 def check_finite_weights(model: Model) -> None:
     """Raise ValueError when a weight holds NaN or inf."""
     named = [("embedding", model.W_E), ("unembedding", model.W_U)]
     for layer, block in enumerate(model.blocks):
         for part in (block.attention, block.mlp):
-            named += [(f"layer {layer} {n}", w) for n, w in vars(part).items() if isinstance(w, Tensor)]
+            tensors = [(n, w) for n, w in vars(part).items() if isinstance(w, Tensor)]
+            tensors = tensors or [(f"matrix {i} of {type(part).__name__}", w) for i, w in enumerate(part.matrices())]
+            named += [(f"layer {layer} {n}", w) for n, w in tensors]
     for name, weight in named:
         if not torch.isfinite(weight).all():
             count = int((~torch.isfinite(weight)).sum())
@@ -315,3 +348,4 @@ def check_reproduction(model: Model, forward: Callable[[Tensor], Tensor]) -> Non
             f"differ from the model's own by {difference:.2e} (relative), more than the {tolerance:.0e} that rounding "
             "explains; please report its config"
         )
+    logger.info("%s: Jacobians by %s blocks", model.name, model.linearisation)

@@ -6,6 +6,7 @@ T = Σ_s o_s Σ_r J_{s,r} i_r, with weights o of the outputs and i of the inputs
 - A norm is N_s = r_s diag(w) (P − x̂_s x̂_sᵀ / D): a scalar r_s = 1/σ_s, the centring P (LayerNorm only) and a rank-one
   part. So Σ_s A_s N_s = (Σ_s r_s A_s) diag(w) P − (1/D) Σ_s r_s (A_s (w ∘ x̂_s)) x̂_sᵀ.
 - MLP: A_s = diag(g_s) W_in has a diagonal that sums by itself, and the rank-one parts are one product [N, S] · [S, D].
+- A mixture of experts, its routing held fixed: such an MLP for each expert, over the positions it serves.
 - Attention: for each head and coordinate e of its mixed values, a cotangent at all positions is pulled back inside the
   head alone: E cotangents of width E, in place of D of width D. What arrives at q, k and v sums the same way.
 - A norm after the module is N'_s on the left: the same split, whose rank-one part needs each output position's own
@@ -17,26 +18,27 @@ Everything is computed in float32 or wider. Cost a batch: some forward passes, a
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
 from querylens_fast.blocks import LinearAttention, LinearMLP
+from querylens_fast.experts import LinearMixture
 from querylens_fast.norms import IDENTITY, AnyLinearNorm, LinearNorm, at_least_float32
 
 T = TypeVar("T")
 
 
-def has_closed_form(module: object, length: int) -> bool:
+def has_closed_form(module: object, length: int) -> TypeGuard[LinearAttention | LinearMLP | LinearMixture]:
     """Whether `total` is cheaper than walking the D basis directions through the module."""
     if isinstance(module, LinearAttention):
         return not isinstance(module.post_norm, LinearNorm) or length < module.output.shape[-1]
-    return isinstance(module, LinearMLP)
+    return isinstance(module, LinearMLP | LinearMixture)
 
 
-def total(module: LinearAttention | LinearMLP, ins: Tensor, outs: Tensor, chunk: int) -> Tensor:
+def total(module: LinearAttention | LinearMLP | LinearMixture, ins: Tensor, outs: Tensor, chunk: int) -> Tensor:
     """Σ_s outs_s Σ_r J_{s,r} ins_r, [D, D] in float32 or wider.
 
     Args:
@@ -45,7 +47,10 @@ def total(module: LinearAttention | LinearMLP, ins: Tensor, outs: Tensor, chunk:
         outs: Weights of the output positions, [B, S, 1].
         chunk: Cotangents held at once.
     """
-    module, ins, outs = _widened(module), at_least_float32(ins), at_least_float32(outs)
+    ins, outs = at_least_float32(ins), at_least_float32(outs)
+    if isinstance(module, LinearMixture):
+        return _mixture(module, ins, outs)
+    module = _widened(module)
     after, bare = module.post_norm, replace(module, post_norm=IDENTITY)
     if isinstance(after, LinearNorm):
         outs = outs * after.inverse_std
@@ -73,12 +78,28 @@ def _mlp(module: LinearMLP, ins: Tensor, outs: Tensor) -> Tensor:
     pairs = [(w.W_in, module.by_up)]
     if w.W_gate is not None and module.by_gate is not None:
         pairs.append((w.W_gate, module.by_gate))
+    slopes = [(weight, slope.flatten(0, 1)) for weight, slope in pairs]
+    return w.W_out @ _hidden(before, outs.flatten(0, 1), slopes, slice(None))
+
+
+def _mixture(module: LinearMixture, ins: Tensor, outs: Tensor) -> Tensor:
+    w, before = module.weights, _Before(_widened(module.norm), ins, module.output.shape[-1])
+    whole = outs.new_zeros(module.output.shape[-1], module.output.shape[-1])
+    for e in module.experts:
+        up, gate, down = (at_least_float32(weight[e.index]) for weight in (w.ups, w.gates, w.downs))
+        pairs = [(up, at_least_float32(e.by_up)), (gate, at_least_float32(e.by_gate))]
+        whole.addmm_(down, _hidden(before, outs.flatten(0, 1), pairs, e.at))
+    return whole
+
+
+def _hidden(before: _Before, outs: Tensor, pairs: list[tuple[Tensor, Tensor]], at: Tensor | slice) -> Tensor:
+    """[N, D]: Σ over the positions ``at`` of diag(slope) W N_s, over pairs of W [N, D] and slopes [P, N]."""
     straight, along = [], []
     for weight, slope in pairs:
-        slopes = (slope * outs).flatten(0, 1) * before.scale
-        straight.append(slopes.sum(0)[:, None] * weight)
-        along.append((slopes * nnf.linear(before.directions, weight)).mT)
-    return w.W_out @ before.through(sum(straight[1:], straight[0]), sum(along[1:], along[0]))
+        scaled = slope * outs[at] * before.scale[at]
+        straight.append(scaled.sum(0)[:, None] * weight)
+        along.append((scaled * nnf.linear(before.directions[at], weight)).mT)
+    return before.through(sum(straight[1:], straight[0]), sum(along[1:], along[0]), at)
 
 
 def _attention(module: LinearAttention, ins: Tensor, outs: Tensor, chunk: int) -> Tensor:
@@ -136,9 +157,9 @@ class _Before:
         self.directions = self.x_hat if norm.weight is None else self.x_hat * norm.weight
         """[P, D]: w ∘ x̂_s."""
 
-    def through(self, straight: Tensor, along: Tensor) -> Tensor:
-        """Σ_s A_s N_s, [m, D], from Σ_s r_s A_s [m, D] and r_s A_s (w ∘ x̂_s) [m, P]."""
+    def through(self, straight: Tensor, along: Tensor, at: Tensor | slice = slice(None)) -> Tensor:
+        """Σ_s A_s N_s over positions ``at``, [m, D], from Σ_s r_s A_s [m, D] and r_s A_s (w ∘ x̂_s) [m, P]."""
         straight = straight if self.norm.weight is None else straight * self.norm.weight
         if self.norm.centred:
             straight = straight - straight.mean(-1, keepdim=True)
-        return straight - along @ self.x_hat / self.x_hat.shape[-1]
+        return straight - along @ self.x_hat[at] / self.x_hat.shape[-1]

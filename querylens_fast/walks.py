@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from querylens_fast.blocks import LinearAttention, LinearMLP
+from querylens_fast.blocks import LinearPart
 from querylens_fast.models import Model
 from querylens_fast.tokens import Tokens
 
@@ -39,7 +39,7 @@ ENOUGH_ROWS = {"cpu": 4096, "cuda": 262_144}
 class Linearised:
     """The model linearised at a batch of sequences: 2L modules (None where left out) and the mask [B, S, 1]."""
 
-    modules: list[LinearAttention | LinearMLP | None]
+    modules: list[LinearPart | None]
     mask: Tensor
     rows: slice
     padded: bool
@@ -99,8 +99,8 @@ class Budget:
 def _bytes_per_sequence(model: Model, length: int) -> tuple[int, int]:
     """(kept by the linearisation of one sequence, moved by one direction through it), in bytes."""
     item = torch.finfo(model.dtype).bits // 8
-    neurons = max(block.mlp.W_in.shape[0] for block in model.blocks)
-    widths = max(block.attention.W_Q.shape[0] for block in model.blocks)
+    neurons = max(block.mlp.width for block in model.blocks)
+    widths = max(block.attention.width for block in model.blocks)
     heads = max(block.attention.n_heads for block in model.blocks)
     layer = 6 * model.d_model + 5 * widths + 4 * neurons + 3 * heads * length
     return length * item * layer * model.n_layers, length * item * (
@@ -122,7 +122,7 @@ def linearise(
     padded = not bool(valid.all())
     masked = model.masking(ids, valid) if padded else plain
     x = model.first_residual(ids)
-    modules: list[LinearAttention | LinearMLP | None] = []
+    modules: list[LinearPart | None] = []
     for block in model.blocks:
         attention = block.attention.linearise(x, masked, through_norms)
         x = x + (block.attention(x, plain) if padded else attention.output)

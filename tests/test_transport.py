@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from brute_force import hidden_to_final
 from tiny_models import D_MODEL, LAYERS, VOCAB, save_tiny_model
 from torch import Tensor
 
@@ -23,28 +24,11 @@ def unpadded() -> ql.Tokens:
     return ql.load_tokens(torch.randint(3, VOCAB, (3, 6), generator=torch.Generator().manual_seed(7)))
 
 
-def hidden_to_final(model: ql.Model, layer: int, hidden: Tensor) -> Tensor:
-    """transformers' own layers after ``layer``, from its output to the stream before the final norm."""
-    final = {}
-    decoder = model.source.transformer if model.architecture == "gpt2" else model.source.model
-    norm = decoder.ln_f if model.architecture == "gpt2" else decoder.norm
-    blocks = decoder.h if model.architecture == "gpt2" else decoder.layers
-    hooks = [
-        blocks[layer].register_forward_hook(
-            lambda _m, _i, out: (hidden, *out[1:]) if isinstance(out, tuple) else hidden
-        ),
-        norm.register_forward_pre_hook(lambda _m, args: final.update(x=args[0])),
-    ]
-    try:
-        model.source(torch.zeros(hidden.shape[:2], dtype=torch.int64), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return final["x"]
-
-
 def test_value_matrices_are_the_transformers_models_jacobian(tiny_model: ql.Model, unpadded: ql.Tokens) -> None:
-    """Without padding, M v is the mean over positions of the chain rule through transformers' own modules."""
+    """Without padding, M v is the mean over positions of the chain rule through transformers' own modules.
+
+    The routing of a mixture of experts counts as constant there too.
+    """
     transport = ql.fit_transport(tiny_model, unpadded, progress=False)
     v = torch.randn(D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     states = tiny_model.source(unpadded.ids, output_hidden_states=True).hidden_states
@@ -52,7 +36,7 @@ def test_value_matrices_are_the_transformers_models_jacobian(tiny_model: ql.Mode
         base = states[layer + 1]
 
         def onwards(hidden: Tensor, layer: int = layer) -> Tensor:
-            return hidden_to_final(tiny_model, layer, hidden)
+            return hidden_to_final(tiny_model.source, layer, hidden)
 
         expected = torch.func.jvp(onwards, (base,), (v.expand_as(base),))[1].mean((0, 1))
         assert relative(transport.apply(v[None], "value", "full", 2 * layer + 2)[0], expected) < 1e-6

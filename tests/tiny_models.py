@@ -33,14 +33,37 @@ CONFIGS = {
         **COMMON, **WINDOWED, query_pre_attn_scalar=16, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
     ),
     "gemma3": lambda: transformers.Gemma3TextConfig(**COMMON, **WINDOWED, query_pre_attn_scalar=16),
+    "mistral": lambda: transformers.MistralConfig(**COMMON, sliding_window=3),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **COMMON,
+        moe_intermediate_size=20,
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+    ),
 }
 ARCHITECTURES = tuple(CONFIGS)
+_WITHOUT_HEAD_DIM = {name: value for name, value in COMMON.items() if name != "head_dim"}
+BY_AUTODIFF = {
+    "olmo2": lambda: transformers.Olmo2Config(**_WITHOUT_HEAD_DIM),
+    "phi3": lambda: transformers.Phi3Config(**_WITHOUT_HEAD_DIM),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(
+        vocab_size=VOCAB,
+        hidden_size=D_MODEL,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=40,
+        use_parallel_residual=False,
+    ),
+}
+"""Architectures without a hand-written linearisation."""
 
 
 def save_tiny_model(architecture: str, folder: Path, seed: int = 0) -> Path:
     """A random model with weights large enough that every term of the Jacobian counts."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture]())
+    model = transformers.AutoModelForCausalLM.from_config((CONFIGS | BY_AUTODIFF)[architecture]())
     with torch.no_grad():
         for name, weight in model.named_parameters():
             centre = (
