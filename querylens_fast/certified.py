@@ -25,6 +25,8 @@ from .blocked import Epilogue
 from .moments import Moments
 from .selection import Side, best_by_sort
 
+PROBE_ROWS = 64
+"""Rows in the first block: data that defeats the fast pass shows there."""
 MAX_CROWDED = 4
 """Groups scored in full for a row; a row with more of them goes to the blocked path."""
 
@@ -73,7 +75,7 @@ class Outcome(NamedTuple):
     widened_rows: int
     """Rows and sides that the first candidates did not settle: more were taken, or groups scored in full."""
     fallback_rows: int
-    """Those among them that went to the blocked path."""
+    """Those among them that went to the blocked path, equal rows of a block counted once."""
 
 
 class ErrorBound(NamedTuple):
@@ -187,7 +189,8 @@ def topk(
     widened = fallback = 0
     wide = False
     with torch.no_grad(), blocked.full_float32():
-        for start in range(0, len(F), block_rows):
+        starts = [0, *range(min(PROBE_ROWS, block_rows), len(F), block_rows)] if len(F) > block_rows else [0]
+        for start, stop in zip(starts, [*starts[1:], len(F)], strict=True):
             if 2 * fallback > start * len(sides) or not math.isfinite(bound.norm):
                 # The data defeats the fast pass: do the rest without it.
                 rest = slice(start, len(F))
@@ -199,7 +202,7 @@ def topk(
                         sides[largest].scores[rest], sides[largest].ids[rest] = found
                 redone = (len(F) - start) * len(sides)
                 return Outcome(sides.get(True), sides.get(False), widened + redone, fallback + redone)
-            rows = slice(start, min(start + block_rows, len(F)))
+            rows = slice(start, stop)
             chosen = epilogue.of_rows(rows)
             error = bound.rows(F[rows], chosen)
             before = widened
@@ -225,12 +228,19 @@ def _settle(
         again, proved, _ = _prove(task, F[index], epilogue.of_rows(index), proposal.wider(index), error[index], largest)
         found.scores[index], found.ids[index] = again
         index = index[~proved]
-    if len(index):
-        best, worst = blocked.topk(F[index], task.W, task.k, epilogue.of_rows(index), top=largest, bottom=not largest)
-        side = best if largest else worst
-        assert side is not None
-        found.scores[index], found.ids[index] = side
-    return found, widened, len(index)
+    if not len(index):
+        return found, widened, 0
+    # Dead features are all the same row.
+    rest = epilogue.of_rows(index)
+    alike = F[index] if rest.offset is None else torch.cat([F[index], rest.offset[:, None].to(F)], 1)
+    _, places = torch.unique(alike, dim=0, return_inverse=True)
+    one = torch.empty(int(places.max()) + 1, dtype=torch.int64, device=F.device)
+    one[places] = torch.arange(len(index), device=F.device)
+    best, worst = blocked.topk(F[index[one]], task.W, task.k, rest.of_rows(one), top=largest, bottom=not largest)
+    side = best if largest else worst
+    assert side is not None
+    found.scores[index], found.ids[index] = side.scores[places], side.ids[places]
+    return found, widened, len(one)
 
 
 def _prove(

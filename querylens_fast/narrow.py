@@ -10,6 +10,7 @@ turns the candidates into exact float32 results.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ MIN_ROWS = 192
 """Fewer rows of F do not pay for the copy of W."""
 WIDER = 4
 """Times as many candidates for a row that the first ones do not settle."""
+MAX_APART = 16
+"""Rows of W, at most, that are kept out of the bfloat16 product."""
 _EXTRA = 32
 _BLOCK_ROWS = 512
 _MIN_TILE_ROWS = 32
@@ -117,16 +120,19 @@ def topk(
     ``exact`` proves and scores them in float32; else they stand as the bfloat16 product has them.
     """
     with torch.no_grad():
-        folded, bound = _fold_columns(W, epilogue)
-    m, width = candidates_for(k), folded.shape[1]
+        folded = _fold_columns(W, epilogue, set_apart=exact)
+    m, (V, width) = candidates_for(k), folded.W.shape
     rows = max(1, min(block_rows or tile_rows(F, W), len(F)))
-    tile = workspace.take("narrow tile", rows * len(W), NARROW, F.device)
+    tile = workspace.take("narrow tile", rows * V, NARROW, F.device)
 
     def score(rows: slice) -> Tensor:
         narrow_F = _fold_rows(F[rows], epilogue.of_rows(rows), width)
-        scores = torch.mm(narrow_F, folded.T, out=tile[: len(narrow_F) * len(W)].view(-1, len(W)))
+        scores = torch.mm(narrow_F, folded.W.T, out=tile[: len(narrow_F) * V].view(-1, V))
         if moments is not None:
             moments.add_tile(scores, rows.start)
+            if len(folded.apart):
+                others = blocked.scores_of_columns(F[rows], W, folded.apart, epilogue.of_rows(rows))
+                moments.add_tile(others, rows.start)
         return scores
 
     if not exact:
@@ -135,11 +141,13 @@ def topk(
 
     def propose(rows: slice, wide: bool) -> tuple[certified.Proposal | None, certified.Proposal | None]:
         scores = score(rows)
-        best = _candidates(scores, m, wide, largest=True) if top else None
-        worst = _candidates(scores, m, wide, largest=False) if bottom else None
+        best = _candidates(scores, m, wide, folded, largest=True) if top else None
+        worst = _candidates(scores, m, wide, folded, largest=False) if bottom else None
         return best, worst
 
-    return certified.topk(F, W, k, epilogue, propose, bound, top=top, bottom=bottom, block_rows=rows, moments=moments)
+    return certified.topk(
+        F, W, k, epilogue, propose, folded.bound, top=top, bottom=bottom, block_rows=rows, moments=moments
+    )
 
 
 def _as_scored(
@@ -165,14 +173,26 @@ def _split(values: Tensor) -> tuple[Tensor, Tensor]:
     return high, (values - high).to(NARROW).masked_fill(~high.isfinite(), 0)
 
 
-def _fold_columns(W: Tensor, epilogue: Epilogue) -> tuple[Tensor, NarrowBound]:
-    """[V, d + extra] bfloat16 and the bound's share of W."""
+class _Folded(NamedTuple):
+    """W for the bfloat16 product."""
+
+    W: Tensor
+    """[V', d + extra] bfloat16."""
+    bound: NarrowBound
+    columns: Tensor | None
+    """[V'] rows of the whole W; None where it is whole."""
+    apart: Tensor
+    """The other rows: too long, or not finite, for a bound that holds for all; always candidates."""
+
+
+def _fold_columns(W: Tensor, epilogue: Epilogue, *, set_apart: bool) -> _Folded:
+    """Round W, fold the epilogue into it and measure it, in one pass."""
     V, d = W.shape
     plain = all(vector is None for vector in epilogue)
     width = d if plain else d + _EXTRA
     folded = workspace.take("narrow W", V * width, NARROW, W.device).view(V, width)
     scale = None if epilogue.scale is None else epilogue.scale.to(W)
-    norm = rounding = 0.0
+    norms, rounding = torch.empty(V), torch.empty(V)
     step = min(blocked.pass_rows(W), V)
     rounded = workspace.take("rounded", step * d, torch.float32, W.device).view(step, d)
     scaled = workspace.take("scaled", 0 if scale is None else step * d, torch.float32, W.device).view(-1, d)
@@ -183,21 +203,38 @@ def _fold_columns(W: Tensor, epilogue: Epilogue) -> tuple[Tensor, NarrowBound]:
             block = torch.mul(block, scale[rows, None], out=scaled[: len(block)])
         folded[rows, :d] = block
         difference = rounded[: len(block)].copy_(folded[rows, :d]).sub_(block)
-        norm = max(norm, certified.largest(torch.linalg.vector_norm(block, dim=1)))
-        rounding = max(rounding, certified.largest(torch.linalg.vector_norm(difference, dim=1)))
+        norms[rows] = torch.linalg.vector_norm(block, dim=1)
+        rounding[rows] = torch.linalg.vector_norm(difference, dim=1)
+    bias = epilogue.bias
     if not plain:
         extra = folded[:, d:].zero_()
         high, low = _split(torch.ones(V) if scale is None else scale)
         extra[:, 0], extra[:, 1], extra[:, 2] = high, low, high
-        if epilogue.bias is not None:
-            extra[:, 3], extra[:, 4] = _split(epilogue.bias.to(W))
-    bias = epilogue.bias
-    return folded, NarrowBound(
-        norm,
-        rounding,
+        if bias is not None:
+            extra[:, 3], extra[:, 4] = _split(bias.to(W))
+    apart = _outlying(norms) if set_apart else torch.empty(0, dtype=torch.int64)
+    columns = None
+    if len(apart):
+        inside = torch.ones(V, dtype=torch.bool)
+        inside[apart] = False
+        columns = inside.nonzero().squeeze(1)
+        folded, norms, rounding = folded[columns], norms[columns], rounding[columns]
+    bound = NarrowBound(
+        certified.largest(norms),
+        certified.largest(rounding),
         1.0 if scale is None else certified.largest(scale.abs()),
         0.0 if bias is None else certified.largest(bias[bias.isfinite()].abs()),
     )
+    return _Folded(folded, bound, columns, apart)
+
+
+def _outlying(norms: Tensor) -> Tensor:
+    """The few rows of W that are more than twice as long as the next (or not finite); none where they are not few."""
+    if len(norms) <= MAX_APART:
+        return torch.empty(0, dtype=torch.int64)
+    norms = norms.nan_to_num(nan=math.inf)
+    usual = norms.topk(MAX_APART + 1).values[-1]
+    return (norms > 2 * usual).nonzero().squeeze(1)
 
 
 def _fold_rows(F: Tensor, epilogue: Epilogue, width: int) -> Tensor:
@@ -214,7 +251,7 @@ def _fold_rows(F: Tensor, epilogue: Epilogue, width: int) -> Tensor:
     return folded
 
 
-def _candidates(scores: Tensor, m: int, wide: bool, *, largest: bool) -> certified.Proposal:
+def _candidates(scores: Tensor, m: int, wide: bool, folded: _Folded, *, largest: bool) -> certified.Proposal:
     """The m best of each row of a bfloat16 tile, in no order, and a bound on the others before they were rounded."""
     numbers, extremes = selection.without_nan(scores, largest)
 
@@ -224,6 +261,8 @@ def _candidates(scores: Tensor, m: int, wide: bool, *, largest: bool) -> certifi
         left_out = (values.amin(1) if largest else values.amax(1)).float()
         # Rounding to bfloat16 keeps order and moves a number by at most 2^-8 of itself.
         slack = left_out.abs() * 2.0**-8 + 1e-38
+        if folded.columns is not None:
+            ids = torch.cat([folded.columns[ids], folded.apart.expand(len(ids), -1)], 1)
         return certified.Proposal(ids, left_out + slack if largest else left_out - slack)
 
     if wide:

@@ -18,6 +18,8 @@ from . import workspace
 
 GROUP = 16
 """Columns in a group: fewer leave more extremes to look through, more leave more elements."""
+PREFIX = 2048
+"""Columns in which equals are looked for first."""
 
 
 class Side(NamedTuple):
@@ -124,13 +126,18 @@ def _settle_ties(scores: Tensor, result: Side, values: Tensor, k: int, largest: 
     if values.shape[1] <= k:
         return
     rows = (values[:, k] == values[:, k - 1]).nonzero().squeeze(1)
-    if not rows.numel():
-        return
-    tile, bound = scores[rows], values[rows, k - 1 : k]
-    beyond = (tile > bound) if largest else (tile < bound)
-    equal = tile == bound
-    wanted = k - beyond.sum(1, keepdim=True)
-    keep = beyond | (equal & (equal.cumsum(1, dtype=torch.int32) <= wanted))
-    ids = keep.nonzero()[:, 1].view(len(rows), k)
-    fixed = best_by_sort(tile.gather(1, ids), k, largest=largest, ids=ids)
-    result.scores[rows], result.ids[rows] = fixed.scores, fixed.ids
+    wanted = (result.scores == values[:, k - 1 : k]).sum(1)
+    # Rows of equal scores are settled by their first columns.
+    for end in (min(PREFIX, scores.shape[1]), scores.shape[1]):
+        if not rows.numel():
+            return
+        equal = scores[rows, :end] == values[rows, k - 1 : k]
+        enough = equal.sum(1) >= wanted[rows]
+        done = rows[enough]
+        place, columns = equal[enough].nonzero().unbind(1)
+        starts = torch.searchsorted(place, torch.arange(len(done), device=rows.device))
+        rank = torch.arange(len(place), device=rows.device) - starts[place]
+        kept = rank < wanted[done][place]
+        # The equals stand last among the k best.
+        result.ids[done[place[kept]], (k - wanted[done])[place[kept]] + rank[kept]] = columns[kept]
+        rows = rows[~enough]
