@@ -14,12 +14,14 @@ Data goes one way: sources (`models`, `dictionaries`, `tokens`) → vectors → 
 """
 
 from querylens_fast.dictionaries import Dictionary, directions, neuron_dictionary
-from querylens_fast.downstream import downstream
 from querylens_fast.features import Activation, Feature
 from querylens_fast.fitting import fit_transport
 from querylens_fast.models import Model, UnsupportedModelError, as_model, load_model
 from querylens_fast.ops import TopK, streamed_topk
 from querylens_fast.presets import PRESETS, Preset, find_preset
+from querylens_fast.relations.passage import Passage, fit_passage
+from querylens_fast.relations.readers import downstream, upstream
+from querylens_fast.relations.tables import RelationTable, read_table
 from querylens_fast.search import Hits, search, show
 from querylens_fast.signatures import Signatures, scores_at, signatures
 from querylens_fast.sources import load_dictionary
@@ -36,7 +38,9 @@ __all__ = [
     "Feature",
     "Hits",
     "Model",
+    "Passage",
     "Preset",
+    "RelationTable",
     "Signatures",
     "StoredSignatures",
     "TopK",
@@ -47,15 +51,18 @@ __all__ = [
     "directions",
     "downstream",
     "find_preset",
+    "fit_passage",
     "fit_transport",
     "load_dictionary",
     "load_model",
     "load_tokens",
     "load_transport",
     "neuron_dictionary",
+    "read_table",
     "scores_at",
     "search",
     "show",
     "signatures",
     "streamed_topk",
+    "upstream",
 ]
