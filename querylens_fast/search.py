@@ -136,7 +136,7 @@ def _groups(path: str | Path, side: str, strings: bool) -> Iterator[dict[str, pa
         return
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path, read_dictionary=[f"{side}_tokens.list.element"]) as file:
+    with pq.ParquetFile(path, read_dictionary=[f"{side}_tokens.list.element"] if strings else None) as file:
         for i in range(file.num_row_groups):
             yield _flat(file.read_row_group(i, columns))
 

@@ -69,7 +69,8 @@ def search(
             like = ", ".join(map(repr, tokens_like(result, token)))
             raise ValueError(f"no signature holds {token!r}" + (f"; tokens like it: {like}" if like else ""))
     for hits in found:
-        table = Table(title=f"{len(hits)} features have it among their {hits.side} tokens")
+        say(f"{len(hits)} features have it among their {hits.side} tokens")
+        table = Table()
         for name in ("feature", "layer", "score", "rank", "token"):
             table.add_column(name, justify="right")
         columns = (hits.features, hits.layers, hits.scores, hits.ranks, hits.token_ids)

@@ -1,0 +1,122 @@
+"""Rows read in part from files are the file's rows, whatever is asked; reading ahead changes nothing but the time."""
+
+import tempfile
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import querylens_fast as ql
+from querylens_fast.readahead import ReadAhead, read_ahead
+from querylens_fast.rows import FileRows, MemoryRows, SummedRows
+from querylens_fast.tensorfiles import open_tensors
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+
+
+def stored(folder: Path, matrix: torch.Tensor, kind: str) -> Path:
+    """A file with the matrix and something before it, so that no offset is round."""
+    path = folder / f"m.{kind}"
+    before = torch.zeros(3, dtype=matrix.dtype)
+    if kind == "safetensors":
+        save_file({"a": before, "m": matrix}, str(path))
+    elif kind == "pt":
+        torch.save({"a": before, "m": matrix}, path)
+    else:
+        np.savez(path, a=before.numpy(), m=matrix.numpy())
+    return path
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_rows_of_any_file(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(["safetensors", "npz", "pt"]))
+    dtype = data.draw(st.sampled_from(DTYPES if kind != "npz" else DTYPES[:3]))
+    n, D = data.draw(st.integers(1, 3000)), data.draw(st.integers(1, 7))
+    transposed = data.draw(st.booleans())
+    ids = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), max_size=30)), dtype=torch.int64)
+    matrix = torch.randn(n, D).to(dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        path = stored(Path(folder), (matrix.mT if transposed else matrix).contiguous(), kind)
+        tensor = open_tensors(path)[0]["m"]
+        rows = tensor.rows(transposed)
+        assert isinstance(rows, MemoryRows if kind == "pt" else FileRows) and rows.shape == (n, D)
+        a, b = sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n))))
+        for asked in (ids, slice(a, b), slice(None)):
+            found = rows.read(asked)
+            assert found.dtype == dtype
+            assert torch.equal(found.double(), matrix.double()[asked])
+        assert torch.equal(tensor.read().double(), (matrix.mT if transposed else matrix).double())
+
+
+@pytest.mark.parametrize("how", ["compressed", "fortran", "old torch file"])
+def test_what_cannot_be_read_in_part_is_read_whole(tmp_path: Path, how: str) -> None:
+    matrix = torch.randn(6, 4)
+    path = tmp_path / ("m.pt" if "torch" in how else "m.npz")
+    if how == "compressed":
+        np.savez_compressed(path, m=matrix.numpy())
+    elif how == "fortran":
+        np.savez(path, m=np.asfortranarray(matrix.numpy()))
+    else:
+        torch.save({"m": matrix}, path, _use_new_zipfile_serialization=False)
+        assert not zipfile.is_zipfile(path)
+    assert torch.equal(open_tensors(path)[0]["m"].rows(False).read(torch.tensor([5, 1])), matrix[[5, 1]])
+
+
+def test_sums_over_the_middle_axis() -> None:
+    tensor = torch.randn(5, 3, 4)
+    rows = SummedRows(MemoryRows(tensor.flatten(1)), 3)
+    assert rows.shape == (5, 4)
+    assert torch.allclose(rows.read(torch.tensor([4, 0])), tensor.sum(1)[[4, 0]])
+
+
+class Watched:
+    """Rows that say who read what."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.rows, self.shape = MemoryRows(matrix), (matrix.shape[0], matrix.shape[1])
+        self.reads: list[tuple[str, list[int]]] = []
+        self.read_next = threading.Event()
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        background = threading.current_thread() is not threading.main_thread()
+        self.reads.append(("ahead" if background else "asked", ids.tolist()))
+        if background:
+            self.read_next.set()
+        if 99 in ids.tolist():
+            raise OSError("the disk is gone")
+        return self.rows.read(ids)
+
+
+def test_the_next_block_is_read_meanwhile() -> None:
+    rows = Watched(torch.randn(20, 3))
+    blocks = list(torch.arange(20).split(8))
+    with ThreadPoolExecutor(1) as reader:
+        ahead = ReadAhead(rows, blocks, reader)
+        for i, block in enumerate(blocks):
+            assert torch.equal(ahead.read(block), rows.rows.read(block))
+            assert ahead.read(block) is ahead.read(block)
+            if i + 1 < len(blocks):
+                assert rows.read_next.wait(10), "nothing was read while the block is worked on"
+                rows.read_next.clear()
+        assert rows.reads == [("asked", blocks[0].tolist()), *(("ahead", b.tolist()) for b in blocks[1:])]
+        other = torch.tensor([3, 1])
+        assert torch.equal(ahead.read(other), rows.rows.read(other)) and rows.reads[-1] == ("asked", [3, 1])
+
+
+def test_an_error_of_the_background_is_raised_at_its_block() -> None:
+    rows = Watched(torch.randn(200, 3))
+    blocks = [torch.tensor([1]), torch.tensor([2]), torch.tensor([99])]
+    with read_ahead(ql.directions(torch.randn(200, 3), layer=0), "value", blocks, torch.device("cpu")) as dictionary:
+        dictionary.value_rows.rows = rows  # type: ignore[union-attr]
+        dictionary.values(blocks[0])
+        dictionary.values(blocks[1])
+        with pytest.raises(OSError, match="the disk is gone"):
+            dictionary.values(blocks[2])
