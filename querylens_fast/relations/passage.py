@@ -5,7 +5,7 @@ value v written at point p must be carried to a later point q only, and a key re
 
     M_{p→q} v = (1/N) Σ_s t_q[s]   with t_p = v at every valid position and t walked by Jacobians from p to q,
 
-with the mask, the walk and the average of `walks` (Query Lens, arXiv 2606.07617, §3, stopped at q). Averages of
+with the masks, the walk and the average of `walks` (Query Lens, arXiv 2606.07617, §3, stopped at q). Averages of
 products do not factor, M_p ≠ M_q M_{p→q}, so the full order is not contained in a fitted transport: `fit_passage` walks
 the D basis directions from p once and gives every q on the way. First-order terms do add up module by module, so a
 transport fitted with them carries from any point to any other (`passage_of`).
@@ -160,8 +160,8 @@ def find_passage(given: Passage | Transport | None, model: Model, point: int, si
 
 def _steps(lin: Linearised, directions: Tensor, modules: range, side: Side, order: Order) -> Iterator[Tensor]:
     """Directions [C, D], put at every valid position, at each point on the way: [C, B, S, D]."""
-    start = lin.everywhere(directions) * lin.mask
-    t = start
+    start = lin.everywhere(directions)
+    t = start * lin.mask
     yield t
     for i in modules:
         if order == "full":

@@ -21,6 +21,7 @@ the norms of queries and keys inside attention (their scale too).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -93,11 +94,12 @@ def find_weights(model: Model, side: Side, pattern: str, final_norm: bool) -> li
         part = model.blocks[int(layer)].attention if rest.startswith("attn.") else model.blocks[int(layer)].mlp
         if isinstance(part, NoSingleWeights):
             getattr(part, "W_in")  # noqa: B009
-    kinds = sorted({".".join(name.split(".")[2:4]) for name in names if name.startswith("blocks.")})
+    kinds = sorted({re.sub(r"\d+$", "*", name.split(".", 2)[2]) for name in names if "." in name})
+    examples = ("W_in", "W_Q", "unembed") if side == "value" else ("W_out", "W_O", "embed")
     raise ValueError(
         f"targets is {pattern!r}; expected a Dictionary, a matrix, or a weight of layers 0 to {model.n_layers - 1} "
-        f"like 'blocks.3.mlp.W_in', 'blocks.*.attn.W_Q.heads' or {names[-1 if side == 'value' else 0]!r}; "
-        f"blocks.*. has {', '.join(kinds)}"
+        f"like 'blocks.3.mlp.{examples[0]}', 'blocks.*.attn.{examples[1]}.heads' or {examples[2]!r}; each layer has "
+        f"{', '.join(kinds)}"
     )
 
 
