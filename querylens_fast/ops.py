@@ -113,8 +113,8 @@ def streamed_topk(
         bottom: return the smallest.
         backend: "auto", "torch" or "triton" (see the module's notes).
         precision: "exact", "float32" or "bf16" (see the module's notes).
-        statistics: also return `RowStatistics` of all V scores of each row, from the same pass: their rounding is that
-            of the pass (of bfloat16 where candidates come from it; ask for "float32" where that matters).
+        statistics: also return `RowStatistics` of all V scores of each row, from the same pass; on the CPU the pass of
+            an "exact" call is then the float32 one, while "bf16" keeps the narrow one and its rounding.
         histogram: edges [bins + 1], ascending: adds the histogram to the statistics (and implies them). Bins are
             [edge, next edge), the last one closed; scores outside are not counted. Slower than the other statistics.
         block_rows: rows of F scored at a time; None lets the backend choose. Changes memory and speed, not the result
@@ -178,7 +178,8 @@ def _run(F: Tensor, W: Tensor, asked: _Asked, backend: str, precision: str, max_
         if moments is not None or precision == "bf16":
             raise ValueError("backend is 'triton': statistics and precision='bf16' need backend='torch' so far")
         return fused.topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows)
-    if precision == "bf16" or (precision == "exact" and narrow.pays(F, W, k, limit)):
+    # Statistics of an exact call are of float32 scores too.
+    if precision == "bf16" or (precision == "exact" and moments is None and narrow.pays(F, W, k, limit)):
         tile = narrow.tile_rows(F, W, limit) if block_rows is None else block_rows
         exact = precision == "exact"
         return narrow.topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=tile, moments=moments, exact=exact)
