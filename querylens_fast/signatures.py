@@ -30,7 +30,7 @@ from querylens_fast.walks import batches
 __all__ = ["Pipeline", "Signatures", "plan", "scores_at", "signatures"]
 
 BLOCK_ROWS = 2048
-MAX_BLOCK_ROWS = 1 << 15
+MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 1 << 8, 1 << 15
 BLOCK_BYTES = 1 << 25
 """Of one block's vectors or result; some eight such are held at a time."""
 
@@ -85,7 +85,8 @@ def signatures(
         format: "parquet" or "jsonl", by default from out's ending.
         token_strings: Write token strings beside ids (needs a tokenizer).
         block_rows: Features a block: what is computed at a time and lost when the run is killed. By default as many
-            as keep a block's vectors and its result under 32 MiB each, 32,768 at most.
+            as keep a block's vectors and its result under 32 MiB each, 32,768 at most; 256 where every feature costs a
+            pass through the model.
         resume: Go on from what an earlier, killed run wrote to out; False: refuse to touch it.
         progress: Show a progress bar; by default with ``out``.
 
@@ -167,11 +168,15 @@ def _progress(pipeline: Pipeline, total: int, n_done: int, show: bool) -> tqdm[A
 
 
 def rows_per_block(pipeline: Pipeline) -> int:
-    """Features a block, so that a block's vectors and its result stay under `BLOCK_BYTES` each."""
+    """Features a block: few where each costs a pass through the model, else as many as `BLOCK_BYTES` hold."""
+    preset = pipeline.preset
+    walks = preset.needs_transport and (pipeline.transport is None or pipeline.stats == "exact")
+    if walks or preset.is_ablation:
+        return MIN_BLOCK_ROWS
     lists = 1 + (pipeline.model.n_layers if pipeline.layers else 0)
     vectors = pipeline.model.d_model * torch.promote_types(pipeline.model.dtype, torch.float32).itemsize
     n = BLOCK_BYTES // max(vectors, 24 * pipeline.k * lists)
-    return max(256, min(MAX_BLOCK_ROWS, 1 << (n.bit_length() - 1)))
+    return max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, 1 << (n.bit_length() - 1)))
 
 
 def scores_at(dictionary: Any, model: Any, features: Any, token_ids: Tensor | Sequence[int], **options: Any) -> Tensor:
