@@ -33,15 +33,16 @@ class Scorer:
 
     def topk(self, vectors: Tensor, k: int, backend: str = "auto") -> ops.TopK:
         """The k highest and k lowest tokens of each vector [n, D]; scores in raw units of the readout."""
-        x, offset = self._prepare(vectors)
+        x, offset = self.prepare(vectors)
         return ops.streamed_topk(x, self.W, k, bias=self.bias, scale=self.scale, offset=offset, backend=backend)
 
     def scores_at(self, vectors: Tensor, token_ids: Tensor) -> Tensor:
         """The scores of given tokens, [n, m], for vectors [n, D] and token_ids [m] or [n, m]."""
-        x, offset = self._prepare(vectors)
+        x, offset = self.prepare(vectors)
         return ops.scores_at(x, self.W, token_ids.to(x.device), bias=self.bias, scale=self.scale, offset=offset)
 
-    def _prepare(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
+    def prepare(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(x [n, D] in W's dtype, offset [n] or None): what stands for vectors [n, D] in the score's formula."""
         vectors = vectors.to(self.model.device)
         offset = None
         if self.centre is not None:

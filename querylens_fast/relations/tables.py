@@ -148,39 +148,37 @@ def topk_rows(
     *,
     source: str,
     source_layer: int | None,
-    target: str,
-    target_layer: int | None,
+    target: str | Categories,
+    target_layer: int | Tensor | None,
     target_ids: Tensor | None = None,
     **more: Any,
 ) -> pa.Table:
-    """The rows of a `TopK`.
+    """The rows of a `TopK` of n sources over W's V rows.
 
     Args:
-        found: Of n sources; a side that is None gives no rows.
-        source_ids: [n] ids of its rows.
-        source: Name of what the sources are, e.g. a dictionary's.
+        found: A side that is None gives no rows.
+        source_ids: [n] ids of the sources.
+        source: Name of what they are, e.g. a dictionary's.
         source_layer: Their layer.
-        target: Name of what was searched.
-        target_layer: Its layer.
-        target_ids: [V] ids to write for W's rows 0 … V−1, where they are not these.
-        **more: Further columns: a str, int, float or None for all rows; or a Tensor [n] for each source.
+        target: Name of what was searched: one, or `Categories` of V codes where W's rows are of several.
+        target_layer: Its layer: one, or [V].
+        target_ids: [V] ids of W's rows, where they are not 0 … V−1.
+        **more: Further columns: a str, int, float or None for all rows; or a Tensor [n] or `Categories` of n codes.
     """
     sides = {"top": (found.top_ids, found.top_scores), "bottom": (found.bottom_ids, found.bottom_scores)}
     kept = {name: (ids, scores) for name, (ids, scores) in sides.items() if ids is not None and scores is not None}
     ids = torch.stack([ids.cpu() for ids, _ in kept.values()], 1)
     scores = torch.stack([scores.cpu() for _, scores in kept.values()], 1)
     n, _, k = ids.shape
-    repeats = len(kept) * k
-    if target_ids is not None:
-        ids = target_ids.cpu()[ids]
+    repeats, columns = len(kept) * k, ids.flatten()
     return rows(
         n * repeats,
         source=source,
         source_layer=source_layer,
         source_id=source_ids.cpu().repeat_interleave(repeats),
-        target=target,
-        target_layer=target_layer,
-        target_id=ids.flatten(),
+        target=target[columns] if isinstance(target, Categories) else target,
+        target_layer=target_layer[columns] if isinstance(target_layer, Tensor) else target_layer,
+        target_id=columns if target_ids is None else target_ids.cpu()[columns],
         side=Categories(list(kept), torch.arange(len(kept)).repeat_interleave(k).repeat(n)),
         rank=torch.arange(k, dtype=torch.int32).repeat(n * len(kept)),
         score=scores.flatten(),
@@ -194,6 +192,9 @@ class Categories:
 
     names: Sequence[str]
     codes: Tensor
+
+    def __getitem__(self, at: Tensor) -> Categories:
+        return Categories(self.names, self.codes[at])
 
     def repeat_interleave(self, repeats: int) -> Categories:
         return Categories(self.names, self.codes.repeat_interleave(repeats))
