@@ -23,7 +23,7 @@ from torch import Tensor
 from . import blocked
 from .blocked import Epilogue
 from .moments import Moments
-from .selection import Side, best_by_sort
+from .selection import Side, best_of_candidates
 
 PROBE_ROWS = 64
 """Rows in the first block: data that defeats the fast pass shows there."""
@@ -250,8 +250,8 @@ def _prove(
     k = task.k
     if proposal.ids.shape[1] < k:
         return blocked.empty_side(F, k), torch.zeros(len(F), dtype=torch.bool, device=F.device), 0
-    ids, scores = _by_id(proposal.ids, _scores_of(task, F, proposal.ids, epilogue))
-    found = best_by_sort(scores, k, largest=largest, ids=ids)
+    scores = _scores_of(task, F, proposal.ids, epilogue)
+    found = best_of_candidates(scores, proposal.ids, k, largest=largest)
     kth = found.scores[:, -1]
     # Written so that a NaN anywhere leaves the row unproved.
     proved = (kth > proposal.left_out + error) if largest else (kth < proposal.left_out - error)
@@ -281,8 +281,7 @@ def _widen(task: _Task, F: Tensor, epilogue: Epilogue, proposal: Proposal, reach
     columns = proposal.columns_of(groups).masked_fill((groups < 0)[:, :, None], V).flatten(1)
     known = (proposal.groups[:, :, None] == groups[:, None, :]).any(2)
     ids = torch.cat([proposal.ids.masked_fill(known, V), columns], 1)
-    ids, scores = _by_id(ids, _scores_of(task, F, ids, epilogue))
-    return best_by_sort(scores, task.k, largest=largest, ids=ids)
+    return best_of_candidates(_scores_of(task, F, ids, epilogue), ids, task.k, largest=largest)
 
 
 def _scores_of(task: _Task, F: Tensor, ids: Tensor, epilogue: Epilogue) -> Tensor:
@@ -291,11 +290,6 @@ def _scores_of(task: _Task, F: Tensor, ids: Tensor, epilogue: Epilogue) -> Tenso
     if not bool(absent.any()):
         return task.rescore(F, task.W, ids, epilogue)
     return blocked.scores_at(F, task.W, ids.masked_fill(absent, 0), epilogue).masked_fill(absent, math.nan)
-
-
-def _by_id(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    ids, order = ids.sort(dim=1)
-    return ids, scores.gather(1, order)
 
 
 def _take(proposal: Proposal, index: Tensor) -> Proposal:

@@ -43,6 +43,28 @@ def best_by_sort(scores: Tensor, k: int, *, largest: bool, ids: Tensor | None = 
     return Side(scores.gather(1, order), order if ids is None else ids.gather(1, order))
 
 
+def best_of_candidates(scores: Tensor, ids: Tensor, k: int, *, largest: bool) -> Side:
+    """The k best of candidates whose ids are in no order: sorted, ties by the lower id, NaN last.
+
+    Args:
+        scores: [r, m].
+        ids: [r, m], distinct within a row.
+        k: at most m.
+        largest: the largest or the smallest.
+    """
+    values, places = scores.topk(min(k + 1, scores.shape[1]), dim=1, largest=largest)
+    # Rows with equals or NaN among the first k + 1 are sorted again, by id first.
+    plain = (values[:, 1:] < values[:, :-1]) if largest else (values[:, 1:] > values[:, :-1])
+    rows = (~(plain.all(1) & (values[:, -1] == values[:, -1]))).nonzero().squeeze(1)
+    found = Side(values[:, :k].contiguous(), ids.gather(1, places[:, :k]))
+    if rows.numel():
+        ordered, order = ids[rows].sort(dim=1)
+        found.scores[rows], found.ids[rows] = best_by_sort(
+            scores[rows].gather(1, order), k, largest=largest, ids=ordered
+        )
+    return found
+
+
 def best_of_tile(scores: Tensor, k: int, *, largest: bool) -> Side:
     """The k best of each row of a tile, exactly: sorted, ties by the lower column, NaN after every number.
 
@@ -112,7 +134,8 @@ def best_places(scores: Tensor, m: int, largest: bool, extremes: Tensor | None =
     tail = scores[:, n_groups * GROUP :]
     # Gathered group by group, so that no index of the elements' size is ever built.
     steps = scores[:, : n_groups * GROUP].unflatten(1, (GROUP, n_groups))
-    elements = steps.gather(2, groups[:, None, :].expand(-1, GROUP, -1)).flatten(1)
+    elements = scores.new_empty(len(scores), GROUP, m)
+    elements = torch.gather(steps, 2, groups[:, None, :].expand(-1, GROUP, -1), out=elements).flatten(1)
     if tail.shape[1]:
         elements = torch.cat([elements, tail], 1)
     best = elements.topk(m, dim=1, largest=largest, sorted=False).indices
