@@ -16,12 +16,15 @@ Data goes one way: sources (`models`, `dictionaries`, `tokens`) → vectors → 
 from querylens_fast.dictionaries import Dictionary, directions, neuron_dictionary
 from querylens_fast.features import Activation, Feature
 from querylens_fast.fitting import fit_transport
+from querylens_fast.jacobian_lens import export_jacobian_lens, import_jacobian_lens
 from querylens_fast.models import Model, UnsupportedModelError, as_model, load_model
 from querylens_fast.ops import TopK, streamed_topk
 from querylens_fast.presets import PRESETS, Preset, find_preset
+from querylens_fast.relations.flow import feature_chains, feature_flow, neighbours
 from querylens_fast.relations.passage import Passage, fit_passage
 from querylens_fast.relations.readers import downstream, upstream
 from querylens_fast.relations.tables import RelationTable, read_table
+from querylens_fast.relations.vocabulary import token_features
 from querylens_fast.search import Hits, search, show
 from querylens_fast.signatures import Signatures, scores_at, signatures
 from querylens_fast.sources import load_dictionary
@@ -50,13 +53,18 @@ __all__ = [
     "as_model",
     "directions",
     "downstream",
+    "export_jacobian_lens",
+    "feature_chains",
+    "feature_flow",
     "find_preset",
     "fit_passage",
     "fit_transport",
+    "import_jacobian_lens",
     "load_dictionary",
     "load_model",
     "load_tokens",
     "load_transport",
+    "neighbours",
     "neuron_dictionary",
     "read_table",
     "scores_at",
@@ -64,5 +72,6 @@ __all__ = [
     "show",
     "signatures",
     "streamed_topk",
+    "token_features",
     "upstream",
 ]

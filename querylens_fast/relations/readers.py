@@ -12,7 +12,6 @@ norm in front of it divides by 1.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from querylens_fast.dictionaries import Dictionary
 from querylens_fast.models import Model, as_model
 from querylens_fast.ops import TopK
 from querylens_fast.relations.passage import Passage, find_passage
-from querylens_fast.relations.tables import Block, RelationTable, identity_of, tabulate, topk_rows
+from querylens_fast.relations.tables import Block, RelationTable, digest_of, identity_of, tabulate, topk_rows
 from querylens_fast.relations.weights import Target, find_weights, rows_target
 from querylens_fast.sources import load_dictionary
 from querylens_fast.transport import Transport, load_transport
@@ -192,7 +191,7 @@ def identity_of_features(dictionary: Dictionary, chosen: Tensor) -> dict[str, An
         "kind": dictionary.kind,
         "layer": dictionary.layer,
         "dictionary_fingerprint": dictionary.fingerprint,
-        "features": hashlib.sha256(chosen.numpy().tobytes()).hexdigest()[:16],
+        "features": digest_of(chosen),
         "n_features": len(chosen),
     }
 

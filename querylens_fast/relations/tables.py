@@ -26,6 +26,7 @@ only what is missing, and the file appears under its name once it is complete.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -221,6 +222,11 @@ def identity_of(model: Model, **settings: Any) -> dict[str, Any]:
         "convention": model.convention,
         **settings,
     }
+
+
+def digest_of(ids: Tensor) -> str:
+    """A digest of chosen ids [n], for metadata."""
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
 
 
 def _column(name: str, value: Column, n: int) -> pa.Array:

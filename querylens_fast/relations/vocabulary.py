@@ -1,9 +1,9 @@
 """Token → features: the signatures read from the other side, the top features of every token of the vocabulary.
 
-A signature scores every token for a feature, score(f, t) = (⟨x_f, W_t⟩ + offset_f) · scale_t + bias_t (`readouts`). Here
-the roles are swapped: for each token the features with the largest and smallest score(f, t), over one dictionary or
-over several at once, "across all layers". The scores are the signatures' own, preset for preset: a pair found here has
-the score that `scores_at` gives it. Scores of different layers are compared as they are, without normalisation.
+A signature scores every token for a feature, score(f, t) = (⟨x_f, W_t⟩ + offset_f) · scale_t + bias_t (`readouts`).
+Here the roles are swapped: for each token the features with the largest and smallest score(f, t), over one dictionary
+or over several at once, "across all layers". The scores are the signatures' own, preset for preset: a pair found here
+has the score that `scores_at` gives it. Scores of different layers are compared as they are, without normalisation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from querylens_fast.pipeline import Pipeline, plan
 from querylens_fast.presets import Preset, find_preset
 from querylens_fast.readouts import Scorer
 from querylens_fast.relations.readers import features_per_block
-from querylens_fast.relations.tables import Block, Categories, RelationTable, identity_of, tabulate, topk_rows
+from querylens_fast.relations.tables import (
+    Block,
+    Categories,
+    RelationTable,
+    digest_of,
+    identity_of,
+    tabulate,
+    topk_rows,
+)
 from querylens_fast.sources import load_dictionary
 from querylens_fast.transport import Transport, load_transport
 
@@ -118,6 +126,7 @@ def token_features(
         tuned_lens=None if tuned_lens is None else str(tuned_lens),
         final_norm=final_norm,
         n_tokens=len(chosen),
+        tokens=digest_of(chosen),
         token_strings=token_strings,
     )
     blocks = [
