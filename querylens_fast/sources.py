@@ -239,6 +239,12 @@ def _from_release(release: str, sae_id: str, layer: int | None) -> Dictionary:
             f"{release!r} is no local file, so it is taken for a sae-lens release; loading one needs "
             "`pip install querylens-fast[sae-lens]`"
         ) from error
+    raw = _release_file(release, sae_id)
+    if raw is not None:
+        path, overrides = raw
+        dictionary = _from_file(path, layer, None, overrides.get("hook_name"), overrides.get("hook_name_out"))
+        dictionary.name = f"{release}/{sae_id}"
+        return dictionary
     try:
         sae = sae_lens.SAE.from_pretrained(release=release, sae_id=sae_id, device="cpu")
     except Exception as error:
@@ -248,6 +254,29 @@ def _from_release(release: str, sae_id: str, layer: int | None) -> Dictionary:
     dictionary = _from_object(sae[0] if isinstance(sae, tuple) else sae, layer)
     dictionary.name = f"{release}/{sae_id}"
     return dictionary
+
+
+def _release_file(release: str, sae_id: str) -> tuple[Path, Mapping[str, Any]] | None:
+    """(its weights file in the hub cache, sae-lens's own overrides) of a release whose file can be read in part.
+
+    None where sae-lens changes the weights as it loads them, or where the format is not in the table: then sae-lens
+    loads it whole. Also None where nothing can be had: sae-lens says why.
+    """
+    from huggingface_hub import snapshot_download
+    from sae_lens.loading.pretrained_saes_directory import get_config_overrides, get_pretrained_saes_directory
+
+    known = get_pretrained_saes_directory().get(release)
+    if known is None or sae_id not in known.saes_map or known.norm_scaling_factor.get(sae_id) is not None:
+        return None
+    place = known.saes_map[sae_id]
+    try:
+        wanted = [place, f"{place}/*", f"{place}.safetensors", "*.yaml"]
+        root = Path(snapshot_download(known.repo_id, allow_patterns=wanted))
+    except (OSError, ValueError):
+        return None
+    found = weights_in(root / place) if (root / place).is_dir() else [root / place, root / f"{place}.safetensors"]
+    found = [path for path in found if path.is_file()]
+    return (found[0], get_config_overrides(release, sae_id)) if len(found) == 1 else None
 
 
 def _assemble(
