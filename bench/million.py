@@ -35,7 +35,7 @@ from bench.machine import machine
 from bench.record import save
 
 CHUNK = 1 << 15
-HIDING_FEATURES = 1 << 17
+HIDING_FEATURES = 1 << 16
 N_SEARCHES = 20
 GEMM_ROWS = 512
 
@@ -223,6 +223,15 @@ def report(record: dict[str, Any]) -> None:
         )
 
 
+def merged(path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases of an earlier file with this one's presets put in or replaced."""
+    cases = json.loads(path.read_text())["cases"] if path.exists() else []
+    for case in cases:
+        if case["shape"] == record["shape"]:
+            record = {**record, "presets": case["presets"] | record["presets"]}
+    return [case for case in cases if case["shape"] != record["shape"]] + [record]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench million", description=__doc__)
     parser.add_argument("--features", type=int, default=1_000_000)
@@ -231,16 +240,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--k", type=int, default=25)
     parser.add_argument("--preset", action="append", help="default: logit_lens_value and query_lens_value")
     parser.add_argument("--folder", type=Path, default=Path("million"), help="for files of some GB, kept")
-    parser.add_argument("--out", type=Path, help="JSON to write; one that exists is added to")
+    parser.add_argument("--out", type=Path, help="JSON to write; what one holds of other presets and shapes stays")
     options = parser.parse_args(arguments)
     options.preset = options.preset or ["logit_lens_value", "query_lens_value"]
     options.folder.mkdir(parents=True, exist_ok=True)
     record = measure(options, options.folder)
     report(record)
     if options.out:
-        earlier = json.loads(options.out.read_text())["cases"] if options.out.exists() else []
-        cases = [case for case in earlier if case["shape"] != record["shape"]] + [record]
-        save(options.out, {"machine": machine(torch.device("cpu")), "cases": cases})
+        save(options.out, {"machine": machine(torch.device("cpu")), "cases": merged(options.out, record)})
         print(f"\nwritten to {options.out}")
 
 
