@@ -154,13 +154,13 @@ def test_chains_by_brute_force(sizes: list[int], seed: int, mutual: bool, thresh
 class Largest(TorchDispatchMode):
     """Records the size of the largest tensor that any operation makes."""
 
-    elements = 0
+    bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, (tuple, list)) else [made]:
             if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
+                self.bytes = max(self.bytes, tensor.nbytes)
         return made
 
 
@@ -171,6 +171,6 @@ def test_no_matrix_of_features_by_features(tmp_path: Path) -> None:
     with Largest() as largest:
         found = neighbours(one, k=4, out=tmp_path / "n.parquet", progress=False)
         chains = feature_chains([one, two], progress=False)
-    assert 0 < largest.elements <= 1 << 25 < n * n / 10
+    assert 0 < largest.bytes <= 1 << 27 < 4 * n * n / 10
     assert len(found) == 4 * n
     assert len(chains) == 2 * n and chains.metadata["what"] == "feature chains"
