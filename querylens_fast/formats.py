@@ -33,7 +33,7 @@ class Format:
         optional_config: It is this format without a configuration too.
         beside: A second weights file in the same folder.
         settings: From (path of the weights, configuration) to sae-lens's terms: hook_name, hook_name_out, architecture,
-            model_name, k, …; only what is known.
+            model_name, k, …; only what is known. "unknown_site" says where the hook would have stood.
     """
 
     name: str
@@ -107,7 +107,11 @@ def _gemma_scope(path: Path, config: Settings) -> Settings:
     layer = _number(r"layer_(\d+)/", path)
     released = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)\b", text)
     if released is None:
-        return {"architecture": "jumprelu", "layer": layer}
+        return {
+            "architecture": "jumprelu",
+            "layer": layer,
+            "unknown_site": "a folder named gemma-scope-2b-pt-res, -mlp, …",
+        }
     size, tuned, site = released.groups()
     hooks = {
         "res": "hook_resid_post",

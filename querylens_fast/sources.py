@@ -116,6 +116,11 @@ def _from_file(
     rows = _Sides(name, known, match, tensors, small)
     values, keys = rows.of(known.values), rows.of(known.keys)
     settings = known.settings(path, known.read_config(path))
+    if hook_name is None and "unknown_site" in settings:
+        raise ValueError(
+            f"dictionary {name!r} ({known.name}) does not say what it reads: that would be in "
+            f"{settings['unknown_site']} above it; pass hook_name= (and hook_name_out= for a transcoder)"
+        )
 
     def coder() -> Coder:
         return coder_from(settings, _coder_weights(tensors, small, values, keys))

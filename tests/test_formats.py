@@ -119,6 +119,16 @@ def test_a_folder_of_layers(tmp_path: Path) -> None:
         ql.load_dictionary(tmp_path, layer=7)
 
 
+def test_a_gemma_scope_file_without_its_repository(tmp_path: Path) -> None:
+    """The site is in the repository's name alone, so it is asked for, not assumed."""
+    folder = "layer_3/width_16k/average_l0_14"
+    gemma_scope(folder)(tmp_path)
+    with pytest.raises(ValueError, match="does not say what it reads: .*gemma-scope-2b-pt-res.*pass hook_name="):
+        ql.load_dictionary(tmp_path / folder)
+    dictionary = ql.load_dictionary(tmp_path / folder, hook_name="blocks.3.hook_mlp_out")
+    assert (dictionary.value_point, dictionary.key_point) == (8, None)
+
+
 def test_a_cross_layer_transcoder_has_a_logit_lens_only(tmp_path: Path, gpt2_folder: Path) -> None:
     """What its features write is summed over layers: read out as it is, but no transport carries the sum."""
     model = ql.load_model(gpt2_folder)

@@ -18,12 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import D_MODEL
+from tiny_models import D_MODEL, VOCAB
 from typer.testing import CliRunner
 
 import querylens_fast as ql
 from querylens_fast.cli import app
 from querylens_fast.parquet import ROW_GROUP
+from querylens_fast.pipeline import plan
+from querylens_fast.signatures import BLOCK_BYTES, MAX_BLOCK_ROWS, MIN_BLOCK_ROWS, rows_per_block
 
 K = 5
 
@@ -36,7 +38,7 @@ def dictionary_file(path: Path, n: int, seed: int = 0) -> Path:
 
 def run_arguments(dictionary: Path, model: Path, out: Path) -> list[str]:
     return [
-        *(sys.executable, "-m", "querylens_fast", "signatures", str(dictionary), str(model), "--layer", "1"),
+        *("signatures", str(dictionary), str(model), "--layer", "1"),
         *("--preset", "logit_lens_value", "--k", "20", "--block-rows", "1000", "--out", str(out)),
     ]
 
@@ -47,7 +49,7 @@ def long_run(gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     folder = tmp_path_factory.mktemp("long")
     path = dictionary_file(folder / "dictionary.safetensors", 60_000)
     out = folder / "unbroken.parquet"
-    subprocess.run(run_arguments(path, gpt2_folder, out), check=True, capture_output=True)
+    assert CliRunner().invoke(app, run_arguments(path, gpt2_folder, out)).exit_code == 0
     return path, out.read_bytes()
 
 
@@ -64,7 +66,7 @@ def test_killed_runs_end_in_the_same_bytes(long_run: tuple[Path, bytes], gpt2_fo
     command = run_arguments(dictionary, gpt2_folder, out)
 
     def killed_when(condition) -> None:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "-m", "querylens_fast", *command], stderr=subprocess.DEVNULL)
         while process.poll() is None and not condition():
             time.sleep(0.0005)
         process.send_signal(signal.SIGKILL)
@@ -80,8 +82,7 @@ def test_killed_runs_end_in_the_same_bytes(long_run: tuple[Path, bytes], gpt2_fo
         seen.append(state(out)[0])
         assert not out.exists()
     assert 1 <= seen[0] < seen[1] < seen[2] == 60
-    resumed = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "60000 signatures" in resumed.stdout
+    assert "60000 signatures" in CliRunner().invoke(app, command).stdout
     assert out.read_bytes() == unbroken
     assert not out.with_name(out.name + ".parts").exists()
 
@@ -96,7 +97,7 @@ def test_a_run_killed_after_its_last_step_leaves_nothing(
     parts = out.with_name(out.name + ".parts")
     parts.mkdir()
     (parts / "part-000000000000.parquet").write_bytes(b"left over")
-    subprocess.run(run_arguments(dictionary, gpt2_folder, out), check=True, capture_output=True)
+    assert CliRunner().invoke(app, run_arguments(dictionary, gpt2_folder, out)).exit_code == 0
     assert out.read_bytes() == unbroken and not parts.exists()
 
 
@@ -132,15 +133,15 @@ def test_a_full_disk(long_run: tuple[Path, bytes], gpt2_folder: Path, small_disk
     dictionary, unbroken = long_run
     out = small_disk / "out.parquet"
     command = run_arguments(dictionary, gpt2_folder, out)
-    failed = subprocess.run(command, capture_output=True, text=True)
-    assert failed.returncode == 2
+    failed = CliRunner().invoke(app, command)
+    assert failed.exit_code == 2
     assert "No space left on device" in failed.stderr and "is kept; run the same call again" in failed.stderr
     n_parts, _ = state(out)
     assert 0 < n_parts < 60
     for part in out.with_name(out.name + ".parts").glob("part-*.parquet"):
         assert pq.read_table(part).num_rows == 1000
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
-    subprocess.run(command, check=True, capture_output=True)
+    assert CliRunner().invoke(app, command).exit_code == 0
     assert out.read_bytes() == unbroken
 
 
@@ -199,6 +200,34 @@ def test_a_file_cut_short_while_it_is_read(gpt2: ql.Model, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"tensor 'W_dec' of .* ends early, at row 3000 or after it: the file is tr"):
         ql.signatures(dictionary, gpt2, out=tmp_path / "out.parquet", **options)
     assert len(list((tmp_path / "out.parquet.parts").glob("part-*.parquet"))) == 3
+
+
+def test_the_bar_starts_where_the_run_goes_on(gpt2: ql.Model, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Features, rate and time left; what an earlier run did is not counted into the rate."""
+    weights = torch.randn(4000, D_MODEL)
+    path = tmp_path / "d.safetensors"
+    save_file({"W_dec": weights.index_fill(0, torch.tensor([2500]), torch.nan)}, str(path))
+    options = {"preset": "logit_lens_value", "k": K, "out": tmp_path / "out.parquet", "block_rows": 1000}
+    with pytest.raises(ValueError, match="feature 2500"):
+        ql.signatures(ql.load_dictionary(path, layer=1), gpt2, **options)
+    save_file({"W_dec": weights}, str(path))
+    capsys.readouterr()
+    ql.signatures(ql.load_dictionary(path, layer=1), gpt2, **options)
+    shown = capsys.readouterr().err
+    assert "logit_lens_value layer 1:  50%" in shown.split("\r")[1] and "2000/4000" in shown.split("\r")[1]
+    assert "feature/s]" in shown and "4000/4000" in shown
+
+
+def test_blocks_are_sized_by_what_they_cost(gpt2: ql.Model, sample: ql.Tokens, tmp_path: Path) -> None:
+    """Many features where they are rows of a product, few where each is a pass through the model."""
+    dictionary = ql.load_dictionary(dictionary_file(tmp_path / "d.safetensors", 40), layer=1)
+    cheap = plan(dictionary, gpt2, preset="logit_lens_value", k=K)
+    long_lists = plan(dictionary, gpt2, preset="logit_lens_value", k=VOCAB)
+    walked = plan(dictionary, gpt2, preset="query_lens_value", tokens=sample, n_features=3)
+    ablated = plan(ql.neuron_dictionary(gpt2, 1), gpt2, preset="zero_out", tokens=sample)
+    assert rows_per_block(cheap) == MAX_BLOCK_ROWS > rows_per_block(long_lists) > MIN_BLOCK_ROWS
+    assert rows_per_block(long_lists) * 24 * VOCAB <= BLOCK_BYTES
+    assert rows_per_block(walked) == rows_per_block(ablated) == MIN_BLOCK_ROWS
 
 
 @pytest.fixture(scope="module")
