@@ -10,7 +10,7 @@ import logging
 
 import typer
 
-from querylens_fast.cli import browsing, computing, showing
+from querylens_fast.cli import browsing, computing, relating, showing
 
 app = typer.Typer(
     help="Token signatures for every feature of sparse autoencoders and transcoders.",
@@ -35,6 +35,12 @@ app.command()(computing.transport)
 app.command()(computing.signatures)
 app.command()(browsing.show)
 app.command()(browsing.search)
+app.command()(relating.downstream)
+app.command()(relating.upstream)
+app.command()(relating.flow)
+app.command()(relating.chains)
+app.command()(relating.neighbours)
+app.command("token-features")(relating.token_features)
 app.add_typer(evaluate, name="evaluate")
 evaluate.command("input")(showing.evaluate_input)
 app.command()(computing.topk)

@@ -78,6 +78,17 @@ class RelationTable:
 
         return pq.read_table(self.path, columns=None if columns is None else list(columns))
 
+    def head(self, n: int) -> pa.Table:
+        """The first n rows; from a file, no more is read than its first row group."""
+        if self.in_memory is not None:
+            return self.in_memory.slice(0, n)
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(self.path) as file:
+            batch = next(file.iter_batches(batch_size=n), None)
+            return file.schema_arrow.empty_table() if batch is None else pa.Table.from_batches([batch])
+
     def pandas(self) -> Any:
         """The rows as a pandas DataFrame (repeated strings as categories). Raises ImportError without pandas."""
         return self.table().to_pandas()
