@@ -113,7 +113,7 @@ def show(path: str | Path, feature: int, *, model: Any = None) -> list[dict[str,
 def tokens_like(path: str | Path, text: str) -> list[str]:
     """Some tokens of a result with token strings that contain a text, in any case: what may have been meant."""
     for group in _groups(path, "top", strings=True):
-        known = set(_dictionary(group["top_tokens"])[1])
+        known = set(_dictionary(group["top_tokens"])[1].to_pylist())
         return sorted((t for t in known if text.strip().lower() in t.lower()), key=len)[:N_CANDIDATES]
     return []
 
@@ -150,6 +150,8 @@ def _hits_in(
 ) -> tuple[np.ndarray, ...]:
     """(features, layers, scores, ranks, token ids) of the hits in a row group."""
     import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
     lists = group[f"{side}_ids"]
     token_ids = _numbers(lists.values)
@@ -157,7 +159,7 @@ def _hits_in(
         held = np.isin(token_ids, ids) if len(ids) > 1 else token_ids == ids[0] if ids else np.zeros(0, bool)
     else:
         codes, known = _dictionary(group[f"{side}_tokens"])
-        wanted = np.array([text in spellings for text in known])
+        wanted = _numbers(pc.is_in(known, value_set=pa.array(spellings)))  # type: ignore[attr-defined]
         held = wanted[codes] if len(known) else np.zeros(0, bool)
     places = np.flatnonzero(held)
     starts = _numbers(lists.offsets)
@@ -175,14 +177,14 @@ def _numbers(array: pa.Array) -> np.ndarray:
     return array.to_numpy(zero_copy_only=False)
 
 
-def _dictionary(lists: pa.Array) -> tuple[np.ndarray, list[str]]:
+def _dictionary(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
     """(codes, strings) of a column of lists of strings."""
     import pyarrow as pa
 
     values = lists.values
     if not pa.types.is_dictionary(values.type):
         values = values.dictionary_encode()
-    return _numbers(values.indices), values.dictionary.to_pylist()
+    return _numbers(values.indices), values.dictionary
 
 
 def _ranked(side: str, parts: Sequence[tuple[np.ndarray, ...]], limit: int | None) -> Hits:
