@@ -25,8 +25,6 @@ from .blocked import Epilogue
 from .moments import Moments
 from .selection import Side, best_of_candidates
 
-PROBE_ROWS = 64
-"""Rows in the first block: data that defeats the fast pass shows there."""
 MAX_CROWDED = 4
 """Groups scored in full for a row; a row with more of them goes to the blocked path."""
 
@@ -189,8 +187,7 @@ def topk(
     widened = fallback = 0
     wide = False
     with torch.no_grad(), blocked.full_float32():
-        starts = [0, *range(min(PROBE_ROWS, block_rows), len(F), block_rows)] if len(F) > block_rows else [0]
-        for start, stop in zip(starts, [*starts[1:], len(F)], strict=True):
+        for start in range(0, len(F), block_rows):
             if 2 * fallback > start * len(sides) or not math.isfinite(bound.norm):
                 # The data defeats the fast pass: do the rest without it.
                 rest = slice(start, len(F))
@@ -202,7 +199,7 @@ def topk(
                         sides[largest].scores[rest], sides[largest].ids[rest] = found
                 redone = (len(F) - start) * len(sides)
                 return Outcome(sides.get(True), sides.get(False), widened + redone, fallback + redone)
-            rows = slice(start, stop)
+            rows = slice(start, min(start + block_rows, len(F)))
             chosen = epilogue.of_rows(rows)
             error = bound.rows(F[rows], chosen)
             before = widened

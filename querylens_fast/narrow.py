@@ -172,9 +172,9 @@ def _as_scored(
         scores = score(rows)
         for largest, side in sides.items():
             numbers, extremes = selection.without_nan(scores, largest)
-            ids = selection.best_places(numbers, k, largest, extremes).sort(dim=1).values
+            ids = selection.best_places(numbers, k, largest, extremes).ids
             # A NaN stands behind every number again.
-            found = selection.best_by_sort(scores.gather(1, ids), k, largest=largest, ids=ids)
+            found = selection.best_of_candidates(scores.gather(1, ids), ids, k, largest=largest)
             side.scores[rows], side.ids[rows] = found
     return certified.Outcome(sides.get(True), sides.get(False), 0, 0)
 
@@ -268,8 +268,7 @@ def _candidates(scores: Tensor, m: int, wide: bool, folded: _Folded, *, largest:
     numbers, extremes = selection.without_nan(scores, largest)
 
     def proposal(numbers: Tensor, extremes: Tensor, m: int) -> certified.Proposal:
-        ids = selection.best_places(numbers, m, largest, extremes)
-        values = numbers.gather(1, ids)
+        values, ids = selection.best_places(numbers, m, largest, extremes)
         left_out = (values.amin(1) if largest else values.amax(1)).float()
         # Rounding to bfloat16 keeps order and moves a number by at most 2^-8 of itself.
         slack = left_out.abs() * 2.0**-8 + 1e-38

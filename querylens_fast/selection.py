@@ -79,8 +79,8 @@ def best_of_tile(scores: Tensor, k: int, *, largest: bool) -> Side:
     """
     worst = -math.inf if largest else math.inf
     numbers, extremes = without_nan(scores, largest)
-    places = best_places(numbers, k + 1, largest, extremes).sort(dim=1).values
-    found = best_by_sort(numbers.gather(1, places), k + 1, largest=largest, ids=places)
+    best = best_places(numbers, k + 1, largest, extremes)
+    found = best_of_candidates(best.scores, best.ids, k + 1, largest=largest)
     result, kth = Side(*(x[:, :k].contiguous() for x in found)), found.scores[:, k - 1 : k]
     _settle_ties(numbers, result, found.scores, k, largest)
     if numbers is not scores:
@@ -115,22 +115,22 @@ def extremes_of(scores: Tensor, largest: bool) -> Tensor:
     return grouped.amax(1) if largest else grouped.amin(1)
 
 
-def best_places(scores: Tensor, m: int, largest: bool, extremes: Tensor | None = None) -> Tensor:
-    """Columns [r, min(m, c)] of the m best of each row, in no order; equals across the m-th place are cut anyhow.
+def best_places(scores: Tensor, m: int, largest: bool, extremes: Tensor | None = None) -> Side:
+    """The min(m, c) best of each row, in no order; equals across the m-th place are cut anyhow.
 
     Args:
         scores: [r, c], without NaN.
         m: how many.
         largest: the largest or the smallest.
-        extremes: `extremes_of` these scores by GROUP, where they are known.
+        extremes: `extremes_of` these scores, where they are known.
     """
     c = scores.shape[1]
     if c < 2 * GROUP * m:
-        return scores.topk(min(m, c), dim=1, largest=largest, sorted=False).indices
+        return Side(*scores.topk(min(m, c), dim=1, largest=largest, sorted=False))
     if extremes is None:
         extremes = extremes_of(scores, largest)
     n_groups = extremes.shape[1]
-    groups = best_places(extremes, m, largest)
+    groups = best_places(extremes, m, largest).ids
     tail = scores[:, n_groups * GROUP :]
     # Gathered group by group, so that no index of the elements' size is ever built.
     steps = scores[:, : n_groups * GROUP].unflatten(1, (GROUP, n_groups))
@@ -138,10 +138,10 @@ def best_places(scores: Tensor, m: int, largest: bool, extremes: Tensor | None =
     elements = torch.gather(steps, 2, groups[:, None, :].expand(-1, GROUP, -1), out=elements).flatten(1)
     if tail.shape[1]:
         elements = torch.cat([elements, tail], 1)
-    best = elements.topk(m, dim=1, largest=largest, sorted=False).indices
+    values, best = elements.topk(m, dim=1, largest=largest, sorted=False)
     inside = best.clamp(max=GROUP * m - 1)
     columns = groups.gather(1, inside % m) + inside.div(m, rounding_mode="floor") * n_groups
-    return torch.where(best < GROUP * m, columns, best + (n_groups - m) * GROUP)
+    return Side(values, torch.where(best < GROUP * m, columns, best + (n_groups - m) * GROUP))
 
 
 def _settle_ties(scores: Tensor, result: Side, values: Tensor, k: int, largest: bool) -> None:
