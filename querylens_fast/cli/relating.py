@@ -33,8 +33,10 @@ TargetsOption = Annotated[list[str], typer.Option(help="Weight name, pattern wit
 TransportOption = Annotated[
     Path | None, typer.Option(help="Transport file with first-order terms: features are carried to the target first.")
 ]
-TokensOption = Annotated[str | None, typer.Option(help="Or a token sample: fits what carries features, of --order.")]
-OrderOption = Annotated[str, typer.Option(help="With --tokens: full or first_order.")]
+CarryOption = Annotated[
+    str, typer.Option(help="direct, or first_order or full: fitted on --tokens up to the target's layer.")
+]
+TokensOption = Annotated[str | None, typer.Option(help="Sample for --carry. Default: with the embedded model its own.")]
 
 
 def downstream(
@@ -46,8 +48,8 @@ def downstream(
     features: FeaturesOption = "all",
     k: KOption = 32,
     transport: TransportOption = None,
+    carry: CarryOption = "direct",
     tokens: TokensOption = None,
-    order: OrderOption = "full",
     out: OutOption = Path("downstream.parquet"),
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -58,7 +60,7 @@ def downstream(
         import querylens_fast as ql
 
         loaded, source = _one(model, dictionary, sae_id, layer, device, dtype)
-        carrier = _carrier(loaded, source, "value", transport, tokens, order)
+        carrier = _carrier(loaded, source, "value", transport, carry, tokens)
         found = ql.downstream(
             source, loaded, targets=_targets(targets), k=k, features=features, transport=carrier, out=out
         )
@@ -74,8 +76,8 @@ def upstream(
     features: FeaturesOption = "all",
     k: KOption = 32,
     transport: TransportOption = None,
+    carry: CarryOption = "direct",
     tokens: TokensOption = None,
-    order: OrderOption = "full",
     out: OutOption = Path("upstream.parquet"),
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -86,7 +88,7 @@ def upstream(
         import querylens_fast as ql
 
         loaded, source = _one(model, dictionary, sae_id, layer, device, dtype)
-        carrier = _carrier(loaded, source, "key", transport, tokens, order)
+        carrier = _carrier(loaded, source, "key", transport, carry, tokens)
         found = ql.upstream(
             source, loaded, targets=_targets(targets), k=k, features=features, transport=carrier, out=out
         )
@@ -218,17 +220,26 @@ def _targets(targets: Sequence[str]) -> list[Any]:
     return [ql.load_dictionary(t) if Path(t).exists() else t for t in targets]
 
 
-def _carrier(model: Any, dictionary: Any, side: Any, transport: Path | None, tokens: str | None, order: str) -> Any:
+def _carrier(model: Any, dictionary: Any, side: Any, transport: Path | None, carry: str, tokens: str | None) -> Any:
+    """What carries features to the targets: a transport file, a passage fitted here, or None for the direct path."""
     import querylens_fast as ql
+    from querylens_fast.demo import ASSETS
+    from querylens_fast.demo.showcase import FIT_SEQUENCES
 
-    if tokens is None:
+    if carry not in ("direct", "first_order", "full"):
+        raise ValueError(f"carry is {carry!r}; expected direct, first_order or full")
+    if transport is not None and (tokens is not None or carry != "direct"):
+        raise ValueError("give --transport, or --carry with --tokens, not both")
+    if carry == "direct":
+        if tokens is not None:
+            raise ValueError("--tokens is for --carry first_order or full; the direct path needs none")
         return transport
-    if transport is not None:
-        raise ValueError("give --transport or --tokens, not both")
-    if order not in ("full", "first_order"):
-        raise ValueError(f"order is {order!r}; expected full or first_order")
-    sample = ql.load_tokens(tokens, model=model)
-    return ql.fit_passage(model, sample, dictionary.point(side), side=side, order=order)  # type: ignore[arg-type]
+    embedded = model.name == str(ASSETS / "model")
+    if tokens is None and not embedded:
+        raise ValueError(f"--carry {carry} is an average over a sample: give --tokens")
+    sample = ql.load_tokens(tokens or ASSETS / "tokens.safetensors", model=model)
+    sample = sample.head(FIT_SEQUENCES) if tokens is None else sample
+    return ql.fit_passage(model, sample, dictionary.point(side), side=side, order=carry)  # type: ignore[arg-type]
 
 
 def _report(found: Any, show: int, model: Any = None) -> None:

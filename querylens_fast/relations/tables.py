@@ -31,6 +31,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ROW_GROUP = 1 << 20
-"""Rows of a Parquet row group, at most; a block starts a new one."""
+"""Rows of a Parquet row group, at most."""
 FORMAT = "querylens_fast.relations/1"
 
 
@@ -79,15 +80,14 @@ class RelationTable:
         return pq.read_table(self.path, columns=None if columns is None else list(columns))
 
     def head(self, n: int) -> pa.Table:
-        """The first n rows; from a file, no more is read than its first row group."""
+        """The first n rows; from a file, no more is read than the row groups they are in."""
         if self.in_memory is not None:
             return self.in_memory.slice(0, n)
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(self.path) as file:
-            batch = next(file.iter_batches(batch_size=n), None)
-            return file.schema_arrow.empty_table() if batch is None else pa.Table.from_batches([batch])
+            return pa.Table.from_batches(islice(file.iter_batches(batch_size=n), n), file.schema_arrow).slice(0, n)
 
     def pandas(self) -> Any:
         """The rows as a pandas DataFrame (repeated strings as categories). Raises ImportError without pandas."""
@@ -310,8 +310,21 @@ def _join(parts: Sequence[Path], metadata: dict[str, Any], out: Path) -> None:
 
     schema = pq.read_schema(parts[0]).with_metadata({METADATA_KEY: json.dumps(metadata).encode()})
     with whole(out) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-        for table in _tables(parts):
+        for table in _regrouped(parts):
             writer.write_table(table.cast(schema), row_group_size=ROW_GROUP)
+
+
+def _regrouped(parts: Sequence[Path]) -> Iterator[pa.Table]:
+    """The rows of all parts in order, in tables of as many parts as a row group takes."""
+    import pyarrow as pa
+
+    waiting: list[pa.Table] = []
+    for part in _tables(parts):
+        if waiting and sum(map(len, waiting)) + len(part) > ROW_GROUP:
+            yield pa.concat_tables(waiting)
+            waiting = []
+        waiting.append(part)
+    yield pa.concat_tables(waiting)
 
 
 def _tables(parts: Sequence[Path]) -> Iterator[pa.Table]:
