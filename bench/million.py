@@ -21,6 +21,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ import querylens_fast as ql
 from bench.machine import machine
 from bench.record import save
 
+FOLDER = Path(tempfile.gettempdir()) / "querylens-million"
 CHUNK = 1 << 15
 HIDING_FEATURES = 1 << 16
 N_SEARCHES = 20
@@ -239,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vocabulary", type=int, default=50257)
     parser.add_argument("--k", type=int, default=25)
     parser.add_argument("--preset", action="append", help="default: logit_lens_value and query_lens_value")
-    parser.add_argument("--folder", type=Path, default=Path("million"), help="for files of some GB, kept")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"for files of some GB, kept; default {FOLDER}")
     parser.add_argument("--out", type=Path, help="JSON to write; what one holds of other presets and shapes stays")
     options = parser.parse_args(arguments)
     options.preset = options.preset or ["logit_lens_value", "query_lens_value"]

@@ -339,3 +339,18 @@ def test_the_commands(result: Path) -> None:
     assert none.exit_code == 2 and "no signature holds 'W5'; tokens like it: 'w5'" in none.output
     assert runner.invoke(app, ["search", str(result)]).exit_code == 2
     assert json.loads(pq.read_schema(result).metadata[b"querylens_fast"])["token_strings"] is True
+
+
+def test_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """`bench million` on a dictionary of no size: it prints and records what it measured, preset by preset."""
+    from bench.million import main, merged
+
+    out = tmp_path / "record.json"
+    arguments = ["--features", "3000", "--d", "16", "--vocabulary", "700", "--k", "5", "--preset", "logit_lens_value"]
+    main([*arguments, "--folder", str(tmp_path / "files"), "--out", str(out)])
+    assert "MiB above mapped files" in capsys.readouterr().out
+    (case,) = json.loads(out.read_text())["cases"]
+    found = case["presets"]["logit_lens_value"]
+    assert found["peak_anonymous_mib"] > 0 and found["use"]["search_string_worst_s"] > 0
+    assert merged(out, {**case, "presets": {"other": 1}})[0]["presets"] == {"logit_lens_value": found, "other": 1}
+    assert len(merged(out, {**case, "shape": {}})) == 2

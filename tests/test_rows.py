@@ -120,3 +120,26 @@ def test_an_error_of_the_background_is_raised_at_its_block() -> None:
         dictionary.values(blocks[1])
         with pytest.raises(OSError, match="the disk is gone"):
             dictionary.values(blocks[2])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
+@pytest.mark.parametrize("kind", ["safetensors", "npz", "pt"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str, transposed: bool) -> None:
+    """A file of 64 MiB read in blocks of 1 MiB adds a few MiB to the memory that is not of mapped files."""
+
+    def anonymous_mib() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+    n, D = 1 << 18, 64
+    path = stored(tmp_path, torch.zeros((D, n) if transposed else (n, D)), kind)
+    rows = open_tensors(path)[0]["m"].rows(transposed)
+    blocks = list(torch.arange(n).split(4096))
+    before, peak = anonymous_mib(), 0.0
+    with ThreadPoolExecutor(1) as reader:
+        ahead = ReadAhead(rows, blocks, reader)
+        for block in blocks:
+            assert ahead.read(block).shape == (4096, D)
+            peak = max(peak, anonymous_mib())
+    assert peak - before < 16
