@@ -47,8 +47,10 @@ def whole_product(folder: Path, d: int, k: int) -> dict[str, Any]:
 
     import querylens_fast as ql
 
-    config = transformers.GPT2Config(vocab_size=64, n_embd=d, n_layer=2, n_head=d // 64, n_positions=16)
-    model = ql.as_model(transformers.AutoModelForCausalLM.from_config(config))
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=d, n_layer=2, n_head=d // 64, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    model = ql.as_model(transformers.AutoModelForCausalLM.from_config(config).eval())
     early = ql.load_dictionary(folder / "early.safetensors", layer=0)
     late = ql.load_dictionary(folder / "late.safetensors", layer=1)
     before_mib = _status("VmHWM")

@@ -29,6 +29,7 @@ from querylens_fast.dictionaries import Dictionary
 from querylens_fast.norms import at_least_float32
 from querylens_fast.ops import TopK, streamed_topk
 from querylens_fast.relations.chains import chain_rows
+from querylens_fast.relations.latest import Latest
 from querylens_fast.relations.readers import features_per_block, identity_of_features
 from querylens_fast.relations.tables import Block, RelationTable, tabulate, topk_rows
 from querylens_fast.sources import load_dictionary
@@ -73,8 +74,9 @@ def feature_flow(
     pairs = related(given)
     if not pairs:
         raise ValueError("none of these dictionaries follows another in the residual stream: nothing to compare")
+    cosines = _Cosines("value", backend, device)
     blocks = [
-        Block(len(ids), partial(_matches, source, target, "value", k, ids, backend, device, relation))
+        Block(len(ids), partial(cosines.matches, source, target, k, ids, relation))
         for source, relation, target in pairs
         for ids in source.select().split(features_per_block(k))
     ]
@@ -124,8 +126,9 @@ def neighbours(
     relation = "itself" if other is None else "other"
     if other is None and source.n_features < 2:
         raise ValueError(f"{source.name!r} has one feature: it has no neighbours")
+    cosines = _Cosines(side, backend, device)
     blocks = [
-        Block(len(ids), partial(_matches, source, target, side, k, ids, backend, device, relation, threshold))
+        Block(len(ids), partial(cosines.matches, source, target, k, ids, relation, threshold))
         for ids in chosen.split(features_per_block(k))
     ]
     settings = {"k": k, "threshold": threshold, "other": other is not None}
@@ -178,9 +181,9 @@ def feature_chains(
         total = sum(d.n_features for d in given[:-1]) + mutual * sum(d.n_features for d in given[1:])
         show = out is not None if progress is None else progress
         with tqdm(total=total, desc="feature chains", unit="feature", disable=not show) as bar:
-            steps = [
-                _accepted(a, b, threshold, mutual, backend, device, bar) for a, b in zip(given, given[1:], strict=False)
-            ]
+            cosines = _Cosines("value", backend, device)
+            pairs = zip(given, given[1:], strict=False)
+            steps = [cosines.accepted(a, b, threshold, mutual, bar) for a, b in pairs]
         return chain_rows(given, steps, min_length)
 
     settings = {"threshold": threshold, "mutual": mutual, "min_length": min_length}
@@ -246,41 +249,70 @@ def _identity(what: str, dictionaries: Sequence[Dictionary], side: Side, **setti
     return {"what": what, "score": "cosine", "side": side, "dictionaries": names, "fingerprints": prints, **settings}
 
 
-def _vectors(dictionary: Dictionary, side: Side, ids: Tensor | slice, device: str) -> Tensor:
-    return at_least_float32(dictionary.vectors(side, ids).to(device))
+class _Cosines:
+    """Blocks of cosines of one side, the target read once for the blocks that follow one another on it."""
 
+    def __init__(self, side: Side, backend: str, device: str) -> None:
+        self.side: Side = side
+        self.backend, self.device = backend, device
+        self.target: Latest[Tensor] = Latest()
 
-def _matches(
-    source: Dictionary,
-    target: Dictionary,
-    side: Side,
-    k: int,
-    ids: Tensor,
-    backend: str,
-    device: str,
-    relation: str,
-    threshold: float | None = None,
-) -> pa.Table:
-    itself = relation == "itself"
-    k = min(k + itself, target.n_features)
-    vectors, others = _vectors(source, side, ids, device), _vectors(target, side, slice(None), device)
-    found = cosine_topk(vectors, others, k, backend=backend)
-    if itself:
-        found = _without_self(found, ids)
-    table = topk_rows(
-        found,
-        ids,
-        source=source.name,
-        source_layer=source.layer,
-        target=target.name,
-        target_layer=target.layer,
-        relation=relation,
-    )
-    if threshold is None:
-        return table
-    import pyarrow.compute as pc
+    def topk(self, source: Dictionary, target: Dictionary, k: int, ids: Tensor) -> TopK:
+        """The k features of target closest to the features ids of source."""
+        others = self.target.get(target, lambda: self._vectors(target, slice(None)))
+        return cosine_topk(self._vectors(source, ids), others, k, backend=self.backend)
 
-    return table.filter(pc.field("score") >= threshold)
+    def matches(
+        self,
+        source: Dictionary,
+        target: Dictionary,
+        k: int,
+        ids: Tensor,
+        relation: str,
+        threshold: float | None = None,
+    ) -> pa.Table:
+        """The rows of a block; "itself" leaves each feature out of its own matches."""
+        itself = relation == "itself"
+        found = self.topk(source, target, min(k + itself, target.n_features), ids)
+        if itself:
+            found = _without_self(found, ids)
+        table = topk_rows(
+            found,
+            ids,
+            source=source.name,
+            source_layer=source.layer,
+            target=target.name,
+            target_layer=target.layer,
+            relation=relation,
+        )
+        if threshold is None:
+            return table
+        import pyarrow.compute as pc
+
+        return table.filter(pc.field("score") >= threshold)
+
+    def accepted(
+        self, source: Dictionary, target: Dictionary, threshold: float, mutual: bool, bar: tqdm[Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Each feature's match in the next dictionary, −1 where none is accepted, and its cosine; both [n]."""
+        best, scores = self._best(source, target, bar)
+        accepted = scores >= threshold
+        if mutual:
+            back, _ = self._best(target, source, bar)
+            accepted &= back[best] == torch.arange(len(best))
+        return torch.where(accepted, best, -1), scores
+
+    def _best(self, source: Dictionary, target: Dictionary, bar: tqdm[Any]) -> tuple[Tensor, Tensor]:
+        parts = []
+        for ids in source.select().split(features_per_block(1)):
+            parts.append(self.topk(source, target, 1, ids))
+            bar.update(len(ids))
+        found = TopK.concatenate(parts).to("cpu")
+        assert found.top_ids is not None and found.top_scores is not None
+        return found.top_ids[:, 0], found.top_scores[:, 0]
+
+    def _vectors(self, dictionary: Dictionary, ids: Tensor | slice) -> Tensor:
+        return at_least_float32(dictionary.vectors(self.side, ids).to(self.device))
 
 
 def _without_self(found: TopK, ids: Tensor) -> TopK:
@@ -292,32 +324,3 @@ def _without_self(found: TopK, ids: Tensor) -> TopK:
     others[:, -1] &= ~others.all(1)
     n, k = len(ids), top_ids.shape[1] - 1
     return found._replace(top_ids=top_ids[others].view(n, k), top_scores=top_scores[others].view(n, k))
-
-
-def _accepted(
-    source: Dictionary,
-    target: Dictionary,
-    threshold: float,
-    mutual: bool,
-    backend: str,
-    device: str,
-    bar: tqdm[Any],
-) -> tuple[Tensor, Tensor]:
-    """Each feature's match in the next dictionary, −1 where none is accepted, and its cosine; both [n]."""
-    best, scores = _best(source, target, backend, device, bar)
-    accepted = scores >= threshold
-    if mutual:
-        back, _ = _best(target, source, backend, device, bar)
-        accepted &= back[best] == torch.arange(len(best))
-    return torch.where(accepted, best, -1), scores
-
-
-def _best(source: Dictionary, target: Dictionary, backend: str, device: str, bar: tqdm[Any]) -> tuple[Tensor, Tensor]:
-    others = _vectors(target, "value", slice(None), device)
-    parts = []
-    for ids in source.select().split(features_per_block(1)):
-        parts.append(cosine_topk(_vectors(source, "value", ids, device), others, 1, backend=backend))
-        bar.update(len(ids))
-    found = TopK.concatenate(parts).to("cpu")
-    assert found.top_ids is not None and found.top_scores is not None
-    return found.top_ids[:, 0], found.top_scores[:, 0]

@@ -23,9 +23,10 @@ from torch import Tensor
 from querylens_fast.dictionaries import Dictionary
 from querylens_fast.models import Model, as_model
 from querylens_fast.ops import TopK
+from querylens_fast.relations.latest import Latest
 from querylens_fast.relations.passage import Passage, find_passage
 from querylens_fast.relations.tables import Block, RelationTable, digest_of, identity_of, tabulate, topk_rows
-from querylens_fast.relations.weights import Target, find_weights, rows_target
+from querylens_fast.relations.weights import Search, Target, find_weights, rows_target
 from querylens_fast.sources import load_dictionary
 from querylens_fast.transport import Transport, load_transport
 from querylens_fast.walks import Side
@@ -160,13 +161,14 @@ class _Relation:
     ) -> None:
         self.model, self.dictionary, self.side, self.passage = model, dictionary, side, passage
         self.k, self.backend = k, backend
+        self.opened: Latest[Search] = Latest()
 
     @torch.no_grad()
     def topk(self, target: Target, k: int, ids: Tensor) -> TopK:
         vectors = self.dictionary.vectors(self.side, ids).to(self.model.device, self.model.dtype)
         if self.passage is not None and target.point is not None:
             vectors = self.passage.apply(vectors, target.point)
-        return target.topk(vectors, k, self.backend)
+        return self.opened.get(target, target.open)(vectors, k, self.backend)
 
     def rows(self, target: Target, ids: Tensor) -> pa.Table:
         return topk_rows(
@@ -230,4 +232,10 @@ def _features_target(model: Model, target: Any, side: str) -> Target:
     other = load_dictionary(target)
     other.check_model(model)
     point = other.point(side)
-    return rows_target(other.name, other.layer, point, other.n_features, lambda: other.vectors(side, slice(None)))
+    return rows_target(
+        other.name,
+        other.layer,
+        point,
+        other.n_features,
+        lambda: other.vectors(side, slice(None)).to(model.device, model.dtype),
+    )

@@ -41,6 +41,10 @@ SCORES_AT_ONCE = 1 << 24
 """Projections held at a time when their norms are taken."""
 
 
+Search = Callable[[Tensor, int, str], TopK]
+"""(vectors [n, D], k, backend) → the k strongest and weakest of a target for each vector."""
+
+
 @dataclass(frozen=True)
 class Target:
     """Something that reads (or writes) directions at a point of the residual stream."""
@@ -48,8 +52,8 @@ class Target:
     name: str
     layer: int | None
     point: int | None
-    topk: Callable[[Tensor, int, str], TopK]
-    """(vectors [n, D], k, backend) → its strongest; the weights are folded or read on the call."""
+    open: Callable[[], Search]
+    """Reads or folds the weights; they are held as long as what is returned."""
     size: int
     """How many it can return."""
 
@@ -57,10 +61,11 @@ class Target:
 def rows_target(name: str, layer: int | None, point: int | None, size: int, read: Callable[[], Tensor]) -> Target:
     """A target whose score is the product with each row of the matrix [size, D] that ``read`` gives."""
 
-    def topk(vectors: Tensor, k: int, backend: str) -> TopK:
-        return streamed_topk(vectors, read().to(vectors), k, backend=backend)
+    def opened() -> Search:
+        matrix = read()
+        return lambda vectors, k, backend: streamed_topk(vectors, matrix.to(vectors), k, backend=backend)
 
-    return Target(name, layer, point, topk, size)
+    return Target(name, layer, point, opened, size)
 
 
 def weight_names(model: Model, side: Side) -> list[str]:
@@ -127,7 +132,12 @@ def _weight(model: Model, side: Side, name: str, final_norm: bool) -> Target:
     if not more:
         return rows_target(name, layer, point, n_rows, read)
     n_heads = attention.n_heads if weight in ("W_Q", "W_O") else attention.n_kv_heads
-    return Target(name, layer, point, lambda x, k, backend: heads_topk(x, read().to(x), n_heads, k, backend), n_heads)
+
+    def opened() -> Search:
+        matrix = read()
+        return lambda vectors, k, backend: heads_topk(vectors, matrix.to(vectors), n_heads, k, backend)
+
+    return Target(name, layer, point, opened, n_heads)
 
 
 def heads_topk(vectors: Tensor, weight: Tensor, n_heads: int, k: int, backend: str) -> TopK:
@@ -171,12 +181,12 @@ def _circuit(model: Model, side: Side, name: str, layer: int, head: int, final_n
     attention = model.blocks[layer].attention
     scorer = readouts.unembed(model, final_norm) if side == "value" else readouts.embed(model)
 
-    def topk(vectors: Tensor, k: int, backend: str) -> TopK:
-        W_V, W_O = (w.to(vectors) for w in head_weights(attention, head))
-        moved = vectors @ W_V.mT @ W_O.mT if side == "value" else vectors @ W_O @ W_V
-        return scorer.topk(moved, k, backend)
+    def opened() -> Search:
+        W_V, W_O = (w.to(model.dtype) for w in head_weights(attention, head))
+        first, second = (W_V.mT, W_O.mT) if side == "value" else (W_O, W_V)
+        return lambda vectors, k, backend: scorer.topk(vectors @ first @ second, k, backend)
 
-    return Target(name, layer, 2 * layer + (side == "key"), topk, len(scorer.W))
+    return Target(name, layer, 2 * layer + (side == "key"), opened, len(scorer.W))
 
 
 def _end(model: Model, side: Side, final_norm: bool) -> Target:
@@ -185,4 +195,4 @@ def _end(model: Model, side: Side, final_norm: bool) -> Target:
         scorer, name, point = readouts.unembed(model, final_norm), "unembed", 2 * model.n_layers
     else:
         scorer, name, point = readouts.embed(model), "embed", 0
-    return Target(name, None, point, scorer.topk, len(scorer.W))
+    return Target(name, None, point, lambda: scorer.topk, len(scorer.W))
