@@ -99,8 +99,8 @@ def signatures(
         FileExistsError: ``out`` holds the result of another run.
         OSError: The disk is full; what was written stays and the run resumes.
 
-    Memory: the model, a bfloat16 copy of its unembedding on processors that multiply in it, and about 0.3 GiB, whatever
-    the dictionary's width; the dictionary is read a block at a time.
+    Memory: the model, a bfloat16 copy of its unembedding on processors that multiply in it, and some 0.6 GiB, whatever
+    the dictionary's width: it is read a block at a time. The disk holds a Parquet result twice while it is finished.
     """
     dictionary = load_dictionary(dictionary)
     chosen = dictionary.select(features)
