@@ -1,4 +1,8 @@
-"""Tile shapes of the kernels, by operand dtype and target. One hand-picked choice each; no autotuning."""
+"""Tile shapes and the choice between the two ways, by target, dtype and shape.
+
+The table's entries are predictions from the compiled code (instructions of main loop and epilogue, registers, shared
+memory: ``python -m bench.compile_check``); they have not been measured on a GPU. `tune` measures them on yours.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,12 @@ import os
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter was on when the kernels were first imported (Triton decides at decoration)."""
+METHODS = ("fused", "gemm")
+"""The fused kernel; or a library product into a bounded chunk, and one pass over that."""
 
 
 class Config(NamedTuple):
@@ -22,46 +29,118 @@ class Config(NamedTuple):
     """Elements of d read at a time."""
     num_warps: int
     num_stages: int
+    input_precision: str = "ieee"
+    """What float32 operands are multiplied in: "ieee" or "tf32"."""
+    blocks_per_sm: int = 1
+    """Programs that share a multiprocessor."""
 
     @property
     def group(self) -> int:
         """Columns in a group, of which a launch keeps the two largest and the two smallest."""
         return self.block_n // 4
 
+    def tensor_cores(self, dtype: torch.dtype) -> bool:
+        """Whether products of this dtype run on tensor cores."""
+        return dtype != torch.float32 or self.input_precision != "ieee"
 
-_NVIDIA = {
-    torch.bfloat16: Config(128, 256, 64, 8, 3),
-    torch.float16: Config(128, 256, 64, 8, 3),
-    torch.float32: Config(64, 128, 32, 8, 3),
-}
+
+class Choice(NamedTuple):
+    """What serves a shape."""
+
+    method: str
+    """One of METHODS."""
+    config: Config
+    """The fused kernel's tile."""
+
+
+TMA_TARGETS = ("sm_90", "sm_100", "interpreter")
+WIDE = Config(128, 256, 64, 8, 3)
+SQUARE = Config(128, 128, 64, 4, 3, blocks_per_sm=2)
+_NARROW_DTYPES = (torch.bfloat16, torch.float16)
 # Blackwell's accumulators come back from tensor memory with whole rows in a thread: half the rows, or it spills.
-_BLACKWELL = {
-    torch.bfloat16: Config(64, 256, 64, 8, 3),
-    torch.float16: Config(64, 256, 64, 8, 3),
-    torch.float32: Config(64, 128, 32, 8, 3),
+_NARROW = {
+    "sm_80": (WIDE, SQUARE),
+    "sm_90": (WIDE, SQUARE),
+    "sm_100": (Config(64, 256, 64, 8, 3), Config(64, 128, 64, 4, 3, blocks_per_sm=2)),
+    "gfx942": (Config(128, 256, 32, 8, 2), Config(128, 128, 32, 4, 2, blocks_per_sm=2)),
 }
-_AMD = {
-    torch.bfloat16: Config(128, 256, 32, 8, 2),
-    torch.float16: Config(128, 256, 32, 8, 2),
-    torch.float32: Config(64, 128, 32, 8, 2),
+_FLOAT32 = {
+    "sm_80": (Config(64, 128, 32, 8, 3), Config(128, 128, 32, 8, 3, "tf32")),
+    "sm_90": (Config(64, 128, 32, 8, 3), Config(128, 128, 32, 8, 3, "tf32")),
+    "sm_100": (Config(64, 128, 32, 8, 3), Config(64, 128, 32, 8, 3, "tf32")),
+    "gfx942": (Config(64, 128, 32, 8, 2),),
 }
-_INTERPRETER = Config(32, 128, 64, 4, 1)
+_INTERPRETER = (Config(32, 128, 64, 4, 1), Config(16, 64, 32, 4, 1, blocks_per_sm=2))
+SHORT_D = 1024
+"""Below this d the main loop is too short to hide a wide tile's epilogue: two blocks share a multiprocessor instead."""
+LONG_D = 4096
+"""From this d on the library's main loop gains more than a pass over its result costs."""
 
 
-def topk_config(dtype: torch.dtype, backend: str | None = None, arch: int = 0) -> Config:
-    """The tile shape for operands of this dtype.
+def configs(target: str, dtype: torch.dtype) -> tuple[Config, ...]:
+    """The tiles there are for operands of this dtype.
 
     Args:
+        target: "sm_80", "sm_90", "sm_100", "gfx942" or "interpreter".
         dtype: float32, float16 or bfloat16.
-        backend: "cuda" or "hip"; None asks the running process.
-        arch: compute capability of a "cuda" target as a number, e.g. 90.
+
+    Raises:
+        ValueError: Another target or dtype.
     """
-    if backend is None:
-        if INTERPRETED:
-            return _INTERPRETER
-        backend = "hip" if torch.version.hip else "cuda"
-        major, minor = torch.cuda.get_device_capability()
-        arch = 10 * major + minor
-    if backend == "hip":
-        return _AMD[dtype]
-    return (_BLACKWELL if arch // 10 == 10 else _NVIDIA)[dtype]
+    if target == "interpreter":
+        return _INTERPRETER
+    table = _NARROW if dtype in _NARROW_DTYPES else _FLOAT32
+    if target not in table or dtype not in (*_NARROW_DTYPES, torch.float32):
+        raise ValueError(
+            f"no kernel for {dtype} on {target!r}: expected float32, float16 or bfloat16 on {', '.join(table)}"
+        )
+    return table[target]
+
+
+def statistics_config(target: str, dtype: torch.dtype) -> Config:
+    """The tile of a call with row statistics: half the scores a thread, for the registers of the sums."""
+    if target == "interpreter":
+        return _INTERPRETER[1]
+    tile = configs(target, dtype)[-1 if dtype in _NARROW_DTYPES else 0]
+    return tile._replace(num_warps=8, blocks_per_sm=1)
+
+
+def choose(target: str, dtype: torch.dtype, d: int, V: int, k: int) -> Choice:
+    """The predicted best way for a shape; `tune.Table` holds measured ones."""
+    tiles = configs(target, dtype)
+    if target == "interpreter":
+        return Choice("fused", tiles[0])
+    if dtype == torch.float32:
+        # Without tensor cores a product is the library's business.
+        return Choice("gemm", tiles[0])
+    if d >= LONG_D:
+        return Choice("gemm", tiles[0])
+    return Choice("fused", tiles[1] if d < SHORT_D else tiles[0])
+
+
+def target_of(device: torch.device) -> str:
+    """The table's name of a device; a compute capability that is not in it counts as the next lower one."""
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+
+
+def programs_of(F: Tensor, config: Config) -> int:
+    """Programs of a persistent grid on F's device."""
+    if INTERPRETED:
+        return 3
+    return torch.cuda.get_device_properties(F.device).multi_processor_count * config.blocks_per_sm
+
+
+def uses_tma(F: Tensor, W: Tensor, config: Config) -> bool:
+    """Whether operands go through TMA descriptors: Hopper and later, rows and bases in multiples of 16 bytes."""
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in (F, W))
+    return aligned and config.tensor_cores(F.dtype) and target_of(F.device) in TMA_TARGETS
+
+
+def persistent(*, tma: bool, terms: bool, statistics: bool) -> bool:
+    """Whether programs loop over tiles: where that, the tile and its epilogue fit into the registers together."""
+    return tma and not (terms or statistics)

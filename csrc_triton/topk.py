@@ -1,11 +1,7 @@
 """Fused matrix product and group winners: what is left of F Wᵀ is two numbers a side for each group of columns.
 
-A tile's columns are split into four groups, {c : (c // 2) % 4 = q}: the columns that one thread of a tensor-core
-accumulator holds in a row, so that finding a group's winners moves nothing between threads. A score becomes an integer
-that orders like it, its low bits are replaced by its place in the group, and the two largest and the two smallest
-integers of each group are written. The winners of 64 columns take 16 bytes, an eighth of the columns' bf16 scores.
-
-What that loses, `select` and the caller make good: scores are rounded to 17 bits, and a group's third-best is hidden.
+The product's tiles are worked off by a persistent grid in an order that finds W's tiles in the L2 cache; operands come
+through TMA descriptors where the target has them. `epilogue` says what happens to a tile.
 """
 
 # The types of a kernel's values and launches are Triton's own business.
@@ -13,35 +9,40 @@ What that loses, `select` and the caller make good: scores are rounded to 17 bit
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, topk_config  # noqa: TID251
-from .select import Candidates, select  # noqa: TID251
+from .configs import Config, persistent, programs_of, uses_tma  # noqa: TID251
+from .epilogue import N_SUMS, read_out, store_sums, store_winners  # noqa: TID251
 
-_INT_MIN = tl.constexpr(-(2**31))
-# Takes the keys of -inf..inf to 0..0xFF000000 + a group, as unsigned, and what stands for nothing beyond them.
-_SHIFT = tl.constexpr(0x7F800000 + 4096)
+
+class Winners(NamedTuple):
+    """What is left of a block of rows of scores."""
+
+    top: Tensor | None
+    """[n, 2, G] int32 keys: best and second of each group; None for a side that is off."""
+    bottom: Tensor | None
+    """[n, 2, G] int32."""
+    sums: Tensor | None
+    """[n, 7, tiles] float32 partial sums (`epilogue.N_SUMS`), or None."""
 
 
 @triton.jit
-def _ordered_key(scores):
-    """int32 that order like the float32 scores (NaN beyond the infinities)."""
-    bits = scores.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _topk_kernel(
-    F,  # [n, d]
-    W,  # [V, d]
-    bias,  # [V] float32
-    scale,  # [V] float32
-    offset,  # [n] float32
-    top_keys,  # [n, 2, G] int32: best and second of each group
-    bottom_keys,  # [n, 2, G] int32
+def _tile(
+    tile,
+    F,
+    W,
+    bias,
+    scale,
+    offset,
+    shift,
+    top_keys,
+    bottom_keys,
+    sums,
     n,
     V,
     d,
@@ -53,133 +54,168 @@ def _topk_kernel(
     HAS_OFFSET: tl.constexpr,
     TOP: tl.constexpr,
     BOTTOM: tl.constexpr,
+    STATISTICS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    # Programs walk down BAND row tiles before the next column tile, so that W's tiles are reused from the L2 cache.
+    """One tile, from the operands to the winners."""
     tiles_m = tl.cdiv(n, BLOCK_M)
     tiles_n = tl.cdiv(V, BLOCK_N)
-    program = tl.program_id(0)
-    first_m = (program // (BAND * tiles_n)) * BAND
+    # Tiles go down BAND row tiles before the next column tile, so that W's tiles are reused from the L2 cache.
+    first_m = (tile // (BAND * tiles_n)) * BAND
     band = min(tiles_m - first_m, BAND)
-    tile_m = first_m + (program % (BAND * tiles_n)) % band
-    tile_n = (program % (BAND * tiles_n)) // band
-
+    tile_m = first_m + (tile % (BAND * tiles_n)) % band
+    tile_n = (tile % (BAND * tiles_n)) // band
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows and columns past the end read the last one; their scores are dropped below.
+    # Rows and columns past the end read the last one (TMA: zeros); their scores are dropped.
     safe_rows = tl.minimum(rows, n - 1)
     safe_columns = tl.minimum(columns, V - 1)
-    depth = tl.arange(0, BLOCK_K)
-    f_at = F + safe_rows.to(tl.int64)[:, None] * stride_f + depth[None, :]
-    w_at = W + safe_columns.to(tl.int64)[None, :] * stride_w + depth[:, None]
     scores = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, d, BLOCK_K):
-        if EVEN_K:
-            f = tl.load(f_at)
-            w = tl.load(w_at)
-        else:
-            f = tl.load(f_at, mask=depth[None, :] < d - start, other=0.0)
-            w = tl.load(w_at, mask=depth[:, None] < d - start, other=0.0)
-        scores = tl.dot(f, w, scores, input_precision="ieee")
-        f_at += BLOCK_K
-        w_at += BLOCK_K
+    if USE_TMA:
+        for start in range(0, d, BLOCK_K):
+            f = F.load([tile_m * BLOCK_M, start])
+            w = W.load([tile_n * BLOCK_N, start])
+            scores = tl.dot(f, w.T, scores, input_precision=INPUT_PRECISION)
+    else:
+        depth = tl.arange(0, BLOCK_K)
+        f_at = F + safe_rows.to(tl.int64)[:, None] * stride_f + depth[None, :]
+        w_at = W + safe_columns.to(tl.int64)[None, :] * stride_w + depth[:, None]
+        for start in range(0, d, BLOCK_K):
+            if EVEN_K:
+                f = tl.load(f_at)
+                w = tl.load(w_at)
+            else:
+                f = tl.load(f_at, mask=depth[None, :] < d - start, other=0.0)
+                w = tl.load(w_at, mask=depth[:, None] < d - start, other=0.0)
+            scores = tl.dot(f, w, scores, input_precision=INPUT_PRECISION)
+            f_at += BLOCK_K
+            w_at += BLOCK_K
+    scores = read_out(scores, safe_rows, safe_columns, bias, scale, offset, HAS_BIAS, HAS_SCALE, HAS_OFFSET)
+    if STATISTICS:
+        store_sums(scores, rows, columns, tile_n, shift, sums, n, V, tiles_n)
+    store_winners(scores, rows, columns, tile_n, top_keys, bottom_keys, n, V, n_groups, TOP, BOTTOM, BLOCK_M, BLOCK_N)
 
-    if HAS_OFFSET:
-        scores += tl.load(offset + safe_rows)[:, None]
-    if HAS_SCALE:
-        scores *= tl.load(scale + safe_columns)[None, :]
-    if HAS_BIAS:
-        scores += tl.load(bias + safe_columns)[None, :]
 
-    GROUP: tl.constexpr = BLOCK_N // 4
-    local = tl.arange(0, BLOCK_N)
-    place = ((local // 8) * 2 + local % 2)[None, :]
-    keys = (_ordered_key(scores) & -GROUP) | place
-    # NaN and columns past the end: below every number here, above every number once shifted.
-    scores = tl.where((columns < V)[None, :], scores, float("nan"))
-    keys = tl.where(scores == scores, keys, _INT_MIN | place)
-    left, right = tl.split(tl.reshape(keys, (BLOCK_M, BLOCK_N // 8, 4, 2)))
-    # Both sides are read off the same pairs, so that a pair never takes more than its two registers.
-    high, low = tl.maximum(left, right), tl.minimum(left, right)
-    groups = tile_n * 4 + tl.arange(0, 4)
-    out = rows.to(tl.int64)[:, None] * (2 * n_groups) + groups[None, :]
-    inside = (rows < n)[:, None] & (groups >= 0)[None, :]
-    if TOP:
-        best = tl.max(high, axis=1)
-        # Keys within a group differ in their place, so masking the winner leaves exactly the others.
-        second = tl.max(tl.where(high == best[:, None, :], low, high), axis=1)
-        tl.store(top_keys + out, best, mask=inside)
-        tl.store(top_keys + out + n_groups, second, mask=inside)
-    if BOTTOM:
-        high = high.to(tl.uint32, bitcast=True) + _SHIFT
-        low = low.to(tl.uint32, bitcast=True) + _SHIFT
-        high, low = tl.maximum(high, low), tl.minimum(high, low)
-        best = tl.min(low, axis=1)
-        second = tl.min(tl.where(low == best[:, None, :], high, low), axis=1)
-        tl.store(bottom_keys + out, (best - _SHIFT).to(tl.int32, bitcast=True), mask=inside)
-        tl.store(bottom_keys + out + n_groups, (second - _SHIFT).to(tl.int32, bitcast=True), mask=inside)
+@triton.jit
+def _topk_kernel(
+    F,  # [n, d], a pointer or a TMA descriptor
+    W,  # [V, d], a pointer or a TMA descriptor
+    bias,  # [V] float32
+    scale,  # [V] float32
+    offset,  # [n] float32
+    shift,  # [n] float32
+    top_keys,  # [n, 2, G] int32
+    bottom_keys,  # [n, 2, G] int32
+    sums,  # [n, 7, tiles_n] float32
+    n,
+    V,
+    d,
+    stride_f,
+    stride_w,
+    n_groups,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    TOP: tl.constexpr,
+    BOTTOM: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    if PERSISTENT:
+        n_tiles = tl.cdiv(n, BLOCK_M) * tl.cdiv(V, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0)):  # pyright: ignore
+            _tile(
+                tile, F, W, bias, scale, offset, shift, top_keys, bottom_keys, sums, n, V, d, stride_f, stride_w,
+                n_groups, HAS_BIAS, HAS_SCALE, HAS_OFFSET, TOP, BOTTOM, STATISTICS, EVEN_K, USE_TMA, INPUT_PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K, BAND,
+            )  # fmt: skip
+    else:
+        tile = tl.program_id(0)
+        _tile(
+            tile, F, W, bias, scale, offset, shift, top_keys, bottom_keys, sums, n, V, d, stride_f, stride_w,
+            n_groups, HAS_BIAS, HAS_SCALE, HAS_OFFSET, TOP, BOTTOM, STATISTICS, EVEN_K, USE_TMA, INPUT_PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, BAND,
+        )  # fmt: skip
 
 
 def topk(
     F: Tensor,
     W: Tensor,
-    m: int,
     *,
     bias: Tensor | None = None,
     scale: Tensor | None = None,
     offset: Tensor | None = None,
+    shift: Tensor | None = None,
     top: bool = True,
     bottom: bool = True,
-    config: Config | None = None,
-) -> tuple[Candidates | None, Candidates | None]:
-    """The m best group winners of each row on each side of (F Wᵀ + offset) * scale + bias.
+    config: Config,
+) -> Winners:
+    """Group winners of each row on each side of (F Wᵀ + offset) * scale + bias.
 
     Args:
         F: [n, d] float32, float16 or bfloat16, last axis contiguous, n ≥ 1.
         W: [V, d], same dtype and device, last axis contiguous.
-        m: candidates to return, at most the number of winners.
         bias: [V] float32 or None.
         scale: [V] float32 or None.
         offset: [n] float32 or None.
+        shift: [n] float32 asks for partial sums about it.
         top: look for the largest.
         bottom: look for the smallest.
-        config: the tile shape; None takes the one for the dtype and device.
+        config: the tile.
 
     Returns:
-        Candidates of the top and of the bottom (None where not asked for). Extra memory: 4 bytes for each winner,
-        n · V / 8 bytes a side at 64 columns a group, and the candidates.
+        Winners. Memory: 4 bytes for each winner, n · V / 8 bytes a side at 64 columns a group; 28 bytes a row and tile
+        for the sums.
     """
-    config = config or topk_config(F.dtype)
     n, d = F.shape
     V = len(W)
-    tiles_n = triton.cdiv(V, config.block_n)
-    n_groups = 4 * tiles_n
-    # A side that is off gets a pointer that the kernel never follows.
-    keys = [torch.empty((n if on else 1, 2, n_groups), dtype=torch.int32, device=F.device) for on in (top, bottom)]
+    tiles_m, tiles_n = triton.cdiv(n, config.block_m), triton.cdiv(V, config.block_n)
+    winners, arguments = room_for(F, n, tiles_n, bias, scale, offset, shift, top, bottom)
+    tma = uses_tma(F, W, config)
+    terms = any(x is not None for x in (bias, scale, offset))
+    loops = persistent(tma=tma, terms=terms, statistics=shift is not None)
+    programs = min(tiles_m * tiles_n, programs_of(F, config)) if loops else tiles_m * tiles_n
+    operands: tuple[Any, Any] = (F, W)
+    if tma:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        operands = (
+            TensorDescriptor.from_tensor(F, [config.block_m, config.block_k]),
+            TensorDescriptor.from_tensor(W, [config.block_n, config.block_k]),
+        )
     with torch.cuda.device_of(F):
-        _topk_kernel[(triton.cdiv(n, config.block_m) * tiles_n,)](
-            F,
-            W,
-            F if bias is None else bias,
-            F if scale is None else scale,
-            F if offset is None else offset,
-            *keys,
+        _topk_kernel[(programs,)](
+            *operands,
+            *arguments,
             n,
             V,
             d,
             F.stride(0),
             W.stride(0),
-            n_groups,
+            4 * tiles_n,
             HAS_BIAS=bias is not None,
             HAS_SCALE=scale is not None,
             HAS_OFFSET=offset is not None,
             TOP=top,
             BOTTOM=bottom,
+            STATISTICS=shift is not None,
             EVEN_K=d % config.block_k == 0,
+            USE_TMA=tma,
+            PERSISTENT=loops,
+            INPUT_PRECISION=config.input_precision,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
@@ -187,6 +223,24 @@ def topk(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    sides = zip((top, bottom), keys, (True, False), strict=True)
-    best, worst = (select(k, m, V, config.group, largest=largest) if on else None for on, k, largest in sides)
-    return best, worst
+    return winners
+
+
+def room_for(
+    F: Tensor,
+    n: int,
+    tiles_n: int,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    shift: Tensor | None,
+    top: bool,
+    bottom: bool,
+) -> tuple[Winners, list[Tensor]]:
+    """Room for the winners, and the kernels' pointer arguments; what is off gets a pointer that is never followed."""
+    keys = [
+        torch.empty((n, 2, 4 * tiles_n), dtype=torch.int32, device=F.device) if on else None for on in (top, bottom)
+    ]
+    sums = None if shift is None else torch.empty((n, N_SUMS, tiles_n), dtype=torch.float32, device=F.device)
+    pointers = [F if x is None else x for x in (bias, scale, offset, shift, *keys, sums)]
+    return Winners(keys[0], keys[1], sums), pointers

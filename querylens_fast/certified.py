@@ -62,7 +62,7 @@ class Bound(Protocol):
 Propose = Callable[[slice, bool], tuple[Proposal | None, Proposal | None]]
 """(rows, wide) → proposals for the top and the bottom; wide: earlier rows needed more candidates."""
 Rescore = Callable[[Tensor, Tensor, Tensor, Epilogue], Tensor]
-"""(F [r, d], W, ids [r, m] distinct, epilogue) → exact scores [r, m]."""
+"""(F [r, d], W, ids [r, m] distinct, epilogue) → exact scores [r, m]; NaN for ids ≥ V."""
 
 
 class Outcome(NamedTuple):
@@ -89,15 +89,18 @@ class ErrorBound(NamedTuple):
     """max |bias| over the finite ones: an infinite bias makes the same score either way."""
     dtype: torch.dtype
     """What F and W are rounded to in the fast pass."""
+    unit: float = 0.0
+    """Relative rounding of operands that the processor does itself: 2^-10 for TF32."""
 
     @classmethod
-    def of(cls, W: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> ErrorBound:
-        """Measure W [V, d] (in blocks) and the epilogue for a fast pass in dtype."""
+    def of(cls, W: Tensor, epilogue: Epilogue, dtype: torch.dtype, *, tf32: bool = False) -> ErrorBound:
+        """Measure W [V, d] (in blocks) and the epilogue for a fast pass in dtype, or in TF32."""
+        unit = 2.0**-10 if tf32 else 0.0
         norm, rounding = 0.0, 0.0
         step = blocked.pass_rows(W)
         for start in range(0, len(W), step):
             norms, errors = norms_of(W[start : start + step], dtype)
-            norm, rounding = max(norm, largest(norms)), max(rounding, largest(errors))
+            norm, rounding = max(norm, largest(norms)), max(rounding, largest(errors + unit * norms))
         bias = epilogue.bias
         return cls(
             norm,
@@ -105,11 +108,13 @@ class ErrorBound(NamedTuple):
             1.0 if epilogue.scale is None else largest(epilogue.scale.abs()),
             0.0 if bias is None else largest(bias[bias.isfinite()].abs()),
             dtype,
+            unit,
         )
 
     def rows(self, F: Tensor, epilogue: Epilogue) -> Tensor:
         """[r] bounds for rows of F [r, d] (and the epilogue of these rows), in F's accumulation dtype."""
         norms, errors = norms_of(F, self.dtype)
+        errors = errors + self.unit * norms
         seen = norms + errors
         unit = 2.0**-24
         # Twice the textbook bound for any order of summation: tensor cores truncate where float32 rounds.
@@ -139,7 +144,10 @@ def largest(values: Tensor) -> float:
 
 def exact_scores(F: Tensor, W: Tensor, ids: Tensor, epilogue: Epilogue) -> Tensor:
     """The scores that the blocked path gives candidates too."""
-    return blocked.scores_at(F, W, ids, epilogue, distinct=True)
+    absent = ids >= len(W)
+    if not bool(absent.any()):
+        return blocked.scores_at(F, W, ids, epilogue, distinct=True)
+    return blocked.scores_at(F, W, ids.masked_fill(absent, 0), epilogue).masked_fill(absent, math.nan)
 
 
 class _Task(NamedTuple):
@@ -247,7 +255,7 @@ def _prove(
     k = task.k
     if proposal.ids.shape[1] < k:
         return blocked.empty_side(F, k), torch.zeros(len(F), dtype=torch.bool, device=F.device), 0
-    scores = _scores_of(task, F, proposal.ids, epilogue)
+    scores = task.rescore(F, task.W, proposal.ids, epilogue)
     found = best_of_candidates(scores, proposal.ids, k, largest=largest)
     kth = found.scores[:, -1]
     # Written so that a NaN anywhere leaves the row unproved.
@@ -278,15 +286,7 @@ def _widen(task: _Task, F: Tensor, epilogue: Epilogue, proposal: Proposal, reach
     columns = proposal.columns_of(groups).masked_fill((groups < 0)[:, :, None], V).flatten(1)
     known = (proposal.groups[:, :, None] == groups[:, None, :]).any(2)
     ids = torch.cat([proposal.ids.masked_fill(known, V), columns], 1)
-    return best_of_candidates(_scores_of(task, F, ids, epilogue), ids, task.k, largest=largest)
-
-
-def _scores_of(task: _Task, F: Tensor, ids: Tensor, epilogue: Epilogue) -> Tensor:
-    """Exact scores of candidates; NaN for those that stand for nothing."""
-    absent = ids >= len(task.W)
-    if not bool(absent.any()):
-        return task.rescore(F, task.W, ids, epilogue)
-    return blocked.scores_at(F, task.W, ids.masked_fill(absent, 0), epilogue).masked_fill(absent, math.nan)
+    return best_of_candidates(task.rescore(F, task.W, ids, epilogue), ids, task.k, largest=largest)
 
 
 def _take(proposal: Proposal, index: Tensor) -> Proposal:

@@ -42,6 +42,7 @@ from .moments import Moments, RowStatistics
 __all__ = ["RowStatistics", "TopK", "scores_at", "streamed_topk"]
 
 BACKENDS = ("auto", "torch", "triton")
+METHODS = ("fused", "gemm")
 PRECISIONS = ("exact", "float32", "bf16")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -94,6 +95,7 @@ def streamed_topk(
     bottom: bool = True,
     backend: str = "auto",
     precision: str = "exact",
+    method: str | None = None,
     statistics: bool = False,
     histogram: Tensor | Sequence[float] | None = None,
     block_rows: int | None = None,
@@ -113,8 +115,10 @@ def streamed_topk(
         bottom: return the smallest.
         backend: "auto", "torch" or "triton" (see the module's notes).
         precision: "exact", "float32" or "bf16" (see the module's notes).
-        statistics: also return `RowStatistics` of all V scores of each row, from the same pass; on the CPU the pass of
-            an "exact" call is then the float32 one, while "bf16" keeps the narrow one and its rounding.
+        method: of the Triton backend: "fused", "gemm" (a library product into a bounded chunk, one pass over it), or
+            None for the table's choice (`csrc_triton.configs`; `csrc_triton.tune` measures it on your device).
+        statistics: also return `RowStatistics` of all V scores of each row, from the same pass; the pass of
+            an "exact" call is then the float32 one; "bf16" keeps the narrow one and its rounding.
         histogram: edges [bins + 1], ascending: adds the histogram to the statistics (and implies them). Bins are
             [edge, next edge), the last one closed; scores outside are not counted. Slower than the other statistics.
         block_rows: rows of F scored at a time; None lets the backend choose. Changes memory and speed, not the result
@@ -145,11 +149,16 @@ def streamed_topk(
         raise ValueError(f"max_memory_gib is {max_memory_gib}: expected more than 0; leave it None for the defaults")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: expected one of {', '.join(PRECISIONS)}; choose one of these")
+    if method is not None and (method not in METHODS or choose_backend(backend, F) != "triton"):
+        raise ValueError(
+            f"method is {method!r} with backend {choose_backend(backend, F)!r}: expected {' or '.join(METHODS)} with "
+            "'triton'; leave it None"
+        )
     if precision == "bf16" and F.dtype == torch.float64:
         raise ValueError("precision is 'bf16' but F is torch.float64: convert F and W to float32 first, or use 'exact'")
     epilogue = blocked.Epilogue(bias, scale, offset)
     moments = Moments(len(F), F.device, edges) if statistics else None
-    asked = _Asked(k, epilogue, top, bottom, block_rows, moments)
+    asked = _Asked(k, epilogue, top, bottom, block_rows, moments, method)
     with _threads(threads):
         found = _run(F, W, asked, choose_backend(backend, F), precision, max_memory_gib)
     best, worst = found.top or (None, None), found.bottom or (None, None)
@@ -166,18 +175,28 @@ class _Asked(NamedTuple):
     bottom: bool
     block_rows: int | None
     moments: Moments | None
+    method: str | None
 
 
 def _run(F: Tensor, W: Tensor, asked: _Asked, backend: str, precision: str, max_memory_gib: float | None) -> Outcome:
     """The backend's answer to a checked call."""
-    k, epilogue, top, bottom, block_rows, moments = asked
+    k, epilogue, top, bottom, block_rows, moments, _ = asked
     limit = None if max_memory_gib is None else int(max_memory_gib * 2**30)
     if backend == "triton":
         from . import fused
 
-        if moments is not None or precision == "bf16":
-            raise ValueError("backend is 'triton': statistics and precision='bf16' need backend='torch' so far")
-        return fused.topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows)
+        return fused.topk(
+            F,
+            W,
+            k,
+            epilogue,
+            top=top,
+            bottom=bottom,
+            block_rows=block_rows,
+            precision=precision,
+            moments=moments,
+            method=asked.method,
+        )
     # Statistics of an exact call are of float32 scores too.
     if precision == "bf16" or (precision == "exact" and moments is None and narrow.pays(F, W, k, limit)):
         tile = narrow.tile_rows(F, W, limit) if block_rows is None else block_rows
