@@ -9,6 +9,7 @@ from tiny_models import D_MODEL, VOCAB, save_tiny_model
 
 import querylens_fast as ql
 from querylens_fast import readouts
+from querylens_fast.relations.flow import related
 from querylens_fast.relations.vocabulary import swapped_topk
 
 K = 4
@@ -91,3 +92,17 @@ def test_no_matrix_of_features_by_vocabulary(gpt2: ql.Model, tmp_path: Path) -> 
         ql.downstream(features, gpt2, targets=["blocks.*.attn.*"], k=4, out=tmp_path / "h.parquet", progress=False)
     assert isinstance(found, ql.RelationTable) and len(found) == 8 * n
     assert 0 < largest.bytes <= 1 << 27 < 4 * n * n / 10
+
+
+def test_flow_between_neurons(model: ql.Model, dictionaries: list[ql.Dictionary]) -> None:
+    """Cosines of what a model's own neurons write, between a residual dictionary and the MLPs around it."""
+    stream = ql.directions(torch.randn(15, D_MODEL, dtype=torch.float64), layer=0)
+    frame = ql.feature_flow([*dictionaries, stream], k=3).pandas()
+    pairs = related([*dictionaries, stream])
+    assert {relation for _, relation, _ in pairs} == {"mlp", "next residual", "previous residual"}
+    for source, relation, target in pairs:
+        a, b = source.values(slice(None)), target.values(slice(None))
+        expected = torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=-1).topk(3).values
+        mine = frame[(frame.source == source.name) & (frame.target == target.name)]
+        assert (mine.relation == relation).all()
+        assert torch.allclose(torch.tensor(mine.score.to_numpy()).view(-1, 3), expected)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from querylens_fast.dictionaries import Dictionary
+from querylens_fast.dictionaries import Dictionary, directions
 from querylens_fast.models import Model, as_model
 from querylens_fast.ops import TopK
 from querylens_fast.relations.latest import Latest
@@ -145,6 +145,7 @@ def _relate(
         side=side,
         k=k,
         targets=[t.name for t in found],
+        target_fingerprints=[t.fingerprint for t in found],
         carried=None if passage is None else passage.metadata,
         final_norm=final_norm,
         **identity_of_features(dictionary, chosen),
@@ -165,7 +166,7 @@ class _Relation:
 
     @torch.no_grad()
     def topk(self, target: Target, k: int, ids: Tensor) -> TopK:
-        vectors = self.dictionary.vectors(self.side, ids).to(self.model.device, self.model.dtype)
+        vectors = _read(self.dictionary, self.side, self.model, ids)
         if self.passage is not None and target.point is not None:
             vectors = self.passage.apply(vectors, target.point)
         return self.opened.get(target, target.open)(vectors, k, self.backend)
@@ -209,8 +210,9 @@ def _find_targets(
                 raise ValueError(
                     "targets is a matrix, which has no layer to carry features to; pass directions(matrix, layer=…)"
                 )
-            matrix = wanted
-            found.append(rows_target("matrix", None, None, len(matrix), lambda matrix=matrix: matrix))
+            fingerprint = directions(wanted, layer=dictionary.layer).fingerprint
+            read = partial(Tensor.to, wanted, model.device, model.dtype)
+            found.append(rows_target("matrix", None, None, len(wanted), read, fingerprint))
             continue
         if isinstance(wanted, str):
             several = find_weights(model, side, wanted, final_norm)
@@ -232,10 +234,9 @@ def _features_target(model: Model, target: Any, side: str) -> Target:
     other = load_dictionary(target)
     other.check_model(model)
     point = other.point(side)
-    return rows_target(
-        other.name,
-        other.layer,
-        point,
-        other.n_features,
-        lambda: other.vectors(side, slice(None)).to(model.device, model.dtype),
-    )
+    read = partial(_read, other, side, model)
+    return rows_target(other.name, other.layer, point, other.n_features, read, other.fingerprint)
+
+
+def _read(dictionary: Dictionary, side: str, model: Model, ids: Tensor | slice = slice(None)) -> Tensor:
+    return dictionary.vectors(side, ids).to(model.device, model.dtype)

@@ -308,7 +308,7 @@ def _check_earlier(out: Path, parts: Path, metadata: dict[str, Any], resume: boo
 def _join(parts: Sequence[Path], metadata: dict[str, Any], out: Path) -> None:
     import pyarrow.parquet as pq
 
-    schema = pq.read_schema(parts[0]).with_metadata({METADATA_KEY: json.dumps(metadata).encode()})
+    schema = next(_tables(parts[:1])).schema.with_metadata({METADATA_KEY: json.dumps(metadata).encode()})
     with whole(out) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         for table in _regrouped(parts):
             writer.write_table(table.cast(schema), row_group_size=ROW_GROUP)

@@ -56,16 +56,25 @@ class Target:
     """Reads or folds the weights; they are held as long as what is returned."""
     size: int
     """How many it can return."""
+    fingerprint: str | None = None
+    """Of a matrix from outside the model."""
 
 
-def rows_target(name: str, layer: int | None, point: int | None, size: int, read: Callable[[], Tensor]) -> Target:
+def rows_target(
+    name: str,
+    layer: int | None,
+    point: int | None,
+    size: int,
+    read: Callable[[], Tensor],
+    fingerprint: str | None = None,
+) -> Target:
     """A target whose score is the product with each row of the matrix [size, D] that ``read`` gives."""
 
     def opened() -> Search:
         matrix = read()
         return lambda vectors, k, backend: streamed_topk(vectors, matrix.to(vectors), k, backend=backend)
 
-    return Target(name, layer, point, opened, size)
+    return Target(name, layer, point, opened, size, fingerprint)
 
 
 def weight_names(model: Model, side: Side) -> list[str]:
