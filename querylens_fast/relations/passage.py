@@ -132,7 +132,7 @@ def passage_of(transport: Transport, point: int, side: Side) -> Passage:
         )
     terms = transport.matrices[side, "first_order"]
     on_the_way = terms[point:] if side == "value" else terms[:point].flip(0)
-    identity = torch.eye(transport.d_model, dtype=terms.dtype, device=terms.device)[None]
+    identity = torch.eye(terms.shape[-1], dtype=terms.dtype, device=terms.device)[None]
     matrices = identity + torch.cat([torch.zeros_like(identity), on_the_way.cumsum(0)])
     return Passage(point, side, matrices, {**transport.metadata, "order": "first_order"})
 

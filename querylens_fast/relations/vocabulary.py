@@ -92,35 +92,22 @@ def token_features(
         )
     if k < 1:
         raise ValueError(f"k is {k}; expected at least 1")
-    several = dictionaries if isinstance(dictionaries, (list, tuple)) else [dictionaries]
     given = load_transport(transport) if isinstance(transport, (str, Path)) else transport
-    pipelines = [
-        plan(
-            load_dictionary(d),
-            model,
-            preset=lens,
-            transport=given,
-            tuned_lens=tuned_lens,
-            k=1,
-            stats="none",
-            final_norm=final_norm,
-            backend=backend,
-        )
-        for d in several
-    ]
-    if not pipelines:
+    several = dictionaries if isinstance(dictionaries, (list, tuple)) else [dictionaries]
+    if not several:
         raise ValueError("dictionaries is an empty list; expected at least one")
+    settings = {"preset": lens, "transport": given, "tuned_lens": tuned_lens, "final_norm": final_norm}
+    pipelines = [plan(load_dictionary(d), model, k=1, stats="none", backend=backend, **settings) for d in several]
     chosen = _checked_tokens(model, token_ids)
     if token_strings:
         model.str_tokens([0])
-    names = [p.dictionary.name for p in pipelines]
     metadata = identity_of(
         model,
         what="token features",
         score="as in signatures, (⟨x_f, W_t⟩ + offset_f) · scale_t + bias_t",
         **lens.as_dict(),
         k=k,
-        dictionaries=names,
+        dictionaries=[p.dictionary.name for p in pipelines],
         fingerprints=[p.dictionary.fingerprint for p in pipelines],
         transport=None if given is None else given.metadata,
         tuned_lens=None if tuned_lens is None else str(tuned_lens),
