@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from querylens_fast import ranks
 from querylens_fast.models import Model, as_model
 from querylens_fast.norms import at_least_float32
 from querylens_fast.tokens import Tokens, as_tokens
@@ -52,6 +53,9 @@ def fit_transport(
 ) -> Transport:
     """Fit the transport of a model over a token sample: every layer and both sides, in about D walks.
 
+    Within `ranks.joined` the sequences are dealt out to the processes; every one gets the whole transport, equal to
+    that of one process but for the order of its sums.
+
     Args:
         model: From `load_model`, or any model `as_model` takes.
         tokens: From `load_tokens`, or ids [B, S].
@@ -75,11 +79,15 @@ def fit_transport(
     _check_choice("submodule", [submodule], ("both", "attn", "mlp"))
     budget = Budget.plan(model, tokens.ids.shape[1], max_memory_gib)
     fit = Fit(model, tokens, sides, orders, energy, n_probes, seed, budget)
-    with tqdm(total=fit.steps, desc="transport", unit="walk", disable=not progress) as bar:
-        for rows in batches(len(tokens.ids), fit.rows):
+    group = ranks.current()
+    with tqdm(total=fit.steps, desc="transport", unit="walk", disable=not (progress and group.leads)) as bar:
+        for rows in group.share(list(batches(len(tokens.ids), fit.rows_each(group.size)))):
             lin = linearise(model, tokens, rows, submodule, through_norms)
             for done in fit.sweep(lin):
-                bar.update(done)
+                bar.update(done * group.size)
+                group.check()
+    for sums in (*fit.matrices.values(), *fit.energies.values()):
+        group.sum_(sums)
     valid = tokens.valid_mask.to(model.device)
     embedded = model.embed(tokens.ids).to(fit.dtype)[valid]
     return fit.finish(embedded.mean(0), submodule, through_norms)
@@ -130,6 +138,10 @@ class Fit:
         pairs: list[tuple[Side, Order]] = list(itertools.product(self.sides, self.orders))
         self.matrices = {p: zeros(modules + 1 if p[1] == "full" else modules) for p in pairs}
         self.energies = {p: zeros(modules + 1, self.n_groups) for p in pairs} if self.n_groups else {}
+
+    def rows_each(self, n_processes: int) -> int:
+        """Sequences a batch, such that every process has some."""
+        return max(1, min(self.rows, len(self.tokens.ids) // n_processes))
 
     @property
     def steps(self) -> int:

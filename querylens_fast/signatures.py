@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from querylens_fast import ranks
 from querylens_fast.pipeline import Pipeline, Stats, plan
 from querylens_fast.presets import Preset
 from querylens_fast.readahead import read_ahead
 from querylens_fast.results import Signatures, concatenate
 from querylens_fast.sources import load_dictionary
-from querylens_fast.store import open_sink
+from querylens_fast.store import FORMATS, StoredSignatures, open_sink
 from querylens_fast.tokens import Tokens
 from querylens_fast.transport import Transport
 from querylens_fast.walks import batches
@@ -99,6 +100,9 @@ def signatures(
         FileExistsError: ``out`` holds the result of another run.
         OSError: The disk is full; what was written stays and the run resumes.
 
+    Within `ranks.joined` the blocks of a Parquet result are dealt out to the processes, on any number of which it
+    resumes; the file is byte for byte that of one process. It has to lie where all of them can write.
+
     Memory: the model, a bfloat16 copy of its unembedding on processors that multiply in it, and some 0.6 GiB, whatever
     the dictionary's width: it is read a block at a time. The disk holds a Parquet result twice while it is finished.
     """
@@ -140,17 +144,28 @@ def signatures(
         "dictionary_fingerprint": dictionary.fingerprint,
         "block_rows": block_rows,
     }
-    with open_sink(out, format, identity, resume=resume, token_strings=token_strings, model=pipeline.model) as sink:
-        if pipeline.tokens is not None:
+    group = ranks.current()
+    if group.size > 1 and (format or FORMATS.get(Path(out).suffix)) != "parquet":
+        raise ValueError(f"out is {str(out)!r}: several processes write Parquet alone; choose a .parquet file")
+    with group.in_turn("open"):
+        sink = open_sink(out, format, identity, resume=resume, token_strings=token_strings, model=pipeline.model)
+    with sink:
+        if pipeline.tokens is not None and group.leads:
             pipeline.tokens.save(Path(f"{out}.tokens.safetensors"))
-        pending = [found for block in batches(len(chosen), block_rows) if (found := sink.pending(block))]
-        n_done = len(chosen) - sum(map(len, pending))
+        blocks = group.share(list(batches(len(chosen), block_rows)))
+        pending = [found for block in blocks if (found := sink.pending(block))]
+        total = sum(block.stop - block.start for block in blocks)
         ids = [chosen[torch.tensor(indices)] for indices in pending]
-        with _progress(pipeline, len(chosen), n_done, show) as bar:
+        with _progress(pipeline, total, total - sum(map(len, pending)), show and group.leads) as bar:
             for indices, found in zip(pending, _computed(pipeline, ids), strict=True):
                 sink.write(found, indices)
                 bar.update(len(found))
-        return sink.finish(len(chosen))
+                group.check()
+        group.wait("written")
+        if group.leads:
+            sink.finish(len(chosen))
+        group.wait("finished")
+        return StoredSignatures(sink.path, len(chosen), sink.format)
 
 
 def _computed(pipeline: Pipeline, blocks: Sequence[Tensor]) -> Iterator[Signatures]:

@@ -213,7 +213,7 @@ def _check(cfg: DictConfig) -> None:
     if world_size > 1:
         raise ValueError(
             f"WORLD_SIZE is {world_size}: a run is one process, which handles every feature at once; start it without "
-            "torchrun (analyze_feature shares a sample among processes)"
+            "torchrun (the commands transport and signatures take several, analyze_feature shares a sample among them)"
         )
 
 

@@ -1,0 +1,220 @@
+"""Ranks: several processes of one run, as `torchrun` starts them.
+
+    torchrun --nproc_per_node=4 -m querylens_fast signatures sae_layer6 gpt2 --transport t.safetensors
+
+A transport's sequences and a dictionary's blocks of features are dealt out to the processes; sums are added up over
+them, and rank 0 puts the files together. Processes meet only at the end of such a step, so each looks after the others
+while it works: every rank leaves a sign of life with the rendezvous each second, and one that is silent for `GRACE_S`
+or says that it failed stops the others with a `RankStopped` that names it. What was written stays, and the same command
+goes on from there, with as many processes as one likes.
+
+On GPUs sums go over NCCL, each process on the device of its LOCAL_RANK; on CPUs over gloo.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+GRACE_S = 10.0
+"""Seconds of silence after which a process counts as dead."""
+BEAT_S = 1.0
+POLL_S = 0.05
+_KEPT = "what was written is kept, start the same command again to go on from there"
+
+T = TypeVar("T")
+
+
+class RankStopped(RuntimeError):
+    """Another process of the run has died or failed; the message names its rank."""
+
+
+class Ranks:
+    """One process of a run. This class is a run of one process, which shares with nobody and waits for nobody."""
+
+    rank = 0
+    size = 1
+
+    @property
+    def leads(self) -> bool:
+        """Is this the process that shows progress, prints, and puts files together?"""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process's items: every ``size``-th, from its rank on."""
+        return list(items[self.rank :: self.size])
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over the processes, in place on each."""
+        return tensor
+
+    def check(self) -> None:
+        """Raise `RankStopped` if another process has died or failed."""
+
+    def wait(self, step: str) -> None:
+        """Wait until every process has come to this step, raising `RankStopped` if one never will."""
+
+    @contextmanager
+    def in_turn(self, step: str) -> Iterator[None]:
+        """One process after the other, by rank."""
+        yield
+
+    def device(self, device: str) -> str:
+        """The device of this process: "cuda" becomes its own."""
+        return device
+
+
+class _Joined(Ranks):
+    """One of several processes, which meet through torch.distributed."""
+
+    def __init__(self, rank: int, size: int, store: Any, grace_s: float) -> None:
+        import torch.distributed as dist
+
+        self.rank, self.size, self.grace_s = rank, size, grace_s
+        self._store = dist.PrefixStore("querylens_fast", store)
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._checked = 0.0
+        self._steps: dict[str, int] = {}
+        self._over = threading.Event()
+        self._beat = threading.Thread(target=self._keep_beating, name="sign of life", daemon=True)
+        self._beat.start()
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        # Only the processes that are known to be there start a collective, which could not be left again.
+        self.wait("sum")
+        dist.all_reduce(tensor)
+        return tensor
+
+    def check(self) -> None:
+        if time.monotonic() - self._checked > BEAT_S:
+            self._look_around(range(self.size))
+            self._checked = time.monotonic()
+
+    def wait(self, step: str) -> None:
+        self._steps[step] = self._steps.get(step, 0) + 1
+        name = f"{step}/{self._steps[step]}"
+        self._ask(lambda: self._store.set(f"{name}/{self.rank}", "here"))
+        missing = [rank for rank in range(self.size) if rank != self.rank]
+        while missing:
+            missing = [r for r in missing if not self._ask(lambda r=r: self._store.check([f"{name}/{r}"]))]
+            if missing:
+                self._look_around(missing)
+                time.sleep(POLL_S)
+
+    @contextmanager
+    def in_turn(self, step: str) -> Iterator[None]:
+        for turn in range(self.size):
+            if turn == self.rank:
+                yield
+            self.wait(step)
+
+    def device(self, device: str) -> str:
+        return f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}" if device == "cuda" else device
+
+    def leave(self, error: BaseException | None) -> None:
+        """Tell the others how this ended, and stop the signs of life."""
+        if error is not None and not isinstance(error, RankStopped):
+            with suppress(Exception):
+                self._store.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
+        elif error is None:
+            self.wait("end")
+        self._over.set()
+        self._beat.join()
+
+    def _keep_beating(self) -> None:
+        count = 0
+        while not self._over.is_set():
+            with suppress(Exception):
+                self._store.set(f"alive/{self.rank}", str(count))
+            count += 1
+            self._over.wait(BEAT_S)
+
+    def _look_around(self, ranks: Sequence[int]) -> None:
+        now = time.monotonic()
+        for rank in ranks:
+            if rank == self.rank:
+                continue
+            if self._ask(lambda rank=rank: self._store.check([f"failed/{rank}"])):
+                said = self._ask(lambda rank=rank: self._store.get(f"failed/{rank}")).decode()
+                raise RankStopped(f"rank {rank} of {self.size} failed: {said}")
+            there = self._ask(lambda rank=rank: self._store.check([f"alive/{rank}"]))
+            beat = self._ask(lambda rank=rank: self._store.get(f"alive/{rank}")) if there else b""
+            known = self._seen.get(rank)
+            if known is None or known[0] != beat:
+                self._seen[rank] = (beat, now)
+            elif now - known[1] > self.grace_s:
+                raise RankStopped(
+                    f"rank {rank} of {self.size} has given no sign of life for {self.grace_s:.0f} s: it was killed or "
+                    f"hangs; {_KEPT}"
+                )
+
+    def _ask(self, question: Any) -> Any:
+        try:
+            return question()
+        except Exception as error:
+            raise RankStopped(
+                f"rank 0 of {self.size}, which keeps the rendezvous, does not answer ({error}); {_KEPT}"
+            ) from error
+
+
+_current = Ranks()
+
+
+def current() -> Ranks:
+    """The run that this process has joined; a run of one process where it has joined none."""
+    return _current
+
+
+@contextmanager
+def joined(grace_s: float = GRACE_S) -> Iterator[Ranks]:
+    """Join the processes that `torchrun` has started (or anything that sets its variables); alone, nothing happens.
+
+    Inside, `fit_transport` and `signatures` with ``out=`` share their work. All processes have to make the same calls.
+
+    Args:
+        grace_s: Seconds of silence after which another process counts as dead.
+
+    Raises:
+        ValueError: WORLD_SIZE without RANK, MASTER_ADDR or MASTER_PORT.
+        RankStopped: Later, from within: another process has died or failed.
+    """
+    global _current
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield _current
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"WORLD_SIZE is {size} but {', '.join(missing)} is not set: start the processes with torchrun")
+    import torch.distributed as dist
+
+    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=60)))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    before, group = _current, _Joined(rank, size, store, grace_s)
+    _current = group
+    error: BaseException | None = None
+    try:
+        yield group
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        _current = before
+        try:
+            group.leave(error)
+        finally:
+            if error is None:
+                dist.destroy_process_group()

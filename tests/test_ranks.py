@@ -1,0 +1,127 @@
+"""Several processes of one run on this machine, over gloo: the same results, and what happens when one dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import querylens_fast as ql
+from querylens_fast.demo import ASSETS
+
+MODEL, TOKENS, DICTIONARY = str(ASSETS / "model"), str(ASSETS / "tokens.safetensors"), str(ASSETS / "sae_layer2")
+TRANSPORT = ["transport", MODEL, TOKENS, "--num-samples", "3", "--energy", "probes", "--n-probes", "2"]
+SIGNATURES = ["signatures", DICTIONARY, MODEL, "--preset", "logit_lens_value", "--block-rows", "128", "--k", "5"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def torchrun(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", free_port()]
+    command += ["-m", "querylens_fast", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240)
+
+
+def alone(arguments: list[str], cwd: Path) -> None:
+    command = [sys.executable, "-m", "querylens_fast", *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_transport_over_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    done = torchrun([*TRANSPORT, "--out", "two.safetensors"], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("transport of") == 1
+    alone([*TRANSPORT, "--out", "one.safetensors"], tmp_path)
+    one, two = (ql.load_transport(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    assert one.metadata == two.metadata
+    for ours, theirs in ((one.matrices, two.matrices), (one.energies, two.energies)):
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert (theirs[key] - tensor).norm() < 1e-5 * tensor.norm()
+
+
+def test_signatures_over_two_processes_are_byte_for_byte_those_of_one(tmp_path: Path) -> None:
+    done = torchrun([*SIGNATURES, "--out", "two.parquet"], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("2048 signatures") == 1
+    alone([*SIGNATURES, "--out", "one.parquet"], tmp_path)
+    assert (tmp_path / "two.parquet").read_bytes() == (tmp_path / "one.parquet").read_bytes()
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def start(rank: int, port: str, arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
+    """One process as torchrun would start it, without its agent that stops the others."""
+    variables = environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    command = [sys.executable, "-m", "querylens_fast", *arguments]
+    return subprocess.Popen(command, cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def parts(folder: Path) -> list[Path]:
+    return list(folder.glob("out.parquet.parts/part-*.parquet"))
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_killed_process_is_named_and_the_run_resumes(dying: int, tmp_path: Path) -> None:
+    # Ablations are slow enough to be killed in the middle.
+    ql.load_tokens(TOKENS).head(8).save(tmp_path / "sample.safetensors")
+    sample = ["--tokens", "sample.safetensors", "--preset", "token_change", "--features", "0:48", "--block-rows", "1"]
+    command = ["signatures", DICTIONARY, MODEL, *sample, "--k", "5", "--out", "out.parquet"]
+    port = free_port()
+    processes = [start(rank, port, command, tmp_path) for rank in (0, 1)]
+    try:
+        limit = time.monotonic() + 120
+        while len(parts(tmp_path)) < 4 and time.monotonic() < limit:
+            assert all(p.poll() is None for p in processes), "a process ended before it was to be killed"
+            time.sleep(0.02)
+        processes[dying].send_signal(signal.SIGKILL)
+        survivor = processes[1 - dying]
+        _, errors = survivor.communicate(timeout=90)
+    finally:
+        for process in processes:
+            process.kill()
+    assert survivor.returncode == 2
+    assert f"rank {dying} of 2" in errors and "start the same command again" in errors
+    assert 4 <= len(parts(tmp_path)) < 48 and not (tmp_path / "out.parquet").exists()
+    alone(command, tmp_path)
+    alone([*command[:-1], "whole.parquet"], tmp_path)
+    assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_a_process_that_fails_is_named_with_its_error(tmp_path: Path) -> None:
+    port = free_port()
+    good = [*SIGNATURES, "--out", "out.parquet"]
+    processes = [
+        start(0, port, good, tmp_path),
+        start(1, port, [*good[:1], "missing.safetensors", *good[2:]], tmp_path),
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [p.returncode for p in processes] == [2, 2]
+    assert "rank 1 of 2 failed: FileNotFoundError" in outputs[0][1] and "missing.safetensors" in outputs[1][1]
+
+
+def test_torchrun_itself_says_which_rank_failed(tmp_path: Path) -> None:
+    done = torchrun([*SIGNATURES, "--out", "out.jsonl"], tmp_path)
+    assert done.returncode != 0
+    assert "several processes write Parquet alone" in done.stderr
+
+
+def test_variables_of_torchrun_are_wanted_together(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "querylens_fast", *SIGNATURES]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(WORLD_SIZE="2"), capture_output=True, text=True)
+    assert done.returncode == 2 and "RANK, MASTER_ADDR, MASTER_PORT is not set" in done.stderr
