@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from test_relations_flow import Largest
 from tiny_models import D_MODEL, VOCAB, save_tiny_model
 
@@ -81,17 +82,21 @@ def test_refusals(model: ql.Model, dictionaries: list[ql.Dictionary]) -> None:
         ql.token_features([], model)
 
 
-def test_no_matrix_of_features_by_vocabulary(gpt2: ql.Model, tmp_path: Path) -> None:
-    """As many features and readers as would make a matrix of 4 · 10⁸."""
-    n = 20_000
-    matrix = torch.randn(n, D_MODEL, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def test_no_matrix_of_features_by_vocabulary(tmp_path: Path) -> None:
+    """As many features, readers and tokens as would make matrices of 1.4 · 10⁸ scores."""
+    n, d = 12_000, 16
+    config = transformers.GPT2Config(
+        vocab_size=n, n_embd=d, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    model = ql.as_model(transformers.AutoModelForCausalLM.from_config(config).eval())
+    matrix = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
     features, readers = ql.directions(matrix, layer=0, name="a"), ql.directions(matrix.flip(0), layer=1, name="b")
     with Largest() as largest:
-        found = ql.downstream(features, gpt2, targets=readers, k=4, out=tmp_path / "d.parquet", progress=False)
-        ql.token_features([features, readers], gpt2, k=4, out=tmp_path / "t.parquet", progress=False)
-        ql.downstream(features, gpt2, targets=["blocks.*.attn.*"], k=4, out=tmp_path / "h.parquet", progress=False)
-    assert isinstance(found, ql.RelationTable) and len(found) == 8 * n
-    assert 0 < largest.bytes <= 1 << 27 < 4 * n * n / 10
+        targets = [readers, "blocks.1.attn.OV.1"]
+        found = ql.downstream(features, model, targets=targets, k=4, out=tmp_path / "d.parquet", progress=False)
+        tokens = ql.token_features(features, model, k=4, token_strings=False)
+    assert isinstance(found, ql.RelationTable) and len(found) == 2 * 8 * n == 2 * len(tokens)
+    assert 0 < largest.bytes <= 1 << 27 < 4 * n * n / 4
 
 
 def test_flow_between_neurons(model: ql.Model, dictionaries: list[ql.Dictionary]) -> None:
