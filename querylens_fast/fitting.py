@@ -302,7 +302,7 @@ class Fit:
             "energy": self.energy,
             "n_probes": str(self.n_probes if self.energy == "probes" else 0),
             "querylens_fast": querylens_fast.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         }
         return Transport(self.matrices, centre, metadata, self.energies)

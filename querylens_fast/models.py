@@ -348,4 +348,5 @@ def check_reproduction(model: Model, forward: Callable[[Tensor], Tensor]) -> Non
             f"differ from the model's own by {difference:.2e} (relative), more than the {tolerance:.0e} that rounding "
             "explains; please report its config"
         )
-    logger.info("%s: Jacobians by %s blocks", model.name, model.linearisation)
+    if model.linearisation == "autodiff":
+        logger.info("%s: linearised by autodiff through its own layers", model.name)

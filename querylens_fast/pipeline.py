@@ -253,7 +253,7 @@ def plan(
     if moves and transport is not None:
         transport.check_model(model)
         transport = transport.to(model.device)
-        _check_transport(transport, lens, stats)
+        _check_transport(transport, lens, stats, dictionary.point(lens.feature_vector))
     if stats == "exact" and moves and tokens is None:
         raise ValueError("stats='exact' walks the chosen features through the model: pass tokens=")
     if lens.is_ablation:
@@ -324,12 +324,17 @@ def _fit_if_cheaper(
     )
 
 
-def _check_transport(transport: Transport, lens: Preset, stats: Stats) -> None:
+def _check_transport(transport: Transport, lens: Preset, stats: Stats, point: int) -> None:
     needed: tuple[Order, ...] = {"first_order": ("first_order",), "full": ("full",)}.get(
         lens.stream_transition, ("first_order", "full")
     )  # type: ignore[assignment]
+    if transport.centre is None and lens.readout == "embed_cosine_centered":
+        raise ValueError(
+            f"preset {lens.name!r} centres on the sample's mean embedding, which the transport of "
+            f"{transport.metadata['tokens']} does not know; fit one with fit_transport"
+        )
     for order in needed:
-        transport.matrix(lens.feature_vector, order, 0)
+        transport.matrix(lens.feature_vector, order, point)
         wants_energy = stats == "rel_var" or lens.stream_transition == "adaptive"
         if wants_energy and (lens.feature_vector, order) not in transport.energies:
             raise ValueError(

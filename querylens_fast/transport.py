@@ -38,17 +38,25 @@ ORDERS: tuple[Order, ...] = ("full", "first_order")
 FORMAT = "querylens_fast.transport/1"
 
 
+def point_name(point: int) -> str:
+    """What users call a point of the stream: "resid_post of layer 3"; the first point is layer 0's resid_pre."""
+    if point == 0:
+        return "resid_pre of layer 0"
+    return f"resid_{'mid' if point % 2 else 'post'} of layer {(point - 1) // 2}"
+
+
 @dataclass
 class Transport:
     """Fitted transport matrices of one model over one token sample. Built by `fit_transport` or `load_transport`.
 
     matrices: (side, "full") → [2L + 1, D, D], the matrix of each point; (side, "first_order") → [2L, D, D], each
     module's term. Rows of a vector batch V [n, D] move as V Mᵀ. energies: (side, order) → [2L + 1, R, D, D], R groups
-    of estimates of E[JᵀJ] (R = 1: exact). centre [D] is the mean token embedding over the valid positions.
+    of estimates of E[JᵀJ] (R = 1: exact). centre [D] is the mean token embedding over the valid positions, None where
+    it is not known. An imported one (`jacobian_lens`) holds the matrices of its `points` alone.
     """
 
     matrices: dict[tuple[Side, Order], Tensor]
-    centre: Tensor
+    centre: Tensor | None
     metadata: dict[str, str]
     energies: dict[tuple[Side, Order], Tensor] = field(default_factory=dict)
 
@@ -58,7 +66,13 @@ class Transport:
 
     @property
     def d_model(self) -> int:
-        return self.centre.shape[0]
+        return int(self.metadata["d_model"])
+
+    @property
+    def points(self) -> list[int]:
+        """The points that "full" matrices are held for, in order; all 2L + 1 of a fitted transport."""
+        given = self.metadata.get("points")
+        return list(range(2 * self.n_layers + 1)) if given is None else [int(p) for p in given.split(",")]
 
     @property
     def n_valid(self) -> int:
@@ -69,7 +83,7 @@ class Transport:
         """A copy whose tensors live on device."""
         return Transport(
             {k: m.to(device) for k, m in self.matrices.items()},
-            self.centre.to(device),
+            None if self.centre is None else self.centre.to(device),
             self.metadata,
             {k: g.to(device) for k, g in self.energies.items()},
         )
@@ -84,7 +98,13 @@ class Transport:
         if not 0 <= point <= 2 * self.n_layers:
             raise ValueError(f"point {point} is outside a model of {self.n_layers} layers")
         if order == "full":
-            return kept[point]
+            if point not in self.points:
+                raise ValueError(
+                    f"this transport of {self.metadata['model']!r} ({self.metadata['tokens']}) holds no matrix for "
+                    f"{point_name(point)}, only for {', '.join(map(point_name, self.points))}; fit_transport makes "
+                    "one with every point"
+                )
+            return kept[self.points.index(point)]
         modules = kept[point:] if side == "value" else kept[:point]
         return torch.eye(self.d_model, dtype=kept.dtype, device=kept.device) + modules.sum(0)
 
@@ -151,7 +171,7 @@ class Transport:
         """Write the transport to a safetensors file, whole or not at all. Returns the path."""
         from safetensors.torch import save_file
 
-        tensors = {"centre": self.centre.cpu().contiguous()}
+        tensors = {} if self.centre is None else {"centre": self.centre.cpu().contiguous()}
         for kind, table in (("matrix", self.matrices), ("energy", self.energies)):
             for (side, order), tensor in table.items():
                 tensors[f"{kind}.{side}.{order}"] = tensor.cpu().contiguous()
@@ -197,7 +217,7 @@ def load_transport(path: str | Path) -> Transport:
                 if rest:
                     table = matrices if kind == "matrix" else energies
                     table[cast(Side, rest[0]), cast(Order, rest[1])] = file.get_tensor(key)
-            centre = file.get_tensor("centre")
+            centre = file.get_tensor("centre") if "centre" in file.keys() else None
     except SafetensorError as error:
         raise ValueError(f"transport file {str(path)!r} is damaged or truncated: {error}") from error
     return Transport(matrices, centre, metadata, energies)

@@ -10,7 +10,7 @@ import logging
 
 import typer
 
-from querylens_fast.cli import browsing, computing, relating, showing
+from querylens_fast.cli import browsing, computing, lenses, relating, showing
 
 app = typer.Typer(
     help="Token signatures for every feature of sparse autoencoders and transcoders.",
@@ -44,5 +44,6 @@ app.command("token-features")(relating.token_features)
 app.add_typer(evaluate, name="evaluate")
 evaluate.command("input")(showing.evaluate_input)
 app.command()(computing.topk)
+app.command("convert-transport")(lenses.convert_transport)
 app.command("convert-features")(computing.convert_features)
 app.command(context_settings=OWN_ARGUMENTS)(showing.bench)

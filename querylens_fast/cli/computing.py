@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from querylens_fast.cli.console import DeviceOption, DtypeOption, MemoryOption, quiet_loading, reported_errors, say
+from querylens_fast import ranks
+from querylens_fast.cli.console import (
+    DeviceOption,
+    DtypeOption,
+    LinearisationOption,
+    MemoryOption,
+    quiet_loading,
+    reported_errors,
+    say,
+)
 
 
 def run(
@@ -38,14 +47,15 @@ def transport(
     n_probes: Annotated[int, typer.Option(help="Sign probes a sequence.")] = 64,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
+    linearisation: LinearisationOption = "hand-written",
     max_memory_gib: MemoryOption = 2.0,
 ) -> None:
     """Fit a model's transport once, for every dictionary of it."""
-    with reported_errors():
+    with reported_errors(), ranks.joined() as group:
         import querylens_fast as ql
 
         quiet_loading()
-        loaded = ql.load_model(model, device=device, dtype=dtype)
+        loaded = ql.load_model(model, device=group.device(device), dtype=dtype, linearisation=linearisation)  # type: ignore[arg-type]
         sample = ql.load_tokens(tokens, model=loaded, num_samples=num_samples, max_length=max_length, seed=seed)
         fitted = ql.fit_transport(
             loaded,
@@ -55,9 +65,11 @@ def transport(
             seed=seed,
             max_memory_gib=max_memory_gib,  # type: ignore[arg-type]
         )
-        fitted.save(out)
-        sample.save(Path(f"{out}.tokens.safetensors"))
-    say(f"transport of {loaded.name} over {sample.n_valid} tokens: {out.resolve()}")
+        if group.leads:
+            fitted.save(out)
+            sample.save(Path(f"{out}.tokens.safetensors"))
+    if group.leads:
+        say(f"transport of {loaded.name} over {sample.n_valid} tokens: {out.resolve()}")
 
 
 def signatures(
@@ -79,15 +91,16 @@ def signatures(
     ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
+    linearisation: LinearisationOption = "hand-written",
     max_memory_gib: MemoryOption = 2.0,
 ) -> None:
     """Signatures of one dictionary's features, streamed to a file; run again to resume."""
-    with reported_errors():
+    with reported_errors(), ranks.joined() as group:
         import querylens_fast as ql
 
         source = ql.load_dictionary(dictionary, sae_id, layer)
         quiet_loading()
-        loaded = ql.load_model(model, device=device, dtype=dtype)
+        loaded = ql.load_model(model, device=group.device(device), dtype=dtype, linearisation=linearisation)  # type: ignore[arg-type]
         sample = None if tokens is None else ql.load_tokens(tokens, model=loaded)
         stored = ql.signatures(
             source,
@@ -104,7 +117,8 @@ def signatures(
             token_strings=token_strings,
             block_rows=block_rows,
         )
-    say(f"{stored.n_features} signatures: {stored.path.resolve()}")
+    if group.leads:
+        say(f"{stored.n_features} signatures: {stored.path.resolve()}")
 
 
 def topk(

@@ -9,8 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+from querylens_fast.ranks import RankStopped
+
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
+LinearisationOption = Annotated[
+    str, typer.Option(help="hand-written, or autodiff for architectures without a hand-written one.")
+]
 MemoryOption = Annotated[float, typer.Option(help="Bound on the working memory, GiB.")]
 
 
@@ -19,7 +24,7 @@ def reported_errors() -> Iterator[None]:
     """Turn the package's own errors into one line and exit code 2."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RankStopped) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         for note in getattr(error, "__notes__", []):
             typer.secho(f"  {note}", err=True)
