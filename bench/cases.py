@@ -41,5 +41,48 @@ def _gpt2_small() -> Any:
     return transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config())
 
 
-MODEL_SHAPES: dict[str, Callable[[], Any]] = {"gpt2-small": _gpt2_small}
+def _gemma3_1b() -> Any:
+    import transformers
+
+    config = transformers.Gemma3TextConfig(
+        hidden_size=1152,
+        intermediate_size=6912,
+        num_hidden_layers=26,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        vocab_size=262144,
+        sliding_window=512,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+MODEL_SHAPES: dict[str, Callable[[], Any]] = {"gpt2-small": _gpt2_small, "gemma3-1b": _gemma3_1b}
 """Whole models with random weights, as transformers makes them."""
+
+
+def _small_gpt2() -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_config(
+        transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=97, n_positions=32)
+    )
+
+
+def _small_gemma3() -> Any:
+    import transformers
+
+    config = transformers.Gemma3TextConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=97,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+SMALL_SHAPES: dict[str, Callable[[], Any]] = {"gpt2-small": _small_gpt2, "gemma3-1b": _small_gemma3}
+"""The same architectures, small enough for a check of the benchmark itself."""

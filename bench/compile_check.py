@@ -76,7 +76,7 @@ def compile_all(wanted: list[tuple[str, str]], jobs: int = 2) -> list[dict[str, 
         names = [name for _, name in group]
         chunks += [(target, names[i : i + CHUNK]) for i in range(0, len(names), CHUNK)]
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(jobs) as pool:
-        found = itertools.chain(*pool.map(lambda chunk: _compile_chunk(*chunk, cache), chunks))
+        found = itertools.chain(*pool.map(lambda chunk: _compile_chunk(chunk[0], chunk[1], cache), chunks))
         records = {(record["target"], record["variant"]): record for record in found}
     return [records[pair] | {"failures": failures(records[pair])} for pair in wanted]
 
@@ -124,7 +124,7 @@ def failures(record: dict[str, Any]) -> list[str]:
 def table(records: list[dict[str, Any]]) -> str:
     """The records as text."""
     head = ("target", "variant", "regs", "spills", "shared KiB", "loop", "epilogue", "products in the loop", "")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for r in records:
         verdict = "; ".join(r["failures"]) or "ok"
         if "error" in r:

@@ -1,193 +1,235 @@
-"""Is the compiled kernel right, and how fast is it: one command for a GPU machine, ``python -m bench.gpu_check``.
+"""Everything on a GPU machine, in one command and under eight minutes: ``python -m bench.gpu_check``.
 
-Writes gpu-check.json to $OUT, or to bench/results. Stops starting new measurements after seven minutes. Exits with 1
-when a result is wrong and with 2 where there is no GPU.
+First correctness of every variant and mode against float64 (fresh seeds, poisoned memory), then the machine's
+ceilings, then the goals: each measured beside its peer in the same process, each written to the JSON as soon as it is
+known. No time is reported for a kernel that is wrong. The file is gpu-check.json in $OUT, or in bench/results. Exits
+with 1 when a result is wrong and with 2 where there is no GPU.
+
+``--interpret`` runs the whole logic at small sizes on the CPU under Triton's interpreter: results are checked, times
+are null, because they would say nothing of a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
+import secrets
 import sys
 import time
-import traceback
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-import querylens_fast as ql
-from bench.cases import CASES, ODD
-from bench.machine import machine
-from bench.record import save
-from bench.topk import inputs, report, run_case
-from querylens_fast import blocked, fused, ops
-from querylens_fast.demo import ASSETS
-
-BUDGET_S = 420
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TIMED = [
-    ("gpt2", torch.bfloat16),
-    ("gemma-2-2b", torch.bfloat16),
-    ("gpt2", torch.float32),
-    ("llama-3.2-1b", torch.bfloat16),
-    ("gemma-2-2b", torch.float32),
-    ("qwen3-1.7b", torch.bfloat16),
-    ("features-x-features", torch.bfloat16),
-]
+BUDGET_S = 440
 
 
-def stable_topk(S: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
-    order = torch.sort(-S if largest else S, dim=1, stable=True).indices[:, :k]
-    return S.gather(1, order), order
+class Goal(NamedTuple):
+    """One line of the table: what is reached is ours over the peer's time, or the peer's over ours."""
+
+    name: str
+    case: str
+    dtype: str
+    peer: str
+    bound: float
+    at_most: bool
+    """Ours may take at most ``bound`` times the peer's time; else the peer takes at least ``bound`` times ours."""
 
 
-def check_gaussian(n: int, d: int, V: int, k: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The kernel against float64 on Gaussian rows: largest error of scores and of the true scores at the ids."""
-    generator = torch.Generator("cuda").manual_seed(n + V)
-    F = torch.randn(n, d, generator=generator, device="cuda").to(dtype)
-    W = torch.randn(V, d, generator=generator, device="cuda").to(dtype)
-    S = F.double() @ W.double().T
-    none = blocked.Epilogue(None, None, None)
-    outcome = fused.topk(F, W, k, none, top=True, bottom=True, block_rows=None)
-    error = 0.0
-    for side, largest in ((outcome.top, True), (outcome.bottom, False)):
-        assert side is not None
-        expected, _ = stable_topk(S, k, largest)
-        error = max(error, float((side.scores.double() - expected).abs().max()))
-        error = max(error, float((S.gather(1, side.ids) - expected).abs().max()))
-    name = f"gaussian {n}x{d}x{V} k={k} {dtype}"
-    rates = {"crowded": outcome.widened_rows / (2 * n), "fallback": outcome.fallback_rows / (2 * n)}
-    return {"name": name, "error": error, "ok": error <= 1e-5 * math.sqrt(d), **rates}
-
-
-def check_exact(kind: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The kernel on whole numbers, where ids have to equal those of a stable sort."""
-    n, d, V, k = 70, 40, 3001, 33
-    generator = torch.Generator("cuda").manual_seed(1)
-
-    def integers(*shape: int) -> Tensor:
-        return torch.randint(-3, 4, shape, generator=generator, device="cuda").float()
-
-    F, W, bias, scale, offset = integers(n, d), integers(V, d), integers(V), integers(V), integers(n)
-    if kind == "equal":
-        W[:] = W[:1].clone()
-    if kind == "sorted":
-        W[:] = (torch.arange(V, device="cuda") // 12)[:, None].float()
-    if kind == "one group":
-        W[:] = 0
-        W[2:256:8] = 7
-    if kind == "infinite":
-        bias[5:40], bias[100:103] = -math.inf, math.inf
-    if kind == "nan":
-        bias[::3] = math.nan
-        F[3] = math.nan
-    S = (F.double() @ W.double().T + offset.double()[:, None]) * scale.double() + bias.double()
-    result = ops.streamed_topk(F.to(dtype), W.to(dtype), k, bias=bias, scale=scale, offset=offset, backend="triton")
-    ok = True
-    sides = ((result.top_scores, result.top_ids, True), (result.bottom_scores, result.bottom_ids, False))
-    for scores, ids, largest in sides:
-        assert scores is not None and ids is not None
-        expected, order = stable_topk(S, k, largest)
-        ok &= torch.equal(ids, order) and torch.allclose(scores.double(), expected, rtol=0, atol=0, equal_nan=True)
-    return {"name": f"exact {kind} {dtype}", "ok": ok}
-
-
-def correctness() -> list[dict[str, Any]]:
-    kinds = ("ties", "equal", "sorted", "one group", "infinite", "nan")
-    tasks = [partial(check_gaussian, *shape, dtype) for dtype in DTYPES for shape in ODD]
-    tasks += [partial(check_exact, kind, dtype) for dtype in DTYPES for kind in kinds]
-    results = []
-    for task in tasks:
-        try:
-            results.append(task())
-        except Exception:
-            results.append({"name": str(task.args), "ok": False, "error": traceback.format_exc()[-1500:]})
-        print(results[-1], flush=True)
-    return results
-
-
-def check_transport(device: str) -> dict[str, Any]:
-    """The demo's transport and signatures on a device against the CPU in float64, and the seconds they take."""
-    model, tokens = (
-        ql.load_model(ASSETS / "model", device=device),
-        ql.load_tokens(ASSETS / "tokens.safetensors").head(16),
-    )
-    exact = ql.load_model(ASSETS / "model", dtype="float64")
-    start = time.perf_counter()
-    fitted = ql.fit_transport(model, tokens, energy="probes", n_probes=8, progress=False)
-    fit_s = time.perf_counter() - start
-    truth = ql.fit_transport(exact, tokens, energy="probes", n_probes=8, progress=False)
-    errors = [
-        float((found.cpu().double() - table[key]).norm() / table[key].norm())
-        for ours, table in ((fitted.matrices, truth.matrices), (fitted.energies, truth.energies))
-        for key, found in ours.items()
-    ]
-    dictionary = ql.load_dictionary(ASSETS / "sae_layer2")
-    start = time.perf_counter()
-    found = ql.signatures(dictionary, model, preset="query_lens_key", transport=fitted)
-    read_s = time.perf_counter() - start
-    expected = ql.signatures(dictionary, exact, preset="query_lens_key", transport=truth)
-    errors.append(float((found.top_scores.double() - expected.top_scores).norm() / expected.top_scores.norm()))
-    name = f"demo transport and signatures on {device}"
-    return {"name": name, "ok": max(errors) < 1e-3, "error": max(errors), "fit_s": fit_s, "signatures_s": read_s}
-
-
-def stage_times(name: str, dtype: torch.dtype) -> dict[str, float]:
-    """Milliseconds of the kernel with its second stage alone, beside the whole: where the time goes."""
-    from csrc_triton.topk import topk
-
-    case = CASES[name]
-    F, W = inputs(case, 4096, dtype, "cuda")
-    times = {}
-    for label, task in (
-        ("kernel_and_selection_ms", lambda: topk(F, W, case.k + 16)),
-        ("whole_ms", lambda: ops.streamed_topk(F, W, case.k)),
-    ):
-        task()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(5):
-            task()
-        torch.cuda.synchronize()
-        times[label] = 200 * (time.perf_counter() - start)
-    return times
+GOALS = (
+    Goal("bf16, d=2304, V=262,144 over the GEMM alone", "gemma-2-2b", "bfloat16", "gemm alone", 1.12, True),
+    Goal("bf16, d=768, V=50,257 over the GEMM alone", "gpt2", "bfloat16", "gemm alone", 1.30, True),
+    Goal("bf16, d=2304 against chunks + 2 topk", "gemma-2-2b", "bfloat16", "torch chunked + 2 x topk", 4.0, False),
+    Goal("exact float32, d=2304 against the float32 GEMM", "gemma-2-2b", "float32", "gemm alone", 5.0, False),
+    Goal("exact float32, d=768 against the float32 GEMM", "gpt2", "float32", "gemm alone", 5.0, False),
+)
+CASES_TIMED = (
+    ("gemma-2-2b", "bfloat16"),
+    ("gpt2", "bfloat16"),
+    ("gemma-2-2b", "float32"),
+    ("gpt2", "float32"),
+    ("features-x-features", "bfloat16"),
+    ("llama-3.2-1b", "bfloat16"),
+    ("gemma-3-1b", "bfloat16"),
+    ("qwen3-1.7b", "bfloat16"),
+)
+SWEEPS = (("gpt2-small", "float32", 32), ("gemma3-1b", "bfloat16", 32), ("gpt2-small", "bfloat16", 64))
+"""Model shape, dtype, basis directions timed."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench gpu_check", description=__doc__)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
+    parser.add_argument("--repeat", type=int, default=5, help="timings of each peer")
+    parser.add_argument("--seed", type=int, help="of the correctness checks; fresh by default, and recorded")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds after which nothing new is begun")
+    parser.add_argument("--interpret", action="store_true", help="small sizes on the CPU, no times")
+    parser.add_argument("--out", type=Path, help="the JSON; default gpu-check.json in $OUT or bench/results")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("no CUDA GPU here: nothing was checked or measured", file=sys.stderr)
+    if options.interpret:
+        # Triton decides when it is first imported.
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    if not options.interpret and not torch.cuda.is_available():
+        print("no CUDA GPU here: nothing was checked or measured (--interpret checks the logic)", file=sys.stderr)
         raise SystemExit(2)
-    start = time.perf_counter()
-    out = Path(os.environ.get("OUT") or Path(__file__).parent / "results") / "gpu-check.json"
-    checks = [*correctness(), check_transport("cuda")]
-    wrong = [check["name"] for check in checks if not check["ok"]]
-    records: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    # No times for a kernel that is wrong.
-    for name, dtype in [] if wrong else TIMED:
-        if time.perf_counter() - start > BUDGET_S:
-            skipped.append(f"{name} {dtype}")
-            continue
-        try:
-            record = run_case(CASES[name], CASES[name].rows, dtype, "cuda", options.repeat)
-            record["stages"] = stage_times(name, dtype)
-            records.append(record)
-            report(record)
-        except Exception as error:
-            skipped.append(f"{name} {dtype}: {error}")
-        # Written after each, so that a limit on the machine loses one case and not all.
-        save(out, {"machine": machine(torch.device("cuda")), "checks": checks, "skipped": skipped, "cases": records})
-    save(out, {"machine": machine(torch.device("cuda")), "checks": checks, "skipped": skipped, "cases": records})
+    run = Run(options)
+    wrong = run.everything()
+    print(run.table())
+    checks = run.record["checks"]
     print(f"{len(checks) - len(wrong)} of {len(checks)} checks right" + "".join(f"\nWRONG: {name}" for name in wrong))
+    print(f"written to {run.out}")
     if wrong:
         raise SystemExit(1)
+
+
+class Run:
+    """One run: items in order of importance, the record written after each."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import torch
+
+        from bench.machine import machine
+        from bench.record import RESULTS
+
+        self.options, self.start = options, time.perf_counter()
+        self.interpreted = options.interpret
+        self.device = torch.device("cpu" if self.interpreted else "cuda")
+        self.out = options.out or Path(os.environ.get("OUT") or RESULTS) / "gpu-check.json"
+        self.record: dict[str, Any] = {
+            "machine": machine(self.device),
+            "interpreted": self.interpreted,
+            "seed": secrets.randbelow(2**31) if options.seed is None else options.seed,
+            "checks": [],
+            "items": {},
+        }
+
+    def everything(self) -> list[str]:
+        """All items; the names of the checks that failed."""
+        from bench import checks
+
+        self.record["checks"] = checks.run_all(str(self.device), self.record["seed"])
+        wrong = [check["name"] for check in self.record["checks"] if not check["ok"]]
+        self._save()
+        if wrong:
+            self.record["items"]["measurements"] = {"skipped": "a result is wrong"}
+            self._save()
+            return wrong
+        self._item("ceilings", self._ceilings)
+        for name, dtype in CASES_TIMED:
+            self._item(f"case {name} {dtype}", lambda name=name, dtype=dtype: self._case(name, dtype))
+        for shape, dtype, n in SWEEPS:
+            self._item(f"sweep {shape} {dtype}", lambda s=shape, t=dtype, n=n: self._sweep(s, t, n))
+        self._item("a million features", self._million)
+        return wrong
+
+    def _item(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        spent = time.perf_counter() - self.start
+        if spent > self.options.budget:
+            self.record["items"][name] = {"skipped": f"{spent:.0f} s were spent"}
+        else:
+            try:
+                self.record["items"][name] = measure()
+            except Exception as error:
+                self.record["items"][name] = {"skipped": f"{type(error).__name__}: {error}"[:500]}
+        print(name, self.record["items"][name].get("skipped", "done"), flush=True)
+        self._save()
+
+    def _save(self) -> None:
+        from bench.record import save
+
+        self.record["goals"] = [self._reached(goal) for goal in GOALS]
+        self.record["spent_s"] = time.perf_counter() - self.start
+        save(self.out, self.record)
+
+    def _reached(self, goal: Goal) -> dict[str, Any]:
+        times = self.record["items"].get(f"case {goal.case} {goal.dtype}", {}).get("times")
+        reached = None
+        if times and not self.interpreted:
+            ours, peer = times["ours"]["p50_ms"], times[goal.peer]["p50_ms"]
+            reached = ours / peer if goal.at_most else peer / ours
+        return {"name": goal.name, "goal": f"{'≤' if goal.at_most else '≥'} {goal.bound}×", "reached": reached}
+
+    def _ceilings(self) -> dict[str, Any]:
+        import torch
+
+        from bench.sweeps import gemm_rate
+
+        d, neurons = (64, 128) if self.interpreted else (2304, 9216)
+        rates = {
+            str(dtype).removeprefix("torch."): gemm_rate(d, neurons, dtype, self.device) / 1e12
+            for dtype in (torch.bfloat16, torch.float32)
+        }
+        return {"gemm_tflops": dict.fromkeys(rates) if self.interpreted else rates}
+
+    def _case(self, name: str, dtype: str) -> dict[str, Any]:
+        import torch
+
+        from bench.cases import CASES
+        from bench.topk import run_case
+
+        case = CASES[name]
+        if self.interpreted:
+            case = case._replace(d=48, V=700, rows=48, k=9)
+        record = run_case(
+            case, case.rows, getattr(torch, dtype), str(self.device), 1 if self.interpreted else self.options.repeat
+        )
+        return self._without_times(record)
+
+    def _sweep(self, shape: str, dtype: str, n: int) -> dict[str, Any]:
+        import torch
+
+        import querylens_fast as ql
+        from bench import sweeps
+        from bench.cases import MODEL_SHAPES, SMALL_SHAPES
+
+        torch.manual_seed(0)
+        source = (SMALL_SHAPES if self.interpreted else MODEL_SHAPES)[shape]()
+        model = ql.as_model(source.to(self.device, getattr(torch, dtype)).eval().requires_grad_(False))
+        sequences, length = (2, 8) if self.interpreted else (1024, 32)
+        ids = torch.randint(0, model.vocab_size, (sequences, length), generator=torch.Generator().manual_seed(0))
+        tokens = ql.Tokens(ids, torch.ones_like(ids, dtype=torch.bool), "random ids")
+        rate = sweeps.gemm_rate(model.d_model, model.blocks[0].mlp.W_in.shape[0], model.dtype, self.device)
+        floor = 2 * model.d_model * tokens.n_valid * sweeps.block_parameters(model) / rate
+        found: dict[str, Any] = {"tokens": tokens.n_valid, "floor_s": floor}
+        for side in ("value", "key"):
+            _, found[side] = sweeps.full_sweep(model, tokens, side, min(n, model.d_model), 8.0)
+            found[side]["fit_over_floor"] = found[side]["fit_s"] / floor
+        return self._without_times(found)
+
+    def _million(self) -> dict[str, Any]:
+        """Signatures of 65,536 of a million directions, d=1152, V=262,144; the million extrapolated."""
+        import torch
+
+        from bench.timing import quantiles, seconds
+        from querylens_fast.ops import streamed_topk
+
+        n, d, V = (64, 48, 700) if self.interpreted else (65536, 1152, 262144)
+        F, W = torch.randn(n, d, device=self.device), torch.randn(V, d, device=self.device)
+        times = [1e3 * seconds(lambda: streamed_topk(F, W, 25), self.device) for _ in range(3)]
+        found = {"rows": n, "d": d, "V": V, **quantiles(times), "million_s": quantiles(times)["p50_ms"] * 1e3 / n}
+        return self._without_times(found)
+
+    def _without_times(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record as it is on a GPU; what the interpreter took is not kept."""
+        if not self.interpreted:
+            return record
+
+        def blank(value: Any, name: str = "") -> Any:
+            if isinstance(value, dict):
+                return {key: blank(each, key) for key, each in value.items()}
+            timed = name.endswith(("_s", "_ms", "_floor", "tflops", "_batch")) or name.startswith(("p20", "p50", "p80"))
+            return None if timed or name in ("fit_s",) else value
+
+        kept = blank(record)
+        return {key: value for key, value in kept.items() if key != "speedup_over"}
+
+    def table(self) -> str:
+        """Goals and what was reached, as text."""
+        lines = [f"{'goal':50s} {'wanted':>9s} {'reached':>14s}"]
+        for goal in self.record["goals"]:
+            reached = "not measured" if goal["reached"] is None else f"{goal['reached']:.2f}×"
+            lines.append(f"{goal['name']:50s} {goal['goal']:>9s} {reached:>14s}")
+        return "\n".join(lines)
 
 
 if __name__ == "__main__":

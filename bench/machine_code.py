@@ -96,5 +96,3 @@ def _main_loop(code: list[Instruction], products: list[int]) -> tuple[int, int] 
     busy = [loop for loop in loops if held(loop)]
     inner = [a for a in busy if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in busy)]
     return max(inner, key=lambda loop: (held(loop), loop[0] - loop[1]), default=None)
-
-

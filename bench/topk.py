@@ -98,9 +98,35 @@ def peers(F: Tensor, W: Tensor, k: int) -> dict[str, Callable[[], object]]:
         "gemm alone bf16": lambda: chunked(narrow_F, narrow_W, lambda S: None),
     }
     if F.device.type == "cuda":
+        for method in ("fused", "gemm"):
+            found[f"ours, {method}"] = lambda method=method: streamed_topk(F, W, k, method=method)
         found["ours, torch backend"] = lambda: streamed_topk(F, W, k, backend="torch")
-    elif importlib.util.find_spec("faiss") is not None:
+        found |= gpu_peers(F, W, k)
+    elif F.dtype == torch.float32 and importlib.util.find_spec("faiss") is not None:
         found["faiss.knn"] = lambda: faiss_topk(F, W, k)
+    return found
+
+
+def gpu_peers(F: Tensor, W: Tensor, k: int) -> dict[str, Callable[[], object]]:
+    """Other libraries' answers, where they are installed: top side alone where they know no other."""
+    found: dict[str, Callable[[], object]] = {}
+    if importlib.util.find_spec("faiss") is not None and hasattr(importlib.import_module("faiss"), "knn_gpu"):
+        faiss = importlib.import_module("faiss")
+        resources = faiss.StandardGpuResources()
+
+        def faiss_gpu() -> None:
+            for features in (F, -F):
+                faiss.knn_gpu(resources, features.float(), W.float(), k, metric=faiss.METRIC_INNER_PRODUCT)
+
+        found["faiss.knn_gpu"] = faiss_gpu
+    if importlib.util.find_spec("cuvs") is not None:
+        search = importlib.import_module("cuvs.neighbors.brute_force")
+        index = search.build(W.float(), metric="inner_product")
+        found["cuvs brute_force (top side)"] = lambda: search.search(index, F.float(), k)
+    if importlib.util.find_spec("flashinfer") is not None:
+        flashinfer = importlib.import_module("flashinfer")
+        if hasattr(flashinfer, "top_k"):
+            found["gemm + flashinfer.top_k (top side)"] = lambda: chunked(F, W, lambda S: flashinfer.top_k(S, k))
     return found
 
 

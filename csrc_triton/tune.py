@@ -24,7 +24,7 @@ from torch import Tensor
 from .configs import METHODS, Choice, Config, choose, configs, target_of  # noqa: TID251
 from .select import select  # noqa: TID251
 from .topk import topk  # noqa: TID251
-from .winners import BLOCK_N, winners  # noqa: TID251
+from .winners import BLOCK_N, CHUNK_ELEMENTS, product, winners  # noqa: TID251
 
 
 class Shape(NamedTuple):
@@ -114,13 +114,16 @@ def measure(F: Tensor, W: Tensor, k: int, table: Table, repeat: int = 5) -> dict
 
 
 def _time_ms(choice: Choice, F: Tensor, W: Tensor, k: int, repeat: int) -> float:
+    fused = choice.method == "fused"
+    group = choice.config.group if fused else BLOCK_N // 4
+    step = len(F) if fused else max(1, CHUNK_ELEMENTS // len(W))
+
     def once() -> None:
-        fused = choice.method == "fused"
-        found = topk(F, W, config=choice.config) if fused else winners(F @ W.T)
-        group = choice.config.group if fused else BLOCK_N // 4
-        for keys, largest in ((found.top, True), (found.bottom, False)):
-            if keys is not None:
-                select(keys, k + 16, len(W), group, largest=largest)
+        for rows in F.split(step):
+            found = topk(rows, W, config=choice.config) if fused else winners(product(rows, W))
+            for keys, largest in ((found.top, True), (found.bottom, False)):
+                if keys is not None:
+                    select(keys, k + 16, len(W), group, largest=largest)
         if F.device.type == "cuda":
             torch.cuda.synchronize(F.device)
 

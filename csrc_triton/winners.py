@@ -17,6 +17,8 @@ from torch import Tensor
 from .epilogue import read_out, store_sums, store_winners  # noqa: TID251
 from .topk import Winners, room_for  # noqa: TID251
 
+CHUNK_ELEMENTS = 1 << 28
+"""Dot products that a library writes at a time (1 GiB)."""
 BLOCK_M = 16
 BLOCK_N = 256
 NUM_WARPS = 4
@@ -54,6 +56,15 @@ def _winners_kernel(
     if STATISTICS:
         store_sums(scores, rows, columns, tile_n, shift, sums, n, V, tl.cdiv(V, BLOCK_N))
     store_winners(scores, rows, columns, tile_n, top_keys, bottom_keys, n, V, n_groups, TOP, BOTTOM, BLOCK_M, BLOCK_N)
+
+
+def product(F: Tensor, W: Tensor) -> Tensor:
+    """F Wᵀ in float32 by the device's library, [n, V]."""
+    if F.dtype == torch.float32:
+        return F @ W.T
+    if F.device.type == "cuda":
+        return torch.mm(F, W.T, out_dtype=torch.float32)
+    return F.float() @ W.float().T
 
 
 def winners(

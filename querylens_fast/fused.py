@@ -16,13 +16,11 @@ from csrc_triton.epilogue import sums_of
 from csrc_triton.rescore import rescore
 from csrc_triton.select import Candidates, column_of, select
 from csrc_triton.topk import topk as fused_winners
-from csrc_triton.winners import BLOCK_N, winners
+from csrc_triton.winners import BLOCK_N, CHUNK_ELEMENTS, product, winners
 
 from . import blocked, certified
 from .moments import Moments
 
-CHUNK_ELEMENTS = 1 << 28
-"""Dot products held at a time where a library makes them (1 GiB in float32)."""
 WINNER_BYTES = 1 << 28
 """Group winners held at a time."""
 WIDER = 4
@@ -67,7 +65,8 @@ def topk(
         dtype = torch.bfloat16 if low else F.dtype
     choice = choose(F, W, k, dtype, method, moments)
     source = _Source(F, W.to(dtype).contiguous(), epilogue, choice, moments, top, bottom)
-    m = k + 16 if dtype == F.dtype else (5 * k) // 2 + 16
+    tf32 = choice.config.input_precision == "tf32"
+    m = k + 16 if dtype == F.dtype and not tf32 else (5 * k) // 2 + 16
 
     def propose(rows: slice, wide: bool) -> tuple[certified.Proposal | None, certified.Proposal | None]:
         return source.propose(rows, WIDER * m if wide else m)
@@ -75,7 +74,7 @@ def topk(
     def exact(F: Tensor, W: Tensor, ids: Tensor, epilogue: blocked.Epilogue) -> Tensor:
         return rescore(F.contiguous(), W, ids, **_wide(epilogue))
 
-    bound = certified.ErrorBound.of(W, epilogue, dtype, tf32=choice.config.input_precision == "tf32")
+    bound = certified.ErrorBound.of(W, epilogue, dtype, tf32=tf32)
     if block_rows is None:
         block_rows = max(128, WINNER_BYTES // (32 * max(1, len(W) // source.group)))
         block_rows = min(block_rows, 1 << 15)
@@ -149,7 +148,7 @@ class _Source:
                 F, self.W, **_wide(epilogue), shift=shift, top=self.top, bottom=self.bottom, config=config
             )
         else:
-            scores = _product(F, self.W)
+            scores = product(F, self.W)
             if self.moments is not None and shift is None:
                 scores = epilogue.apply_(scores.float(), slice(None), slice(None))
                 epilogue = blocked.Epilogue(None, None, None)
@@ -183,15 +182,6 @@ class _Source:
         mean = mean if offset is None else mean + offset
         mean = mean if scale is None else mean * scale.mean()
         return mean if bias is None else mean + bias.mean()
-
-
-def _product(F: Tensor, W: Tensor) -> Tensor:
-    """F Wᵀ in float32, by the device's library."""
-    if F.dtype == torch.float32:
-        return F @ W.T
-    if F.device.type == "cuda":
-        return torch.mm(F, W.T, out_dtype=torch.float32)
-    return F.float() @ W.float().T
 
 
 def _wide(epilogue: blocked.Epilogue) -> dict[str, Tensor | None]:

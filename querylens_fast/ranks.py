@@ -28,7 +28,7 @@ GRACE_S = 10.0
 """Seconds of silence after which a process counts as dead."""
 BEAT_S = 1.0
 POLL_S = 0.05
-_KEPT = "what was written is kept, start the same command again to go on from there"
+_KEPT = "signatures that were written are kept, start the same command again to go on from there"
 
 T = TypeVar("T")
 
@@ -92,7 +92,15 @@ class _Joined(Ranks):
 
         # Only the processes that are known to be there start a collective, which could not be left again.
         self.wait("sum")
-        dist.all_reduce(tensor)
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            # The connection breaks at once; who broke it shows a little later.
+            limit = time.monotonic() + self.grace_s + 2 * BEAT_S
+            while time.monotonic() < limit:
+                self._look_around(range(self.size))
+                time.sleep(BEAT_S)
+            raise RankStopped(f"the sum over {self.size} processes failed: {error}") from error
         return tensor
 
     def check(self) -> None:
@@ -123,13 +131,26 @@ class _Joined(Ranks):
 
     def leave(self, error: BaseException | None) -> None:
         """Tell the others how this ended, and stop the signs of life."""
-        if error is not None and not isinstance(error, RankStopped):
+        if error is None:
+            self.wait("end")
+        elif not isinstance(error, RankStopped):
             with suppress(Exception):
                 self._store.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
-        elif error is None:
-            self.wait("end")
         self._over.set()
         self._beat.join()
+        if error is None:
+            self._go_last()
+
+    def _go_last(self) -> None:
+        """Rank 0, which may keep the rendezvous, stays until nobody needs it any more."""
+        with suppress(Exception):
+            if not self.leads:
+                self._store.set(f"gone/{self.rank}", "gone")
+                return
+            limit = time.monotonic() + self.grace_s
+            gone = [f"gone/{rank}" for rank in range(1, self.size)]
+            while not self._store.check(gone) and time.monotonic() < limit:
+                time.sleep(POLL_S)
 
     def _keep_beating(self) -> None:
         count = 0
@@ -201,7 +222,7 @@ def joined(grace_s: float = GRACE_S) -> Iterator[Ranks]:
     store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=60)))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     before, group = _current, _Joined(rank, size, store, grace_s)
     _current = group

@@ -115,7 +115,7 @@ def test_a_process_that_fails_is_named_with_its_error(tmp_path: Path) -> None:
     assert "rank 1 of 2 failed: FileNotFoundError" in outputs[0][1] and "missing.safetensors" in outputs[1][1]
 
 
-def test_torchrun_itself_says_which_rank_failed(tmp_path: Path) -> None:
+def test_jsonl_is_refused(tmp_path: Path) -> None:
     done = torchrun([*SIGNATURES, "--out", "out.jsonl"], tmp_path)
     assert done.returncode != 0
     assert "several processes write Parquet alone" in done.stderr
