@@ -12,7 +12,6 @@ floor is. Break-even is the number of features a layer from which fitting first 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import querylens_fast as ql
 from bench import sweeps
 from bench.cases import MODEL_SHAPES
 from bench.machine import machine, sync
+from bench.record import save
 from querylens_fast.demo.showcase import load_example
 from querylens_fast.models import parse_dtype
 from querylens_fast.walks import Side
@@ -180,15 +180,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--memory", type=float, default=2.0, help="GiB for the sweeps")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args(arguments)
-    results = []
+    results: list[dict[str, Any]] = []
+    command = f"python -m bench lens {' '.join(arguments or [])}".strip()
+    about = {"machine": machine(torch.device(options.device)), "command": command}
     with torch.no_grad():
         for dtype in map(parse_dtype, options.dtype.split(",")):
             results.append(bench(*subject(options, dtype), options))
             report(results[-1])
+            if options.out:
+                save(options.out, {**about, "results": results})
     if options.out:
-        command = f"python -m bench lens {' '.join(arguments or [])}".strip()
-        record = {"machine": machine(torch.device(options.device)), "command": command, "results": results}
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"written to {options.out}")
 
 

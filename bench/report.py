@@ -59,10 +59,10 @@ def lens_section(folder: Path) -> str:
     rows, sources = [], []
     for prefix in ("cpu-lens", "cpu-lens-gpt2-small"):
         record = newest(folder, prefix)
-        if record is None or "models" not in record[1]:
+        if record is None or "results" not in record[1]:
             continue
         sources.append(f"[{record[0]}]({record[0]})")
-        for model in record[1]["models"]:
+        for model in record[1]["results"]:
             shape = model["model"]
             label = f"{shape['layers']} × d {shape['d_model']}, {model['tokens']:,} tokens, {model['dtype']}"
             for side in ("value", "key"):

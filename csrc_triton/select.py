@@ -134,15 +134,15 @@ def _select(keys: Tensor, m: int, group: int, largest: bool, first_group: int) -
             GROUP=group,
             SLOTS=slots,
             BLOCK=block,
-            num_warps=warps_for(block),
+            num_warps=warps_for(block, hip=torch.version.hip is not None),
         )
     half = n_keys // 2
     return found, places.long() % half + first_group, places >= half, bound
 
 
-def warps_for(block: int) -> int:
-    """Warps of a program that holds a row of keys: 32 keys a thread."""
-    return min(32, max(1, block // 1024))
+def warps_for(block: int, *, hip: bool) -> int:
+    """Warps of a program that holds a row of keys: 16 keys a thread, on AMD's warps of twice the threads too."""
+    return min(32, max(1, block // (1024 if hip else 512)))
 
 
 def column_of(groups: Tensor, places: Tensor, group: int) -> Tensor:

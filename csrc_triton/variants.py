@@ -47,7 +47,7 @@ def variants(target: str) -> list[Variant]:
     for dtype, statistics in product(POINTERS, (False, True)):
         found.append(_winners(dtype, statistics))
     for block, largest in product((256, 2048, MAX_KEYS), (True, False)):
-        found.append(_select(block, largest))
+        found.append(_select(target, block, largest))
     found += [_rescore(dtype) for dtype in POINTERS]
     return found
 
@@ -115,13 +115,13 @@ def _winners(dtype: torch.dtype, statistics: bool) -> Variant:
     )
 
 
-def _select(block: int, largest: bool) -> Variant:
+def _select(target: str, block: int, largest: bool) -> Variant:
     return _variant(
         f"select {block} {'largest' if largest else 'smallest'}",
         _select_kernel,
         {"keys": "*i32", "found": "*i32", "places": "*i32", "left_out": "*i32"},
         {"LARGEST": largest, "GROUP": 64, "SLOTS": 64, "BLOCK": block},
-        {"num_warps": warps_for(block)},
+        {"num_warps": warps_for(block, hip=target == "gfx942")},
         short=block == MAX_KEYS,
     )
 
