@@ -33,10 +33,10 @@ WIDER = 4
 MAX_APART = 16
 """Rows of W, at most, that are kept out of the bfloat16 product."""
 _EXTRA = 32
-_BLOCK_ROWS = 512
+_BLOCK_ROWS = 1024
 _MIN_TILE_ROWS = 32
-_TILE_ELEMENTS = 1 << 25
-"""Scores held at a time (64 MiB in bfloat16)."""
+_TILE_ELEMENTS = 1 << 26
+"""Scores held at a time (128 MiB in bfloat16)."""
 
 
 def candidates_for(k: int) -> int:

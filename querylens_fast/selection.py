@@ -131,17 +131,16 @@ def best_places(scores: Tensor, m: int, largest: bool, extremes: Tensor | None =
         extremes = extremes_of(scores, largest)
     n_groups = extremes.shape[1]
     groups = best_places(extremes, m, largest).ids
-    tail = scores[:, n_groups * GROUP :]
-    # Gathered group by group, so that no index of the elements' size is ever built.
-    steps = scores[:, : n_groups * GROUP].unflatten(1, (GROUP, n_groups))
-    elements = scores.new_empty(len(scores), GROUP, m)
-    elements = torch.gather(steps, 2, groups[:, None, :].expand(-1, GROUP, -1), out=elements).flatten(1)
-    if tail.shape[1]:
-        elements = torch.cat([elements, tail], 1)
-    values, best = elements.topk(m, dim=1, largest=largest, sorted=False)
-    inside = best.clamp(max=GROUP * m - 1)
-    columns = groups.gather(1, inside % m) + inside.div(m, rounding_mode="floor") * n_groups
-    return Side(values, torch.where(best < GROUP * m, columns, best + (n_groups - m) * GROUP))
+    # The columns of the best groups' elements, and of those left over behind the last whole group.
+    r, n_elements = len(scores), GROUP * m
+    n_columns = n_elements + c - GROUP * n_groups
+    columns = workspace.take("columns", r * n_columns, torch.int64, scores.device).view(r, n_columns)
+    steps = torch.arange(0, GROUP * n_groups, n_groups, device=scores.device)
+    torch.add(groups[:, None, :], steps[:, None], out=columns[:, :n_elements].unflatten(1, (GROUP, m)))
+    columns[:, n_elements:] = torch.arange(GROUP * n_groups, c, device=scores.device)
+    room = workspace.take("elements", r * n_columns, scores.dtype, scores.device).view(r, n_columns)
+    values, best = torch.gather(scores, 1, columns, out=room).topk(m, dim=1, largest=largest, sorted=False)
+    return Side(values, columns.gather(1, best))
 
 
 def _settle_ties(scores: Tensor, result: Side, values: Tensor, k: int, largest: bool) -> None:
