@@ -20,11 +20,15 @@ from querylens_fast.jacobian_lens import export_jacobian_lens, import_jacobian_l
 from querylens_fast.models import Model, UnsupportedModelError, as_model, load_model
 from querylens_fast.ops import TopK, streamed_topk
 from querylens_fast.presets import PRESETS, Preset, find_preset
+from querylens_fast.relations.attention import attention_pairs, attention_profiles
+from querylens_fast.relations.channels import ChannelTest, channel_test, subspace_channels
 from querylens_fast.relations.flow import feature_chains, feature_flow, neighbours
+from querylens_fast.relations.output_features import output_features
 from querylens_fast.relations.passage import Passage, fit_passage
 from querylens_fast.relations.readers import downstream, upstream
 from querylens_fast.relations.tables import RelationTable, read_table
 from querylens_fast.relations.vocabulary import token_features
+from querylens_fast.relations.weight_lens import WeightLensThresholds, weight_descriptions, weight_lens
 from querylens_fast.search import Hits, search, show
 from querylens_fast.signatures import Signatures, scores_at, signatures
 from querylens_fast.sources import load_dictionary
@@ -37,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "Activation",
+    "ChannelTest",
     "Dictionary",
     "Feature",
     "Hits",
@@ -47,10 +52,15 @@ __all__ = [
     "Signatures",
     "StoredSignatures",
     "TopK",
+    "WeightLensThresholds",
     "Tokens",
     "Transport",
     "UnsupportedModelError",
     "as_model",
+    "attention_pairs",
+    "attention_profiles",
+    "channel_test",
+    "weight_descriptions",
     "directions",
     "downstream",
     "export_jacobian_lens",
@@ -66,12 +76,15 @@ __all__ = [
     "load_transport",
     "neighbours",
     "neuron_dictionary",
+    "output_features",
     "read_table",
     "scores_at",
     "search",
     "show",
     "signatures",
     "streamed_topk",
+    "subspace_channels",
     "token_features",
     "upstream",
+    "weight_lens",
 ]

@@ -124,7 +124,7 @@ def streamed_topk(
         block_rows: rows of F scored at a time; None lets the backend choose. Changes memory and speed, not the result
             beyond the last bit of a score.
         max_memory_gib: bound on the working memory beside the inputs and the result: tiles and the narrow copy of W.
-            None: tiles of up to 128 MiB and a copy of up to 2 GiB. On the CPU the tile's buffer is kept for the next call.
+            None: tiles of up to 128 MiB and a copy of up to 2 GiB. On the CPU the tile is kept for the next call.
         threads: CPU threads for this call; None leaves torch's setting.
 
     Returns:

@@ -31,10 +31,22 @@ class Scorer:
     centre: Tensor | None = None
     final_norm: bool = False
 
-    def topk(self, vectors: Tensor, k: int, backend: str = "auto") -> ops.TopK:
+    def topk(
+        self, vectors: Tensor, k: int, backend: str = "auto", *, bottom: bool = True, statistics: bool = False
+    ) -> ops.TopK:
         """The k highest and k lowest tokens of each vector [n, D]; scores in raw units of the readout."""
         x, offset = self.prepare(vectors)
-        return ops.streamed_topk(x, self.W, k, bias=self.bias, scale=self.scale, offset=offset, backend=backend)
+        return ops.streamed_topk(
+            x,
+            self.W,
+            k,
+            bias=self.bias,
+            scale=self.scale,
+            offset=offset,
+            bottom=bottom,
+            backend=backend,
+            statistics=statistics,
+        )
 
     def scores_at(self, vectors: Tensor, token_ids: Tensor) -> Tensor:
         """The scores of given tokens, [n, m], for vectors [n, D] and token_ids [m] or [n, m]."""

@@ -10,7 +10,7 @@ import logging
 
 import typer
 
-from querylens_fast.cli import browsing, computing, lenses, relating, showing
+from querylens_fast.cli import browsing, computing, explaining, lenses, relating, showing
 
 app = typer.Typer(
     help="Token signatures for every feature of sparse autoencoders and transcoders.",
@@ -41,6 +41,11 @@ app.command()(relating.flow)
 app.command()(relating.chains)
 app.command()(relating.neighbours)
 app.command("token-features")(relating.token_features)
+app.command("weight-lens")(explaining.weight_lens)
+app.command("output-features")(explaining.output_features)
+app.command("attention-pairs")(explaining.attention_pairs)
+app.command("attention-profiles")(explaining.attention_profiles)
+app.command()(explaining.channels)
 app.add_typer(evaluate, name="evaluate")
 evaluate.command("input")(showing.evaluate_input)
 app.command()(computing.topk)

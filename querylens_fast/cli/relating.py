@@ -1,4 +1,4 @@
-"""Commands of `querylens_fast.relations`: what reads a feature, and which features talk to which.
+"""Commands of `querylens_fast.relations` on readers, writers and neighbours of features.
 
 Each writes one Parquet table and shows its first rows. Without --model and --dictionary they take the embedded ones.
 """
@@ -11,24 +11,24 @@ from typing import Annotated, Any
 
 import typer
 
-from querylens_fast.cli.console import DeviceOption, DtypeOption, quiet_loading, reported_errors, say, wide_console
+from querylens_fast.cli.choosing import (
+    FeaturesOption,
+    KOption,
+    LayerOption,
+    ManyOption,
+    ModelOption,
+    OneOption,
+    OutOption,
+    SaeIdOption,
+    ShowOption,
+    chosen_dictionaries,
+    chosen_dictionary,
+    chosen_model,
+    chosen_pair,
+    report,
+)
+from querylens_fast.cli.console import DeviceOption, DtypeOption, reported_errors
 
-EMBEDDED_LAYER = 1
-"""Of the embedded dictionary that commands on one dictionary take."""
-
-ModelOption = Annotated[str | None, typer.Option(help="Local folder or hub id. Default: the embedded model.")]
-OneOption = Annotated[
-    str | None, typer.Option(help="What `signatures` takes as one. Default: the embedded one of --layer.")
-]
-ManyOption = Annotated[
-    list[str] | None, typer.Option("--dictionary", help="Repeat for more. Default: all embedded ones.")
-]
-SaeIdOption = Annotated[str | None, typer.Option(help="The id within a release.")]
-LayerOption = Annotated[int | None, typer.Option(help="Where the dictionary does not say.")]
-FeaturesOption = Annotated[str, typer.Option(help="all, start:stop, or ids like 1,5,9.")]
-KOption = Annotated[int, typer.Option(help="Kept on each side.")]
-ShowOption = Annotated[int, typer.Option("--show", help="Rows to show.")]
-OutOption = Annotated[Path, typer.Option(help="The .parquet file to write; a killed run resumes.")]
 TargetsOption = Annotated[list[str], typer.Option(help="Weight name, pattern with *, or dictionary; repeat for more.")]
 TransportOption = Annotated[
     Path | None, typer.Option(help="Transport file with first-order terms: features are carried to the target first.")
@@ -59,12 +59,12 @@ def downstream(
     with reported_errors():
         import querylens_fast as ql
 
-        loaded, source = _one(model, dictionary, sae_id, layer, device, dtype)
+        loaded, source = chosen_pair(model, dictionary, sae_id, layer, device, dtype)
         carrier = _carrier(loaded, source, "value", transport, carry, tokens)
         found = ql.downstream(
             source, loaded, targets=_targets(targets), k=k, features=features, transport=carrier, out=out
         )
-        _report(found, show, loaded)
+        report(found, show, loaded)
 
 
 def upstream(
@@ -87,12 +87,12 @@ def upstream(
     with reported_errors():
         import querylens_fast as ql
 
-        loaded, source = _one(model, dictionary, sae_id, layer, device, dtype)
+        loaded, source = chosen_pair(model, dictionary, sae_id, layer, device, dtype)
         carrier = _carrier(loaded, source, "key", transport, carry, tokens)
         found = ql.upstream(
             source, loaded, targets=_targets(targets), k=k, features=features, transport=carrier, out=out
         )
-        _report(found, show, loaded)
+        report(found, show, loaded)
 
 
 def flow(
@@ -106,7 +106,7 @@ def flow(
     with reported_errors():
         import querylens_fast as ql
 
-        _report(ql.feature_flow(_many(dictionary), k=k, device=device, out=out), show)
+        report(ql.feature_flow(chosen_dictionaries(dictionary), k=k, device=device, out=out), show)
 
 
 def chains(
@@ -123,12 +123,12 @@ def chains(
         import querylens_fast as ql
         from querylens_fast.relations.flow import site
 
-        given = _many(dictionary)
+        given = chosen_dictionaries(dictionary)
         given = given if dictionary else [d for d in given if site(d) == "residual"]
         found = ql.feature_chains(
             given, threshold=threshold, mutual=mutual, min_length=min_length, device=device, out=out
         )
-        _report(found, show)
+        report(found, show)
 
 
 def neighbours(
@@ -150,11 +150,11 @@ def neighbours(
 
         if side not in ("value", "key"):
             raise ValueError(f"side is {side!r}; expected value or key")
-        source = _dictionary(dictionary, sae_id, layer)
+        source = chosen_dictionary(dictionary, sae_id, layer)
         found = ql.neighbours(
             source, other, k=k, threshold=threshold, side=side, features=features, device=device, out=out,  # type: ignore[arg-type]
         )  # fmt: skip
-        _report(found, show)
+        report(found, show)
 
 
 def token_features(
@@ -173,44 +173,11 @@ def token_features(
     with reported_errors():
         import querylens_fast as ql
 
-        loaded = _model(model, bool(dictionary), device, dtype)
+        loaded = chosen_model(model, bool(dictionary), device, dtype)
         found = ql.token_features(
-            _many(dictionary), loaded, preset=preset, transport=transport, k=k, token_ids=token, out=out
+            chosen_dictionaries(dictionary), loaded, preset=preset, transport=transport, k=k, token_ids=token, out=out
         )
-        _report(found, show, loaded)
-
-
-def _model(model: str | None, given: bool, device: str, dtype: str) -> Any:
-    import querylens_fast as ql
-    from querylens_fast.demo import ASSETS
-
-    if (model is None) == given:
-        raise ValueError("give both --model and --dictionary, or neither for the embedded ones")
-    quiet_loading()
-    return ql.load_model(ASSETS / "model" if model is None else model, device=device, dtype=dtype)
-
-
-def _dictionary(dictionary: str | None, sae_id: str | None, layer: int | None) -> Any:
-    import querylens_fast as ql
-    from querylens_fast.demo import ASSETS
-
-    if dictionary is not None:
-        return ql.load_dictionary(dictionary, sae_id, layer)
-    return ql.load_dictionary(ASSETS / f"sae_layer{EMBEDDED_LAYER if layer is None else layer}")
-
-
-def _one(
-    model: str | None, dictionary: str | None, sae_id: str | None, layer: int | None, device: str, dtype: str
-) -> tuple[Any, Any]:
-    return _model(model, dictionary is not None, device, dtype), _dictionary(dictionary, sae_id, layer)
-
-
-def _many(dictionaries: Sequence[str] | None) -> list[Any]:
-    import querylens_fast as ql
-    from querylens_fast.demo import ASSETS
-
-    embedded = [*sorted(ASSETS.glob("sae_layer*")), *sorted(ASSETS.glob("transcoder_layer*"))]
-    return [ql.load_dictionary(d) for d in dictionaries or embedded]
+        report(found, show, loaded)
 
 
 def _targets(targets: Sequence[str]) -> list[Any]:
@@ -240,34 +207,3 @@ def _carrier(model: Any, dictionary: Any, side: Any, transport: Path | None, car
     sample = ql.load_tokens(tokens or ASSETS / "tokens.safetensors", model=model)
     sample = sample.head(FIT_SEQUENCES) if tokens is None else sample
     return ql.fit_passage(model, sample, dictionary.point(side), side=side, order=carry)  # type: ignore[arg-type]
-
-
-def _report(found: Any, show: int, model: Any = None) -> None:
-    """The first rows, then where all of them are."""
-    from rich.table import Table
-
-    hidden = {"source_layer", "target_layer"}
-    rows = found.head(show).to_pylist()
-    if rows:
-        table = Table()
-        for name in (n for n in rows[0] if n not in hidden):
-            table.add_column(name)
-        for row in rows:
-            table.add_row(*(_cell(name, row, model) for name in row if name not in hidden))
-        wide_console(120).print(table, markup=False)
-    say(f"{len(found)} rows: {found.path.resolve()}")
-
-
-def _cell(name: str, row: dict[str, Any], model: Any) -> str:
-    value = row[name]
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    if name in ("source", "target"):
-        return Path(value).name
-    if name == "target_id" and model is not None and model.tokenizer is not None and _is_token(row["target"]):
-        return f"{value} {model.str_tokens([value])[0]!r}"
-    return "" if value is None else repr(value) if name == "token" else str(value)
-
-
-def _is_token(target: str) -> bool:
-    return target in ("embed", "unembed") or ".attn.OV." in target

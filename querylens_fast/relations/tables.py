@@ -200,7 +200,7 @@ def topk_rows(
 
 @dataclass(frozen=True)
 class Categories:
-    """A column of strings that repeat: names[codes], codes an integer Tensor [n]."""
+    """A column of strings that repeat: names[codes], codes an int64 Tensor [n]."""
 
     names: Sequence[str]
     codes: Tensor
@@ -245,8 +245,11 @@ def _column(name: str, value: Column, n: int) -> pa.Array:
 
     strings = pa.dictionary(pa.int32(), pa.string())
     if isinstance(value, Categories):
-        codes = pa.array(value.codes.int().cpu().numpy())
-        return pa.DictionaryArray.from_arrays(codes, pa.array(list(value.names), pa.string()))
+        # Names may repeat (byte tokens that print alike, dictionaries of one name); categories may not.
+        unique = {name: place for place, name in enumerate(dict.fromkeys(value.names))}
+        places = torch.tensor([unique[name] for name in value.names], dtype=torch.int32)
+        codes = pa.array(places[value.codes.cpu()].numpy())
+        return pa.DictionaryArray.from_arrays(codes, pa.array(list(unique), pa.string()))
     if isinstance(value, str):
         codes = pa.array(torch.zeros(n, dtype=torch.int32).numpy())
         return pa.DictionaryArray.from_arrays(codes, pa.array([value], pa.string()))

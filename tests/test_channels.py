@@ -1,0 +1,139 @@
+"""Subspace channels against brute force over the features, and against gradient training; the test's own level."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import D_MODEL, LAYERS, save_tiny_model
+
+import querylens_fast as ql
+from querylens_fast.relations.channels import channel_maps, reduced_rank_map, trained_map
+from querylens_fast.relations.drawing import draw_channels
+
+RANK = 4
+
+
+@pytest.fixture(scope="module", params=("gpt2", "gemma3", "qwen3"))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ql.Model:
+    folder = save_tiny_model(request.param, tmp_path_factory.mktemp(request.param))
+    return ql.load_model(folder, dtype="float64")
+
+
+@pytest.fixture(scope="module")
+def transport(model: ql.Model, sample: ql.Tokens) -> ql.Transport:
+    return ql.fit_transport(model, sample, sides=("value",), orders=("first_order",), progress=False)
+
+
+@pytest.fixture(scope="module")
+def neurons(model: ql.Model) -> list[ql.Dictionary]:
+    return [ql.neuron_dictionary(model, layer) for layer in range(LAYERS)]
+
+
+def by_regression(V: torch.Tensor, R: torch.Tensor, rank: int) -> tuple[torch.Tensor, float]:
+    """Textbook reduced-rank regression of responses R on V: (the map [D, D], its share of the squares)."""
+    full = torch.linalg.lstsq(V, R, driver="gelsd").solution
+    _, _, right = torch.linalg.svd(V @ full, full_matrices=False)
+    fitted = full @ right[:rank].T @ right[:rank]
+    return fitted, 1 - float((V @ fitted - R).square().sum() / R.square().sum())
+
+
+def basis(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    return torch.linalg.svd(matrix).U[:, :rank]
+
+
+def responses(model: ql.Model, transport: ql.Transport, V: torch.Tensor, layer: int) -> torch.Tensor:
+    """Σ over the layer's modules of each feature's first-order term, feature by feature."""
+    terms = transport.matrices["value", "first_order"]
+    return torch.stack([terms[2 * layer] @ v + terms[2 * layer + 1] @ v for v in V])
+
+
+def test_by_brute_force(model: ql.Model, transport: ql.Transport, neurons: list[ql.Dictionary], tmp_path: Path) -> None:
+    found = ql.subspace_channels(neurons, model, transport, rank=RANK, out=tmp_path / "c.parquet", progress=False)
+    frame = found.pandas()
+    pairs = [(j, k) for j in range(LAYERS) for k in range(j + 1, LAYERS)]
+    assert len(frame) == 2 * len(pairs) * (len(pairs) + 1) // 2
+    fitted = {}
+    for j, k in pairs:
+        V = neurons[j].values(slice(None))
+        fitted[j, k] = by_regression(V, responses(model, transport, V, k), RANK)
+    for row in frame.itertuples():
+        a, b = (row.source_layer, row.target_layer), (row.other_source_layer, row.other_target_layer)
+        maps = [fitted[a][0], fitted[b][0]]
+        bases = [basis(m if row.space == "read" else m.T, RANK) for m in maps]
+        assert abs(row.score - float((bases[0].T @ bases[1]).square().sum()) / RANK) < 1e-6
+        assert abs(row.explained - fitted[a][1]) < 1e-8
+        shared = {(True, True): "both", (True, False): "destination", (False, True): "source"}
+        assert row.shares == shared.get((a[1] == b[1], a[0] == b[0]), "nothing")
+    assert frame[frame.shares == "both"].score.sub(1).abs().max() < 1e-9
+
+
+def test_fewer_features_than_dimensions(model: ql.Model, transport: ql.Transport) -> None:
+    """Features that span a part of the stream: the map of least norm, which reads nothing outside their span."""
+    V = torch.randn(7, D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    J = transport.matrices["value", "first_order"].double().unflatten(0, (LAYERS, 2)).sum(1)[2]
+    A, B = reduced_rank_map(J, V.T @ V / 7, 3)
+    expected, _ = by_regression(V, V @ J.T, 3)
+    assert torch.allclose(A @ B, expected, atol=1e-8)
+
+
+def test_training_finds_the_same(model: ql.Model, transport: ql.Transport, neurons: list[ql.Dictionary]) -> None:
+    exact = ql.subspace_channels(neurons[:2], model, transport, rank=RANK).pandas()
+    trained = ql.subspace_channels(neurons[:2], model, transport, rank=RANK, fit="gradient", steps=1500).pandas()
+    assert (exact.explained - trained.explained).abs().max() < 1e-3
+    assert (exact.explained >= trained.explained - 1e-9).all()
+    generator = torch.Generator().manual_seed(0)
+    J = torch.randn(D_MODEL, D_MODEL, dtype=torch.float64, generator=generator)
+    eye = torch.eye(D_MODEL, dtype=torch.float64)
+    A, B = trained_map(J, eye, D_MODEL, 1500, generator)
+    assert float((A @ B - J.T).norm() / J.norm()) < 1e-2
+
+
+def test_permutations(model: ql.Model, transport: ql.Transport, neurons: list[ql.Dictionary]) -> None:
+    found = ql.subspace_channels(neurons, model, transport, rank=RANK)
+    maps = channel_maps(found, "read")
+    assert maps.layers == [(0, 1), (0, 2), (1, 2)]
+    for shares in ("destination", "source"):
+        same_of = maps.same_destination if shares == "destination" else maps.same_source
+        pairs = [(a, b) for a in range(3) for b in range(a + 1, 3)]
+        same = [float(maps.overlaps[p]) for p in pairs if same_of[p]]
+        different = [float(maps.overlaps[p]) for p in pairs if not same_of[p]]
+        test = ql.channel_test(found, shares=shares, n_permutations=4000, seed=1)
+        assert abs(test.same - sum(same) / len(same)) < 1e-12
+        assert abs(test.different - sum(different) / len(different)) < 1e-12
+        assert test.random == RANK / D_MODEL
+        # One of three pairs is the same: permutations put each of the three there equally often.
+        rank = sum(score >= same[0] - 1e-12 for score in (*same, *different))
+        assert abs(test.p_value - rank / 3) < 0.05
+        assert test == ql.channel_test(found, shares=shares, n_permutations=4000, seed=1)
+
+
+def test_pictures(model: ql.Model, transport: ql.Transport, neurons: list[ql.Dictionary], tmp_path: Path) -> None:
+    found = ql.subspace_channels(neurons, model, transport)
+    paths = draw_channels(found, tmp_path / "pictures", "write")
+    assert [path.name for path in paths] == ["channels-write-overlaps.png", "channels-write-groups.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in paths)
+
+
+def test_mistakes(model: ql.Model, transport: ql.Transport, neurons: list[ql.Dictionary], sample: ql.Tokens) -> None:
+    with pytest.raises(ValueError, match="no layer lies after"):
+        ql.subspace_channels(neurons[-1:], model, transport)
+    with pytest.raises(ValueError, match="rank is 25; expected 1 to d_model = 24"):
+        ql.subspace_channels(neurons, model, transport, rank=25)
+    with pytest.raises(ValueError, match="fit is 'adam'"):
+        ql.subspace_channels(neurons, model, transport, fit="adam")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="same point"):
+        ql.subspace_channels([neurons[0], neurons[0]], model, transport)
+    full = ql.fit_transport(model, sample, sides=("value",), orders=("full",), progress=False)
+    with pytest.raises(ValueError, match="no first-order terms of the value side"):
+        ql.subspace_channels(neurons, model, full)
+    found = ql.subspace_channels(neurons, model, transport)
+    with pytest.raises(ValueError, match="expected 'destination' or 'source'"):
+        ql.channel_test(found, shares="layer")  # type: ignore[arg-type]
+    single = ql.subspace_channels(neurons[1:], model, transport)
+    with pytest.raises(ValueError, match="no two of these 1 maps"):
+        ql.channel_test(single)
+    with pytest.raises(ValueError, match="expected one of subspace_channels"):
+        ql.channel_test(ql.neighbours(neurons[0]))
+    zeros = ql.directions(torch.zeros(3, D_MODEL, dtype=torch.float64), layer=0)
+    with pytest.raises(ValueError, match="does not answer"):
+        ql.subspace_channels([zeros], model, transport)

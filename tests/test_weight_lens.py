@@ -1,0 +1,204 @@
+"""WeightLens against brute force: products in float64 and runs of the transformers model itself."""
+
+from pathlib import Path
+
+import pandas
+import pytest
+import relations_oracle as oracle
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_relations_flow import Largest
+from tiny_models import LAYERS, VOCAB, save_tiny_model
+
+import querylens_fast as ql
+from querylens_fast.relations import weight_lens as lens_module
+from querylens_fast.relations.weight_lens import outliers
+
+BOS = 1
+LOW = ql.WeightLensThresholds(token_z=1.2, top_tokens=6, feature_z=1.0, top_features=4)
+
+
+@pytest.fixture(scope="module", params=("gpt2", "gemma3", "qwen3"))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ql.Model:
+    folder = save_tiny_model(request.param, tmp_path_factory.mktemp(request.param))
+    return ql.load_model(folder, dtype="float64")
+
+
+@pytest.fixture(scope="module")
+def neurons(model: ql.Model) -> list[ql.Dictionary]:
+    return [ql.neuron_dictionary(model, layer) for layer in range(LAYERS)]
+
+
+@torch.no_grad()
+def activations(model: ql.Model, layer: int) -> torch.Tensor:
+    """[V, n]: each neuron's activation at every token behind BOS, from the checkpoint's own forward pass."""
+    source = model.source
+    block = (source.transformer.h if source.config.model_type == "gpt2" else source.model.layers)[layer]
+    seen = []
+    down = block.mlp.c_proj if source.config.model_type == "gpt2" else block.mlp.down_proj
+    handle = down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    source(torch.stack([torch.full((VOCAB,), BOS), torch.arange(VOCAB)], 1))
+    handle.remove()
+    return seen[0][:, 1]
+
+
+def standing_out(scores: torch.Tensor, limit: int, threshold: float) -> list[list[int]]:
+    """The outliers of every row, strongest first."""
+    z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True, correction=0)
+    return [[i for i in row.argsort(descending=True)[:limit].tolist() if row[i] > threshold] for row in z]
+
+
+@torch.no_grad()
+def brute_force(model: ql.Model, neurons: list[ql.Dictionary]) -> dict[tuple[int, int, str], dict[int, bool]]:
+    """(layer, feature, relation) → what was found, and whether it was accepted."""
+    embedded = oracle.embeddings(model.source)
+    found: dict[tuple[int, int, str], dict[int, bool]] = {}
+    accepted: list[list[list[int]]] = []
+    for layer, dictionary in enumerate(neurons):
+        keys, values = dictionary.keys(slice(None)), dictionary.values(slice(None))
+        active = activations(model, layer) > 0
+        inputs = standing_out(keys @ embedded.T, LOW.top_tokens, LOW.token_z)
+        outputs = standing_out(oracle.final_logits(model.source, values), LOW.top_tokens, LOW.token_z)
+        read = [
+            standing_out(keys @ neurons[i].values(slice(None)).T, LOW.top_features, LOW.feature_z) for i in range(layer)
+        ]
+        own = []
+        for f in range(dictionary.n_features):
+            handed = {t for i in range(layer) for g in read[i][f] for t in accepted[i][g]} - set(inputs[f])
+            found[layer, f, "input token"] = {t: bool(active[t, f]) for t in inputs[f]}
+            found[layer, f, "inherited token"] = {t: bool(active[t, f]) for t in handed}
+            found[layer, f, "output token"] = dict.fromkeys(outputs[f], True)
+            for i in range(layer):
+                found[layer, f, f"earlier feature {i}"] = dict.fromkeys(read[i][f], True)
+            own.append([t for t in [*inputs[f], *handed] if active[t, f]])
+        accepted.append(own)
+    return {key: value for key, value in found.items() if value}
+
+
+def as_sets(frame: pandas.DataFrame) -> dict[tuple[int, int, str], dict[int, bool]]:
+    found: dict[tuple[int, int, str], dict[int, bool]] = {}
+    for row in frame.itertuples():
+        relation = f"earlier feature {int(row.target_layer)}" if row.relation == "earlier feature" else row.relation
+        found.setdefault((row.source_layer, row.source_id, relation), {})[row.target_id] = row.accepted
+    return found
+
+
+def test_by_brute_force(model: ql.Model, neurons: list[ql.Dictionary], tmp_path: Path) -> None:
+    frame = ql.weight_lens(
+        neurons, model, thresholds=LOW, bos_token_id=BOS, out=tmp_path / "w.parquet", progress=False
+    ).pandas()
+    expected = brute_force(model, neurons)
+    assert as_sets(frame) == expected
+    assert {key[2] for key in expected} >= {"input token", "inherited token", "earlier feature 0", "output token"}
+    for _, group in frame.groupby(["source_layer", "source_id", "relation", "target"], observed=True):
+        assert list(group["rank"]) == list(range(len(group))) and group.score.is_monotonic_decreasing
+    runs = frame[frame.relation.isin(["input token", "inherited token"])]
+    for layer in range(LAYERS):
+        own, active = runs[runs.source_layer == layer], activations(model, layer)
+        mine = torch.tensor(own.activation.to_numpy())
+        theirs = active[own.target_id.tolist(), own.source_id.tolist()]
+        assert torch.allclose(mine.double(), theirs.double(), atol=1e-5)
+    assert frame[~frame.index.isin(runs.index)].activation.isna().all()
+    tokens = frame[frame.relation != "earlier feature"]
+    assert list(tokens.token) == model.str_tokens(tokens.target_id.tolist())
+
+
+def test_z_scores_of_every_relation(model: ql.Model, neurons: list[ql.Dictionary]) -> None:
+    frame = ql.weight_lens(neurons[2], model, earlier=neurons[:2], thresholds=LOW, bos_token_id=BOS).pandas()
+    embedded, keys = oracle.embeddings(model.source), neurons[2].keys(slice(None))
+    for row in frame[frame.relation.isin(["input token", "inherited token"])].itertuples():
+        scores = keys[row.source_id] @ embedded.T
+        assert abs(row.score - float(scores[row.target_id])) < 1e-9
+        assert abs(row.z - float((scores[row.target_id] - scores.mean()) / scores.std(correction=0))) < 1e-7
+    every = ql.weight_lens(neurons, model, thresholds=LOW, bos_token_id=BOS).pandas()
+    last = every[every.source_layer == 2]
+    assert as_sets(frame) == as_sets(last)
+
+
+def test_some_features_and_no_run(model: ql.Model, neurons: list[ql.Dictionary]) -> None:
+    frame = ql.weight_lens(neurons[0], model, thresholds=LOW, validate=False, features=[7, 3]).pandas()
+    assert set(frame.source_id) <= {3, 7} and frame.accepted.all() and frame.activation.isna().all()
+    every = ql.weight_lens(neurons[0], model, thresholds=LOW, bos_token_id=BOS).pandas()
+    candidates = every[every.source_id.isin([3, 7])]
+    assert set(zip(frame.source_id, frame.target_id, frame.relation, strict=True)) == set(
+        zip(candidates.source_id, candidates.target_id, candidates.relation, strict=True)
+    )
+
+
+def test_descriptions(model: ql.Model, neurons: list[ql.Dictionary]) -> None:
+    found = ql.weight_lens(neurons, model, thresholds=LOW, bos_token_id=BOS)
+    frame, described = found.pandas(), ql.weight_descriptions(found, n=2).to_pandas()
+    accepted = frame[frame.accepted & (frame.relation != "earlier feature")]
+    assert len(described) == len(accepted.groupby(["source_layer", "source_id"], observed=True))
+    for row in described.itertuples():
+        own = accepted[(accepted.source_layer == row.source_layer) & (accepted.source_id == row.source_id)]
+        inputs = own[own.relation != "output token"].sort_values("activation", ascending=False)
+        outputs = own[own.relation == "output token"].sort_values("score", ascending=False)
+        assert row.activated_by == ", ".join(map(repr, inputs.token[:2]))
+        assert row.promotes == ", ".join(map(repr, outputs.token[:2]))
+
+
+def test_mistakes(model: ql.Model, neurons: list[ql.Dictionary]) -> None:
+    with pytest.raises(ValueError, match="outside the vocabulary of 61"):
+        ql.weight_lens(neurons[0], model, bos_token_id=61)
+    with pytest.raises(ValueError, match="features is for one dictionary, but 3 are given"):
+        ql.weight_lens(neurons, model, features=[1])
+    with pytest.raises(ValueError, match="no encoder configuration"):
+        ql.weight_lens(ql.directions(torch.randn(9, 24), layer=1), model, bos_token_id=BOS, thresholds=LOW)
+    with pytest.raises(ValueError, match="expected one of weight_lens"):
+        ql.weight_descriptions(ql.neighbours(neurons[0]))
+    with pytest.raises(ValueError, match="empty list"):
+        ql.weight_lens([], model)
+
+
+def test_a_model_without_bos(tmp_path: Path) -> None:
+    model = ql.load_model(save_tiny_model("qwen3", tmp_path))
+    model.source.config.bos_token_id = None
+    with pytest.raises(ValueError, match="names no BOS token"):
+        ql.weight_lens(ql.neuron_dictionary(model, 0), model)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 6),
+    V=st.integers(1, 300),
+    limit=st.integers(1, 300),
+    threshold=st.floats(-2, 2.5),
+    seed=st.integers(0, 10**6),
+    levels=st.sampled_from([1, 2, 5, 1000]),
+)
+def test_outliers_by_brute_force(n: int, V: int, limit: int, threshold: float, seed: int, levels: int) -> None:
+    """Any limit and threshold, equal scores too, whether or not all of the first scores stand out."""
+    generator = torch.Generator().manual_seed(seed)
+    F = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    W = torch.randint(-levels, levels + 1, (V, 3), generator=generator).double()
+
+    def search(vectors: torch.Tensor, k: int) -> ql.TopK:
+        return ql.streamed_topk(vectors, W, k, bottom=False, statistics=True)
+
+    found = outliers(search, F, V, limit, threshold)
+    scores = F @ W.T
+    deviation = scores.std(1, correction=0)
+    z = (scores - scores.mean(1, keepdim=True)) / deviation[:, None]
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, : min(limit, V)]
+    for row in range(n):
+        mine = found.id[found.row == row].tolist()
+        if deviation[row] < 1e-9 or ((z[row] - threshold).abs() < 1e-9).any():
+            continue
+        assert mine == [i for i in order[row].tolist() if z[row, i] > threshold]
+
+
+def test_nothing_of_features_by_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, V = 6000, 30_000
+    model = ql.load_model(save_tiny_model("gpt2", tmp_path))
+    model.W_E = torch.randn(V, 24, generator=generator)
+    model.W_U = torch.randn(V, 24, generator=generator)
+    model.b_U = None
+    monkeypatch.setattr(lens_module, "FEATURES_AT_ONCE", 512)
+    dictionary = ql.directions(torch.randn(n, 24, generator=generator), layer=1)
+    with Largest() as largest:
+        found = ql.weight_lens(dictionary, model, validate=False, thresholds=LOW._replace(token_z=3.0))
+    assert len(found) > 0
+    assert 0 < largest.bytes <= 1 << 27 < 4 * n * V / 4
