@@ -10,7 +10,7 @@ import typer
 
 from querylens_fast.cli.console import quiet_loading, say, wide_console
 
-MAX_CELL = 40
+MAX_CELL = 36
 """Letters shown of a text."""
 EMBEDDED_LAYER = 1
 """Of the embedded dictionary that commands on one dictionary take."""

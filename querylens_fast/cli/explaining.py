@@ -97,7 +97,9 @@ def attention_pairs(
     dictionary: OneOption = None,
     sae_id: SaeIdOption = None,
     layer: LayerOption = None,
-    other: Annotated[str | None, typer.Option(help="The other dictionary. Default: QK the same, OV the embedded one.")] = None,
+    other: Annotated[
+        str | None, typer.Option(help="The other dictionary. Default: QK the same, OV the embedded one.")
+    ] = None,
     circuit: Annotated[str, typer.Option(help="QK or OV.")] = "QK",
     head: Annotated[list[int] | None, typer.Option(help="Query head; repeat. Default: all.")] = None,
     per: Annotated[str, typer.Option(help="Rank pairs of every head, or of every feature in it.")] = "head",

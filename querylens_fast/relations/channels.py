@@ -87,7 +87,7 @@ def subspace_channels(
     *,
     rank: int | None = None,
     fit: Fit = "closed_form",
-    steps: int = 500,
+    steps: int = 2000,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = True,
