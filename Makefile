@@ -13,6 +13,7 @@ types:
 
 test:
 	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -m slow
 
 bench:
 	$(PYTHON) -m bench

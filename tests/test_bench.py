@@ -20,6 +20,7 @@ def bench(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_gpu_check_runs_its_logic_under_the_interpreter(tmp_path: Path) -> None:
     out = tmp_path / "checked.json"

@@ -20,6 +20,7 @@ def compile_check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
+@pytest.mark.slow
 def test_short_list_compiles_for_every_target(tmp_path: Path) -> None:
     done = compile_check("--short", "--json", str(tmp_path / "found.json"))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -43,6 +43,7 @@ def alone(arguments: list[str], cwd: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_transport_over_two_processes_is_that_of_one(tmp_path: Path) -> None:
     done = torchrun([*TRANSPORT, "--out", "two.safetensors"], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -56,6 +57,7 @@ def test_transport_over_two_processes_is_that_of_one(tmp_path: Path) -> None:
             assert (theirs[key] - tensor).norm() < 1e-5 * tensor.norm()
 
 
+@pytest.mark.slow
 def test_signatures_over_two_processes_are_byte_for_byte_those_of_one(tmp_path: Path) -> None:
     done = torchrun([*SIGNATURES, "--out", "two.parquet"], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -76,6 +78,7 @@ def parts(folder: Path) -> list[Path]:
     return list(folder.glob("out.parquet.parts/part-*.parquet"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_killed_process_is_named_and_the_run_resumes(dying: int, tmp_path: Path) -> None:
     # Ablations are slow enough to be killed in the middle.
