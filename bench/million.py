@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -122,6 +123,7 @@ def gemm_seconds(W: torch.Tensor, n: int) -> float:
 def run_once(dictionary: ql.Dictionary, model: ql.Model, out: Path, options: dict[str, Any]) -> float:
     """Seconds of the whole job, from nothing to the finished file."""
     out.unlink(missing_ok=True)
+    shutil.rmtree(out.with_name(f"{out.name}.parts"), ignore_errors=True)
     return seconds(lambda: ql.signatures(dictionary, model, out=out, **options))
 
 

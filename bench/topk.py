@@ -20,7 +20,6 @@ from bench.cases import CASES, Case
 from bench.machine import machine
 from bench.record import save
 from bench.timing import measure
-from querylens_fast import workspace
 from querylens_fast.ops import TopK, streamed_topk
 
 CPU_ROWS = 4096
@@ -66,11 +65,17 @@ def chunked(F: Tensor, W: Tensor, use: Callable[[Tensor], Any]) -> list[Any]:
     return found
 
 
+_chunks: dict[torch.dtype, Tensor] = {}
+
+
 def _room(F: Tensor, n_elements: int) -> Tensor:
-    """A peer's chunk; on the CPU kept between calls, as mapping fresh memory would be most of its time."""
+    """A peer's chunk; on the CPU kept between calls, as mapping fresh memory would be a part of its time."""
     if F.device.type != "cpu":
         return torch.empty(n_elements, dtype=F.dtype, device=F.device)
-    return workspace.take("a peer's chunk", n_elements, F.dtype, F.device)
+    kept = _chunks.get(F.dtype)
+    if kept is None or len(kept) < n_elements:
+        kept = _chunks[F.dtype] = torch.empty(n_elements, dtype=F.dtype)
+    return kept[:n_elements]
 
 
 def torch_topk(F: Tensor, W: Tensor, k: int) -> TopK:
@@ -104,6 +109,17 @@ def peers(F: Tensor, W: Tensor, k: int) -> dict[str, Callable[[], object]]:
         found |= gpu_peers(F, W, k)
     elif F.dtype == torch.float32 and importlib.util.find_spec("faiss") is not None:
         found["faiss.knn"] = lambda: faiss_topk(F, W, k)
+    return found
+
+
+def modes(F: Tensor, W: Tensor, k: int) -> dict[str, Callable[[], object]]:
+    """Our own other ways: one plain pass, the narrow product's own scores, and either with row statistics."""
+    found: dict[str, Callable[[], object]] = {}
+    for precision in ("float32", "bf16"):
+        for statistics in (False, True):
+            name = f"ours, {precision}" + (" + statistics" if statistics else "")
+            settings = {"precision": precision, "statistics": statistics}
+            found[name] = lambda settings=settings: streamed_topk(F, W, k, **settings)
     return found
 
 
@@ -159,7 +175,10 @@ def run_case(
     """Check, then measure one case; the record that goes into the JSON."""
     F, W = inputs(case, rows, dtype, device, kind)
     error = check(F, W, case.k)
-    times = measure(peers(F, W, case.k), F.device, repeat)
+    measured = peers(F, W, case.k)
+    if kind == "gaussian":
+        measured |= modes(F, W, case.k)
+    times = measure(measured, F.device, repeat)
     ours = times["ours"]["p50_ms"]
     return {
         "case": case.name,

@@ -6,11 +6,14 @@ exponentials about the running maximum. What a tile's rounding is, is the caller
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import workspace
 
 PART_ELEMENTS = 1 << 20
 """Scores of a tile that are worked on at a time: what stays in the cache on a CPU."""
@@ -70,26 +73,39 @@ class Moments:
 
     def add_tile(self, scores: Tensor, first_row: int) -> None:
         """Count in a tile of scores [r, c] of the rows from first_row on, of any float dtype."""
-        step = max(1, PART_ELEMENTS // max(1, scores.shape[1]))
+        columns = scores.shape[1]
+        step = max(1, PART_ELEMENTS // max(1, columns))
+        dtype = scores.dtype if scores.dtype == torch.float64 else torch.float32
+        rooms = [_room(i, min(step, len(scores)), columns, dtype, scores.device) for i in range(3)]
         for start in range(0, len(scores), step):
             part = scores[start : start + step]
-            part = part if part.dtype == torch.float64 else part.float()
-            self._add(part, slice(first_row + start, first_row + start + len(part)))
+            wide, first, second = (room[: len(part)] for room in rooms)
+            part = part if part.dtype == dtype else wide.copy_(part)
+            self._add(part, slice(first_row + start, first_row + start + len(part)), first, second)
 
-    def _add(self, part: Tensor, rows: slice) -> None:
+    def _add(self, part: Tensor, rows: slice, first: Tensor, second: Tensor) -> None:
+        """Count in a part [r, c] of float32 or wider, with room for two of its size."""
         if self.edges is not None:
             self._count(part, rows)
         fresh = self.count[rows] == 0
-        self.shift[rows] = torch.where(fresh, part.mean(1).double(), self.shift[rows])
-        centred = part - self.shift[rows, None].to(part)
-        squares = centred.square()
-        sums = (
-            centred.sum(1),
-            squares.sum(1),
-            torch.linalg.vecdot(centred, squares),
-            torch.linalg.vecdot(squares, squares),
+        if bool(fresh.any()):
+            self.shift[rows] = torch.where(fresh, part.mean(1).double(), self.shift[rows])
+        centred = torch.sub(part, self.shift[rows, None].to(part), out=first)
+        squares = torch.mul(centred, centred, out=second)
+        sums = torch.stack(
+            (
+                centred.sum(1),
+                squares.sum(1),
+                torch.linalg.vecdot(centred, squares),
+                torch.linalg.vecdot(squares, squares),
+            )
         )
-        self.add_sums(rows, part.shape[1], torch.stack(sums), *_exponential_sums(part))
+        peak = part.amax(1)
+        below = torch.sub(part, peak[:, None], out=first)
+        # Exponentials that underflow take ten times as long, and count for nothing. (NaN, from an infinity, stays.)
+        lowest = math.ceil(math.log(torch.finfo(below.dtype).tiny))
+        weights = torch.clamp(below, min=lowest, out=second).exp_()
+        self.add_sums(rows, part.shape[1], sums, peak, weights.sum(1), torch.linalg.vecdot(below, weights))
 
     def add_sums(
         self, rows: slice, count: int, sums: Tensor, peak: Tensor, exponentials: Tensor, weighted: Tensor
@@ -143,12 +159,9 @@ class Moments:
         self.counts[rows] += room.scatter_add_(1, places.masked_fill_(outside, bins), ones)[:, :bins]
 
 
-def _exponential_sums(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """max x, Σ exp(x - max) and Σ (x - max) exp(x - max) of each row."""
-    peak = part.amax(1)
-    below = part - peak[:, None]
-    weights = below.exp()
-    return peak, weights.sum(1), torch.linalg.vecdot(below, weights)
+def _room(place: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for a part, kept between calls: fresh memory would cost more than the sums."""
+    return workspace.take(f"moments {place}", rows * columns, dtype, device).view(rows, columns)
 
 
 def _rescaled(peak: Tensor, highest: Tensor, exponentials: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:

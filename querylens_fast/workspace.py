@@ -11,8 +11,8 @@ import threading
 import torch
 from torch import Tensor
 
-LIMIT = 1 << 28
-"""Bytes a thread keeps (256 MiB)."""
+LIMIT = 1 << 29
+"""Bytes a thread keeps (512 MiB)."""
 
 
 class _Kept(threading.local):

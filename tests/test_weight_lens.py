@@ -177,7 +177,7 @@ def test_outliers_by_brute_force(n: int, V: int, limit: int, threshold: float, s
     def search(vectors: torch.Tensor, k: int) -> ql.TopK:
         return ql.streamed_topk(vectors, W, k, bottom=False, statistics=True)
 
-    found = outliers(search, F, V, limit, threshold)
+    found = outliers(search, F, V, limit, threshold).found
     scores = F @ W.T
     deviation = scores.std(1, correction=0)
     z = (scores - scores.mean(1, keepdim=True)) / deviation[:, None]
@@ -196,9 +196,37 @@ def test_nothing_of_features_by_vocabulary(tmp_path: Path, monkeypatch: pytest.M
     model.W_E = torch.randn(V, 24, generator=generator)
     model.W_U = torch.randn(V, 24, generator=generator)
     model.b_U = None
-    monkeypatch.setattr(lens_module, "FEATURES_AT_ONCE", 512)
+    monkeypatch.setattr(lens_module, "FEATURES_AT_ONCE", 4096)
     dictionary = ql.directions(torch.randn(n, 24, generator=generator), layer=1)
     with Largest() as largest:
         found = ql.weight_lens(dictionary, model, validate=False, thresholds=LOW._replace(token_z=3.0))
     assert len(found) > 0
     assert 0 < largest.bytes <= 1 << 27 < 4 * n * V / 4
+
+
+def test_dictionaries_at_one_point_do_not_describe_each_other(model: ql.Model) -> None:
+    matrix = torch.randn(40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    two = [ql.directions(matrix, layer=1, name="a"), ql.directions(matrix.flip(0), layer=1, name="b")]
+    frame = ql.weight_lens(two, model, thresholds=LOW, validate=False).pandas()
+    assert set(frame.relation) == {"input token", "output token"}
+
+
+def test_a_killed_run_resumes(model: ql.Model, neurons: list[ql.Dictionary], tmp_path: Path) -> None:
+    """What earlier layers found is found again where their parts are already on the disk."""
+    settings = {"thresholds": LOW, "bos_token_id": BOS, "progress": False}
+    whole = ql.weight_lens(neurons, model, out=tmp_path / "whole.parquet", **settings)
+    describe, calls = lens_module._Lens.describe, []
+
+    def killed(self: lens_module._Lens, dictionary: ql.Dictionary, ids: torch.Tensor) -> list:
+        calls.append(dictionary.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return describe(self, dictionary, ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lens_module._Lens, "describe", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ql.weight_lens(neurons, model, out=tmp_path / "parts.parquet", **settings)
+    assert len(list((tmp_path / "parts.parquet.parts").glob("part-*"))) == 2
+    resumed = ql.weight_lens(neurons, model, out=tmp_path / "parts.parquet", **settings)
+    assert resumed.table().equals(whole.table())

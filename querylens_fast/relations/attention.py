@@ -102,7 +102,9 @@ def attention_pairs(
     """
     model, dictionary = as_model(model), load_dictionary(dictionary)
     dictionary.check_model(model)
-    n_heads = _check(model, layer, k)
+    n_heads = _heads_of(model, layer)
+    if k < 1:
+        raise ValueError(f"k is {k}; expected at least 1")
     if circuit not in ("QK", "OV") or per not in ("head", "feature"):
         raise ValueError(f"circuit, per are {circuit!r}, {per!r}; expected 'QK' or 'OV', 'head' or 'feature'")
     if other is None and circuit == "OV":
@@ -181,7 +183,8 @@ def attention_profiles(
     for dictionary in given:
         dictionary.check_model(model)
     if semantic is None:
-        semantic = [output_features(d, model, progress=progress) for d in given]
+        show = out is not None if progress is None else progress
+        semantic = [output_features(d, model, progress=show) for d in given]
     if len(semantic) != len(given):
         raise ValueError(f"semantic holds {len(semantic)} tables, but there are {len(given)} dictionaries")
     groups = [_predicting(d, table) for d, table in zip(given, semantic, strict=True)]
@@ -399,10 +402,8 @@ def _predicting(dictionary: Dictionary, table: RelationTable) -> Tensor:
     return torch.tensor(found["predicts"].to_pylist(), dtype=torch.bool)
 
 
-def _check(model: Model, layer: int, k: int) -> int:
+def _heads_of(model: Model, layer: int) -> int:
     """The layer's number of query heads."""
     if not 0 <= layer < model.n_layers:
         raise ValueError(f"layer is {layer}, but model {model.name!r} has layers 0 to {model.n_layers - 1}")
-    if k < 1:
-        raise ValueError(f"k is {k}; expected at least 1")
     return model.blocks[layer].attention.n_heads

@@ -39,7 +39,7 @@ from querylens_fast.sources import load_dictionary
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FEATURES_AT_ONCE = 1024
+FEATURES_AT_ONCE = 4096
 FIRST = 64
 """Scores of a feature that are looked at first; the rest of its limit only where all of these stand out."""
 ACTIVATIONS_AT_ONCE = 1 << 25
@@ -72,7 +72,8 @@ def weight_lens(
     """The tokens and earlier features that stand out among each feature's products with the weights.
 
     Args:
-        dictionaries: One, or a list; each reads the ones before it in depth, too.
+        dictionaries: One, or a list; each is also described by those before it: that write at or before the point it
+            reads at, and read before that point.
         model: As in `signatures`.
         earlier: Further dictionaries whose values may be read, described only as far as they are.
         thresholds: None: the paper's, `WeightLensThresholds()`.
@@ -177,6 +178,14 @@ class _Found(NamedTuple):
     z: Tensor
 
 
+class Outliers(NamedTuple):
+    """What stands out for n vectors, and the mean and standard deviation [n] of all their scores."""
+
+    found: _Found
+    mean: Tensor
+    deviation: Tensor
+
+
 class _Part(NamedTuple):
     """Relations of one kind, with what the model's run said of them."""
 
@@ -209,7 +218,7 @@ class _Lens:
     def rows(self, dictionary: Dictionary, ids: Tensor) -> pa.Table:
         """The table's rows of a block of features."""
         values = dictionary.values(ids).to(self.model.device, self.model.dtype)
-        outputs = self._tokens(self.unembed, values)
+        outputs = self._tokens(self.unembed, values).found
         parts = [*self.describe(dictionary, ids), _Part.unrun("output token", "unembed", None, outputs)]
 
         def joined(name: str) -> Tensor:
@@ -247,7 +256,7 @@ class _Lens:
         read = [(other, self._features(other, keys)) for other in self._before(dictionary)]
         inherited = self._inherited(keys, inputs, read)
         parts = []
-        for relation, found in (("input token", inputs), ("inherited token", inherited)):
+        for relation, found in (("input token", inputs.found), ("inherited token", inherited)):
             part = _Part.unrun(relation, "embed", None, found)
             if self.bos is not None:
                 activation = self._activations(dictionary, ids[found.row], found.id)
@@ -260,10 +269,11 @@ class _Lens:
         return [*parts, *(_Part.unrun("earlier feature", other.name, other.layer, found) for other, found in read)]
 
     def _before(self, dictionary: Dictionary) -> list[Dictionary]:
-        """The dictionaries that write at or before the point this one reads at."""
-        return [d for d in self.known if d is not dictionary and d.point("value") <= dictionary.point("key")]
+        """The dictionaries that write at or before the point this one reads at, and read before it."""
+        at = dictionary.point("key")
+        return [d for d in self.known if d.point("value") <= at and d.point("key") < at]
 
-    def _tokens(self, scorer: Scorer, vectors: Tensor) -> _Found:
+    def _tokens(self, scorer: Scorer, vectors: Tensor) -> Outliers:
         """Tokens that stand out for vectors [n, D]."""
 
         def search(vectors: Tensor, k: int) -> TopK:
@@ -278,9 +288,9 @@ class _Lens:
         def search(keys: Tensor, k: int) -> TopK:
             return streamed_topk(keys, values, k, bottom=False, statistics=True, backend=self.backend)
 
-        return outliers(search, keys, len(values), self.thresholds.top_features, self.thresholds.feature_z)
+        return outliers(search, keys, len(values), self.thresholds.top_features, self.thresholds.feature_z).found
 
-    def _inherited(self, keys: Tensor, inputs: _Found, read: list[tuple[Dictionary, _Found]]) -> _Found:
+    def _inherited(self, keys: Tensor, inputs: Outliers, read: list[tuple[Dictionary, _Found]]) -> _Found:
         """The tokens accepted for the earlier features that keys read, without the inputs; strongest first."""
         V = self.model.vocab_size
         pairs = [torch.empty(0, dtype=torch.int64)]
@@ -292,18 +302,17 @@ class _Lens:
                     self.describe(other, part)
             pairs += [row * V + kept[i] for row, i in zip(found.row.tolist(), found.id.tolist(), strict=True)]
         pair = torch.cat(pairs).unique()
-        pair = pair[~torch.isin(pair, inputs.row * V + inputs.id)]
+        pair = pair[~torch.isin(pair, inputs.found.row * V + inputs.found.id)]
         row, token = pair // V, pair % V
         if not len(pair):
             return _Found(row, token, torch.empty(0), torch.empty(0))
         step = max(1, SCORES_AT_ONCE // keys.shape[1])
         chunks = zip(row.split(step), token.split(step), strict=True)
         scores = torch.cat([self.embed.scores_at(keys[r], t[:, None])[:, 0] for r, t in chunks]).cpu()
-        _, mean, deviation = _spread(self.embed.topk(keys, 1, self.backend, bottom=False, statistics=True))
         order = scores.argsort(descending=True, stable=True)
         order = order[row[order].argsort(stable=True)]
         row, scores = row[order], scores[order]
-        return _Found(row, token[order], scores, (scores.double() - mean[row]) / deviation[row])
+        return _Found(row, token[order], scores, (scores.double() - inputs.mean[row]) / inputs.deviation[row])
 
     def _activations(self, dictionary: Dictionary, features: Tensor, tokens: Tensor) -> Tensor:
         """The activation of each feature [m] at its token [m] behind BOS, float32."""
@@ -328,36 +337,34 @@ class _Lens:
 
 def outliers(
     search: Callable[[Tensor, int], TopK], vectors: Tensor, n_scores: int, limit: int, threshold: float
-) -> _Found:
+) -> Outliers:
     """Of the ``limit`` largest of each vector's n_scores scores those with z > threshold.
 
     ``search`` gives the k largest scores of vectors [n, D] with their statistics. Scores that are all equal have none.
     """
     limit = min(limit, n_scores)
     first = min(FIRST, limit)
-    parts = [_standing_out(search(vectors, first), torch.arange(len(vectors)), threshold)]
+    looked = search(vectors, first).to("cpu")
+    assert looked.statistics is not None
+    mean, deviation = looked.statistics.mean, looked.statistics.variance.sqrt()
+    parts = [_standing_out(looked, torch.arange(len(vectors)), mean, deviation, threshold)]
     row, counts = parts[0].row, torch.bincount(parts[0].row, minlength=len(vectors))
     more = (counts == first).nonzero().squeeze(1)
     if first < limit and len(more):
         parts[0] = _Found(*(column[~torch.isin(row, more)] for column in parts[0]))
-        parts.append(_standing_out(search(vectors[more.to(vectors.device)], limit), more, threshold))
+        wider = search(vectors[more.to(vectors.device)], limit).to("cpu")
+        parts.append(_standing_out(wider, more, mean[more], deviation[more], threshold))
     found = _Found(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
     order = found.row.argsort(stable=True)
-    return _Found(*(column[order] for column in found))
+    return Outliers(_Found(*(column[order] for column in found)), mean, deviation)
 
 
-def _standing_out(found: TopK, row_of: Tensor, threshold: float) -> _Found:
-    scores, mean, deviation = _spread(found)
+def _standing_out(looked: TopK, rows_of: Tensor, mean: Tensor, deviation: Tensor, threshold: float) -> _Found:
+    scores, ids = looked.top_scores, looked.top_ids
+    assert scores is not None and ids is not None
     z = (scores.double() - mean[:, None]) / deviation[:, None]
-    assert found.top_ids is not None
     row, rank = (z > threshold).nonzero(as_tuple=True)
-    return _Found(row_of[row], found.top_ids.cpu()[row, rank], scores[row, rank], z[row, rank])
-
-
-def _spread(found: TopK) -> tuple[Tensor, Tensor, Tensor]:
-    """(top scores [n, k], mean [n], standard deviation [n]) on the CPU."""
-    assert found.top_scores is not None and found.statistics is not None
-    return found.top_scores.cpu(), found.statistics.mean.cpu(), found.statistics.variance.sqrt().cpu()
+    return _Found(rows_of[row], ids[row, rank], scores[row, rank], z[row, rank])
 
 
 def _ranks(row: Tensor) -> Tensor:
