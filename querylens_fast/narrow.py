@@ -30,6 +30,7 @@ MIN_ROWS = 192
 """Fewer rows of F do not pay for the copy of W."""
 WIDER = 4
 """Times as many candidates for a row that the first ones do not settle."""
+INFINITY_BITS = 0x7F80
 MAX_APART = 16
 """Rows of W, at most, that are kept out of the bfloat16 product."""
 _EXTRA = 32
@@ -172,7 +173,7 @@ def _as_scored(
         scores = score(rows)
         for largest, side in sides.items():
             numbers, extremes = selection.without_nan(scores, largest)
-            ids = selection.best_places(numbers, k, largest, extremes).ids
+            ids = selection.best_places(numbers, extremes, k, largest).ids
             # A NaN stands behind every number again.
             found = selection.best_of_candidates(scores.gather(1, ids), ids, k, largest=largest)
             side.scores[rows], side.ids[rows] = found
@@ -263,12 +264,38 @@ def _fold_rows(F: Tensor, epilogue: Epilogue, width: int) -> Tensor:
     return folded
 
 
+class _Tile:
+    """One side of a bfloat16 tile [r, V'], from which the best of some or all rows are taken."""
+
+    def __init__(self, scores: Tensor, largest: bool) -> None:
+        self.scores, self.largest = scores, largest
+        self.numbers: tuple[Tensor, Tensor] | None = None
+        # Numbers from zero up are in the order of their bits, and integers are compared twice as fast.
+        bits = scores.view(torch.int16)
+        self.bits = (bits, selection.extremes_of(bits, True)) if largest else None
+
+    def best(self, m: int, index: Tensor | None = None) -> selection.Side:
+        """The m best of the rows index (None: all), in no order."""
+        if self.bits is not None:
+            found = selection.best_places(*_rows_of(self.bits, index), m, True)
+            if int(found.scores.amin()) >= 0 and int(found.scores.amax()) <= INFINITY_BITS:
+                return selection.Side(found.scores.view(NARROW), found.ids)
+            self.bits = None
+        if self.numbers is None:
+            self.numbers = selection.without_nan(self.scores, self.largest)
+        return selection.best_places(*_rows_of(self.numbers, index), m, self.largest)
+
+
+def _rows_of(pair: tuple[Tensor, Tensor], index: Tensor | None) -> tuple[Tensor, Tensor]:
+    return pair if index is None else (pair[0][index], pair[1][index])
+
+
 def _candidates(scores: Tensor, m: int, wide: bool, folded: _Folded, *, largest: bool) -> certified.Proposal:
     """The m best of each row of a bfloat16 tile, in no order, and a bound on the others before they were rounded."""
-    numbers, extremes = selection.without_nan(scores, largest)
+    tile = _Tile(scores, largest)
 
-    def proposal(numbers: Tensor, extremes: Tensor, m: int) -> certified.Proposal:
-        values, ids = selection.best_places(numbers, m, largest, extremes)
+    def proposal(m: int, index: Tensor | None = None) -> certified.Proposal:
+        values, ids = tile.best(m, index)
         left_out = (values.amin(1) if largest else values.amax(1)).float()
         # Rounding to bfloat16 keeps order and moves a number by at most 2^-8 of itself.
         slack = left_out.abs() * 2.0**-8 + 1e-38
@@ -277,6 +304,5 @@ def _candidates(scores: Tensor, m: int, wide: bool, folded: _Folded, *, largest:
         return certified.Proposal(ids, left_out + slack if largest else left_out - slack)
 
     if wide:
-        return proposal(numbers, extremes, WIDER * m)
-    first = proposal(numbers, extremes, m)
-    return first._replace(wider=lambda index: proposal(numbers[index], extremes[index], WIDER * m))
+        return proposal(WIDER * m)
+    return proposal(m)._replace(wider=lambda index: proposal(WIDER * m, index))

@@ -79,7 +79,7 @@ def best_of_tile(scores: Tensor, k: int, *, largest: bool) -> Side:
     """
     worst = -math.inf if largest else math.inf
     numbers, extremes = without_nan(scores, largest)
-    best = best_places(numbers, k + 1, largest, extremes)
+    best = best_places(numbers, extremes, k + 1, largest)
     found = best_of_candidates(best.scores, best.ids, k + 1, largest=largest)
     result, kth = Side(*(x[:, :k].contiguous() for x in found)), found.scores[:, k - 1 : k]
     _settle_ties(numbers, result, found.scores, k, largest)
@@ -96,11 +96,8 @@ def without_nan(scores: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
 
     The extremes are valid until the next call for the same side.
     """
-    r, n_groups = len(scores), scores.shape[1] // GROUP
-    room = workspace.take(f"extremes {largest}", r * n_groups, scores.dtype, scores.device).view(r, n_groups)
-    grouped = scores[:, : n_groups * GROUP].unflatten(1, (GROUP, n_groups))
-    extreme = torch.amax if largest else torch.amin
-    extremes, tail = extreme(grouped, 1, out=room), scores[:, n_groups * GROUP :]
+    extremes = extremes_of(scores, largest)
+    tail = scores[:, extremes.shape[1] * GROUP :]
     # The extreme of what holds a NaN is NaN.
     if not any(part.numel() and math.isnan(part.amax()) for part in (extremes, tail)):
         return scores, extremes
@@ -109,20 +106,25 @@ def without_nan(scores: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
 
 
 def extremes_of(scores: Tensor, largest: bool) -> Tensor:
-    """Extremes [r, G] of groups {j, j + G, j + 2G, ...}, G = c // GROUP: whole vector registers are compared."""
-    n_groups = scores.shape[1] // GROUP
+    """Extremes [r, G] of groups {j, j + G, j + 2G, ...}, G = c // GROUP: whole vector registers are compared.
+
+    Valid until the next call for the same side and number of columns.
+    """
+    r, n_groups = len(scores), scores.shape[1] // GROUP
+    name = f"extremes {largest} {scores.shape[1]}"
+    room = workspace.take(name, r * n_groups, scores.dtype, scores.device).view(r, n_groups)
     grouped = scores[:, : n_groups * GROUP].unflatten(1, (GROUP, n_groups))
-    return grouped.amax(1) if largest else grouped.amin(1)
+    return (torch.amax if largest else torch.amin)(grouped, 1, out=room)
 
 
-def best_places(scores: Tensor, m: int, largest: bool, extremes: Tensor | None = None) -> Side:
+def best_places(scores: Tensor, extremes: Tensor | None, m: int, largest: bool) -> Side:
     """The min(m, c) best of each row, in no order; equals across the m-th place are cut anyhow.
 
     Args:
-        scores: [r, c], without NaN.
+        scores: [r, c], without NaN, of any dtype that has an order.
+        extremes: `extremes_of` these scores, or None.
         m: how many.
         largest: the largest or the smallest.
-        extremes: `extremes_of` these scores, where they are known.
     """
     c = scores.shape[1]
     if c < 2 * GROUP * m:
@@ -130,7 +132,7 @@ def best_places(scores: Tensor, m: int, largest: bool, extremes: Tensor | None =
     if extremes is None:
         extremes = extremes_of(scores, largest)
     n_groups = extremes.shape[1]
-    groups = best_places(extremes, m, largest).ids
+    groups = best_places(extremes, None, m, largest).ids
     # The columns of the best groups' elements, and of those left over behind the last whole group.
     r, n_elements = len(scores), GROUP * m
     n_columns = n_elements + c - GROUP * n_groups
