@@ -20,11 +20,12 @@ from querylens_fast.jacobian_lens import export_jacobian_lens, import_jacobian_l
 from querylens_fast.models import Model, UnsupportedModelError, as_model, load_model
 from querylens_fast.ops import TopK, streamed_topk
 from querylens_fast.presets import PRESETS, Preset, find_preset
-from querylens_fast.relations.attention import attention_pairs, attention_profiles
+from querylens_fast.relations.attention import attention_pairs
 from querylens_fast.relations.channels import ChannelTest, channel_test, subspace_channels
 from querylens_fast.relations.flow import feature_chains, feature_flow, neighbours
 from querylens_fast.relations.output_features import output_features
 from querylens_fast.relations.passage import Passage, fit_passage
+from querylens_fast.relations.profiles import attention_profiles
 from querylens_fast.relations.readers import downstream, upstream
 from querylens_fast.relations.tables import RelationTable, read_table
 from querylens_fast.relations.vocabulary import token_features

@@ -9,7 +9,7 @@ from test_relations_flow import Largest
 from tiny_models import D_MODEL, save_tiny_model
 
 import querylens_fast as ql
-from querylens_fast.relations.attention import QUANTILES, strengths
+from querylens_fast.relations.profiles import QUANTILES, strengths
 
 LAYER, K = 2, 5
 
