@@ -102,6 +102,20 @@ def test_a_few_outlying_columns_cost_no_row_its_proof(factor: float) -> None:
         assert same.all()
 
 
+@pytest.mark.parametrize("positive", [0, 3, 30, 6000])
+def test_scores_of_either_sign(positive: int) -> None:
+    """The top of rows with no, few and only positive scores: positive candidates are compared by their bits alone."""
+    F, W = gaussian(60, 32, seed=21).abs(), -gaussian(6000, 32, seed=22).abs()
+    W[:positive] *= -1
+    F[7], F[8] = 0.0, float("nan")
+    found, _, _ = narrow_topk(F, W, 12)
+    keep = [i for i in range(60) if i != 8]
+    sides = {name: side[keep] for name, side in found.sides().items()}
+    check_exact(found._replace(**sides), F[keep], W, 12, 1e-4)
+    assert torch.equal(found.top_ids[[7, 8]], torch.arange(12).expand(2, -1))
+    assert found.top_scores[8].isnan().all() and (found.top_scores[7] == 0).all()
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 12), st.integers(0, 2**20), st.sampled_from(["ties", "prefix", "late"]))
 def test_ties_across_the_kth_place(n_equal: int, k: int, seed: int, kind: str) -> None:
