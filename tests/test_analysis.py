@@ -33,15 +33,18 @@ def tokens_of(name: str) -> Tokens:
     return load_tokens(golden(name).tokens_path, model=model_of(name))
 
 
-def analyse(name: str, baseline: str, layer: int, feature: int, transport: Any = None) -> dict[str, Any]:
+def analyse(
+    name: str, baseline: str, layer: int, feature: int, transport: Any = None, rank: int = 0, world_size: int = 1
+) -> dict[str, Any]:
     """One golden feature through the reference's functions, as its run.py calls them."""
     case, model, ids = golden(name), model_of(name), tokens_of(name).ids
+    share = ids[slice(*distribute_batch(len(ids), rank, world_size))]
     f = Feature(name, feature, layer, "res")
     sae = load_dictionary(case.sae_path(layer))
     parts = common.BASELINE_REGISTRY[baseline]
     vector, transition, readout = (parts[k] for k in ("feature_vector", "stream_transition", "readout"))
     common_arguments = {
-        "model": model, "f": f, "sae": sae, "pile_sample": ids, "rank": 0, "world_size": 1,
+        "model": model, "f": f, "sae": sae, "pile_sample": ids, "rank": rank, "world_size": world_size,
         "stream_transition": transition, "submodule": "both", "k": case.k, "accumulation_steps": 2,
         "transport": transport,
     }  # fmt: skip
@@ -50,12 +53,13 @@ def analyse(name: str, baseline: str, layer: int, feature: int, transport: Any =
     if transition == "tuned_lens":
         return analyze_tuned_lens(model, f, sae, case.k, True, load_tuned_lens(case.tuned_lens_path).params)
     if transition in ("token_change", "zero_out"):
-        cache_ = common.ResidCache.build_for_local_pile_sample(model, ids, 1, "all")
-        return analyze_token_change(model, f, sae, ids, 0, 1, CFG, cache_, case.k, transition == "zero_out")
+        cache_ = common.ResidCache.build_for_local_pile_sample(model, share, 1, "all")
+        ablated = transition == "zero_out"
+        return analyze_token_change(model, f, sae, ids, rank, world_size, CFG, cache_, case.k, ablated)
     if vector == "value":
-        cache_ = common.ResidCache.build_for_local_pile_sample(model, ids, 2, "all", use_layer_norm=True)
+        cache_ = common.ResidCache.build_for_local_pile_sample(model, share, 2, "all", use_layer_norm=True)
         return jvp.analyze_feature(**common_arguments, use_jvp_layer_norm=True, resid_cache=cache_)
-    cache_ = common.VJPResidCache.build_for_local_pile_sample(model, ids, 2, "all", use_layer_norm=True)
+    cache_ = common.VJPResidCache.build_for_local_pile_sample(model, share, 2, "all", use_layer_norm=True)
     return vjp.analyze_feature(**common_arguments, use_vjp_layer_norm=True, resid_cache=cache_)
 
 
