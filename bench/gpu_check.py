@@ -3,7 +3,7 @@
 First correctness of every variant and mode against float64 (fresh seeds, poisoned memory), then the machine's
 ceilings, then the goals: each measured beside its peer in the same process, each written to the JSON as soon as it is
 known. No time is reported for a kernel that is wrong. The file is gpu-check.json in $OUT, or in bench/results. Exits
-with 1 when a result is wrong and with 2 where there is no GPU.
+with 1 when a result is wrong or a measurement fails, and with 2 where there is no GPU.
 
 ``--interpret`` runs the whole logic at small sizes on the CPU under Triton's interpreter: results are checked, times
 are null, because they would say nothing of a GPU.
@@ -77,8 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(run.table())
     checks = run.record["checks"]
     print(f"{len(checks) - len(wrong)} of {len(checks)} checks right" + "".join(f"\nWRONG: {name}" for name in wrong))
-    print(f"written to {run.out}")
-    if wrong:
+    failed = [f"{name}: {item['failed']}" for name, item in run.record["items"].items() if "failed" in item]
+    print("".join(f"FAILED: {line}\n" for line in failed) + f"written to {run.out}")
+    if wrong or failed:
         raise SystemExit(1)
 
 
@@ -130,8 +131,10 @@ class Run:
             try:
                 self.record["items"][name] = measure()
             except Exception as error:
-                self.record["items"][name] = {"skipped": f"{type(error).__name__}: {error}"[:500]}
-        print(name, self.record["items"][name].get("skipped", "done"), flush=True)
+                # What was measured before is worth keeping, and what comes after still worth measuring.
+                self.record["items"][name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
+        item = self.record["items"][name]
+        print(name, item.get("skipped") or item.get("failed") or "done", flush=True)
         self._save()
 
     def _save(self) -> None:
