@@ -76,17 +76,26 @@ class Dictionary:
         Raises:
             ValueError: The dictionary has vectors only, or an architecture that cannot be run here.
         """
+        self.check_runs()
+        assert self.load_coder is not None
+        return self.load_coder()
+
+    def check_runs(self) -> None:
+        """Raise ValueError when the dictionary has vectors only and cannot be run."""
         if self.load_coder is None:
             raise ValueError(
                 f"dictionary {self.name!r} ({self.kind}) has vectors but no encoder configuration: it cannot be run; "
-                "token_change and zero_out need a sae-lens SAE or transcoder, or MLP neurons"
+                "that needs a sae-lens SAE or transcoder, or MLP neurons"
             )
-        return self.load_coder()
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the dictionary's shape and of some of its rows, which tells a replaced file from the old one."""
-        digest = hashlib.sha256(f"{self.n_features},{self.d_model}".encode())
+        """A digest of the dictionary's shape, of the points it acts at and of some of its rows.
+
+        It tells a replaced file from the old one, and one matrix at two places.
+        """
+        shape = self.n_features, self.d_model, self.value_point, self.key_point
+        digest = hashlib.sha256(",".join(map(str, shape)).encode())
         ids = torch.linspace(0, max(self.n_features - 1, 0), min(16, self.n_features)).long()
         for rows in (self.value_rows, self.key_rows):
             if rows is not None:

@@ -26,14 +26,18 @@ class NoSingleWeights:
 
     name: str
 
+    def refuse(self, attribute: str) -> NoReturn:
+        """Raise UnsupportedModelError for a weight that is not there."""
+        from querylens_fast.models import UnsupportedModelError
+
+        raise UnsupportedModelError(
+            f"{self.name} has no single {attribute}: MLP neurons, weights as downstream targets and the "
+            "module-by-module functions of querylens_fast.analysis need a plain MLP or attention"
+        )
+
     def __getattr__(self, attribute: str) -> NoReturn:
         if attribute.startswith(("W_", "b_")) or attribute in ("hidden", "project", "norm", "post_norm"):
-            from querylens_fast.models import UnsupportedModelError
-
-            raise UnsupportedModelError(
-                f"{self.name} has no single {attribute}: MLP neurons, weights as downstream targets and the "
-                "module-by-module functions of querylens_fast.analysis need a plain MLP or attention"
-            )
+            self.refuse(attribute)
         raise AttributeError(attribute)
 
 

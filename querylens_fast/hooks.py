@@ -13,7 +13,16 @@ Kind = Literal["sae", "transcoder", "neurons", "directions"]
 _HOOK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 _MODULE = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:transformer\.)?(?:layers|h)\.(\d+)(?:\.(.+))?$")
 STREAM = {"hook_resid_pre": 0, "hook_resid_mid": 1, "hook_resid_post": 2}
-_WRITES = {**STREAM, "hook_mlp_out": 2, "hook_attn_out": 1, "output": 2, "": 2, "mlp": 2, "self_attn": 1}
+_WRITES = {
+    **STREAM,
+    "hook_mlp_out": 2,
+    "mlp.hook_out": 2,
+    "hook_attn_out": 1,
+    "output": 2,
+    "": 2,
+    "mlp": 2,
+    "self_attn": 1,
+}
 _READS = {
     **STREAM,
     "mlp.hook_in": 1,

@@ -124,7 +124,8 @@ def _bias(module: Any) -> Tensor | None:
 
 
 def _layer_norm(module: Any) -> Norm:
-    return Norm(module.weight.detach(), _bias(module), module.eps, centred=True)
+    weight = getattr(module, "weight", None)
+    return Norm(None if weight is None else weight.detach(), _bias(module), module.eps, centred=True)
 
 
 def _rms_norm(module: Any, offset: float) -> Norm:

@@ -45,12 +45,9 @@ class ParquetSink(Sink):
 
     def __init__(self, path: Path, identity: dict[str, Any], resume: bool, token_strings: bool, model: Model) -> None:
         super().__init__(path, {**identity, "token_strings": token_strings}, resume, token_strings, model)
-        self.complete = path.exists()
+        self.complete, self.begun = path.exists(), False
         if self.complete:
             shutil.rmtree(self.parts, ignore_errors=True)  # a run killed after its last step left them
-        else:
-            self.parts.mkdir(exist_ok=True)
-            write_whole(self.parts / "run.json", json.dumps(self.identity, indent=1))
 
     @property
     def parts(self) -> Path:
@@ -63,6 +60,7 @@ class ParquetSink(Sink):
     def write(self, found: Signatures, indices: Sequence[int], names: Sequence[str] | None = None) -> None:
         import pyarrow.parquet as pq
 
+        self._begin()
         with whole(self._part(indices[0])) as partial:
             pq.write_table(self._table(found, indices), partial, **_OPTIONS)
 
@@ -77,7 +75,7 @@ class ParquetSink(Sink):
             parts = sorted(self.parts.glob("part-*.parquet"))
             if parts:
                 self._join(parts)
-            shutil.rmtree(self.parts)
+                shutil.rmtree(self.parts)
         return super().finish(n_features)
 
     def _join(self, parts: Sequence[Path]) -> None:
@@ -91,13 +89,20 @@ class ParquetSink(Sink):
                 writer.write_table(group.cast(schema), row_group_size=ROW_GROUP)
         joined.replace(self.path)
 
+    def _begin(self) -> None:
+        """Say what the parts are of; not before there is one, so that a mistake leaves nothing behind."""
+        if not self.begun:
+            self.parts.mkdir(exist_ok=True)
+            write_whole(self.parts / "run.json", json.dumps(self.identity, indent=1))
+            self.begun = True
+
     def _part(self, start: int) -> Path:
         return self.parts / f"part-{start:012d}.parquet"
 
     def _earlier_identity(self) -> dict[str, Any] | None:
         if self.path.exists():
             return read_identity(self.path)
-        if (self.parts / "run.json").is_file():
+        if any(self.parts.glob("part-*.parquet")):
             return json.loads((self.parts / "run.json").read_text(encoding="utf-8"))
         return None
 

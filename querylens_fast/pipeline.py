@@ -104,6 +104,7 @@ class Pipeline:
             "n_features": len(features),
             "model": self.model.name,
             "fingerprint": self.model.fingerprint,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
             "convention": self.model.convention,
             "final_norm": self.scorer.final_norm,
             "transport": transport,

@@ -74,7 +74,7 @@ def open_sink(
 
 
 class Sink:
-    """Takes blocks of signatures. Opening it writes nothing but the run's identity."""
+    """Takes blocks of signatures. Opening it writes at most the run's identity."""
 
     format = ""
 

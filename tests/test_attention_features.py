@@ -171,6 +171,19 @@ def test_mistakes(model: ql.Model) -> None:
         ql.attention_profiles(FEATURES, model, semantic=[some])
     with pytest.raises(ValueError, match="no attention layer asked for"):
         ql.attention_profiles(LATER, model)
+    with pytest.raises(ValueError, match="layer is 7, but model"):
+        ql.attention_profiles(FEATURES, model, layers=[7])
+
+
+def test_attention_without_single_weights(tmp_path: Path) -> None:
+    model = ql.load_model(save_tiny_model("gpt2", tmp_path), linearisation="autodiff")
+    for refused in (
+        lambda: ql.attention_pairs(FEATURES, model, layer=2),
+        lambda: ql.attention_profiles(FEATURES, model),
+        lambda: ql.downstream(FEATURES, model, targets="blocks.2.attn.W_Q"),
+    ):
+        with pytest.raises(ql.UnsupportedModelError, match="no single W_Q"):
+            refused()
 
 
 def test_no_matrix_of_features_by_features(model: ql.Model) -> None:

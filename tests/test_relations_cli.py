@@ -56,8 +56,6 @@ def test_every_command_is_documented() -> None:
     documented = {command.split()[0] for command, _ in examples()}
     assert {"downstream", "upstream", "flow", "chains", "neighbours", "token-features"} <= documented
     assert {"weight-lens", "output-features", "attention-pairs", "attention-profiles", "channels"} <= documented
-    assert {"weight-lens", "output-features", "attention-pairs", "attention-profiles", "channels"} <= documented
-    assert {"weight-lens", "output-features", "attention-pairs", "attention-profiles", "channels"} <= documented
 
 
 def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Feature flow, chains and neighbours against brute force in float64; nothing of features × features is ever made."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import querylens_fast as ql
-from querylens_fast.relations.flow import feature_chains, feature_flow, neighbours, related
+from querylens_fast.relations.flow import feature_chains, feature_flow, neighbours, related, site
 
 D = 12
 
@@ -65,6 +66,22 @@ def test_neighbours_in_depth(stack: list[ql.Dictionary]) -> None:
         ("hook_mlp_out 2", "previous residual", "resid_post 1"),
         ("hook_mlp_out 2", "next residual", "resid_post 3"),
     }
+
+
+def test_transcoders_write_as_mlps(stack: list[ql.Dictionary]) -> None:
+    """Of a plain file, which has no hook names, too."""
+    vectors = torch.randn(9, 24)
+    assert {site(d) for d in stack} == {"residual", "mlp", "attention"}
+    plain = dataclasses.replace(ql.directions(vectors, layer=1), kind="transcoder", hook_name="", hook_name_out="")
+    assert site(plain) == "mlp"
+
+
+def test_no_matches_asked_for(stack: list[ql.Dictionary]) -> None:
+    for k in (0, -1):
+        with pytest.raises(ValueError, match=f"k is {k}; expected at least 1"):
+            ql.feature_flow(stack, k=k)
+        with pytest.raises(ValueError, match=f"k is {k}; expected at least 1"):
+            ql.neighbours(stack[0], k=k)
 
 
 def test_flow_by_brute_force(stack: list[ql.Dictionary], tmp_path: Path) -> None:

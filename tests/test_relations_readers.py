@@ -176,9 +176,10 @@ def test_refusals(model: ql.Model, features: ql.Dictionary, sample: ql.Tokens, t
         with pytest.raises(error, match=message):
             call()
 
+    refused("targets is an empty list", lambda: ql.downstream(features, model, targets=[]))
     refused("targets lie after layer 1", lambda: ql.upstream(features, model, targets="blocks.2.mlp.W_out"))
     refused(
-        r"like .blocks.3.mlp.W_out.*attn.OV.\*, attn.W_O, attn.W_O.heads, mlp.W_out$",
+        r"like .blocks.2.mlp.W_out.*attn.OV.\*, attn.W_O, attn.W_O.heads, mlp.W_out$",
         lambda: ql.upstream(features, model, targets="blocks.2.mlp.W_in"),
     )
     other = ql.fit_passage(model, sample, 2, progress=False)

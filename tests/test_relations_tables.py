@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny_models import save_tiny_model
 
 import querylens_fast as ql
 from querylens_fast.ops import streamed_topk
@@ -120,3 +121,32 @@ def test_columns_of_many_kinds() -> None:
     assert table.to_pylist()[1] == {
         "layer": 2, "other_layer": None, "name": "y", "kind": "p", "constant": "c", "number": 2, "weight": 0.5,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_precision_or_place_is_another_run(dtype: str, tmp_path: Path) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    values = torch.randn(9, 24, generator=torch.Generator().manual_seed(0))
+    out = tmp_path / "r.parquet"
+    ql.downstream(ql.directions(values, layer=1), ql.load_model(folder), targets="unembed", out=out, progress=False)
+    place = "resid_post" if dtype == "bfloat16" else "resid_pre"
+    again, model = ql.directions(values, layer=1, point=place), ql.load_model(folder, dtype=dtype)
+    changed = "dictionary_fingerprint" if dtype == "float32" else "dtype"
+    with pytest.raises(FileExistsError, match=rf"different: {changed}\)"):
+        ql.downstream(again, model, targets="unembed", out=out, progress=False)
+
+
+def test_a_mistake_leaves_nothing_behind(tmp_path: Path) -> None:
+    out = tmp_path / "r.parquet"
+
+    def broken() -> pa.Table:
+        raise ValueError("a mistake")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        tabulate([Block(1, broken)], {"what": "test"}, out=out, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_rows_to_show(tmp_path: Path) -> None:
+    found = tabulate([Block(1, lambda: pa.table({"a": [1, 2]}))], {}, out=tmp_path / "r.parquet", progress=False)
+    assert len(found.head(0)) == 0 and found.head(0).column_names == ["a"] and len(found.head(5)) == 2

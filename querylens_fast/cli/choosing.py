@@ -26,7 +26,9 @@ SaeIdOption = Annotated[str | None, typer.Option(help="The id within a release."
 LayerOption = Annotated[int | None, typer.Option(help="Where the dictionary does not say.")]
 FeaturesOption = Annotated[str, typer.Option(help="all, start:stop, or ids like 1,5,9.")]
 KOption = Annotated[int, typer.Option(help="Kept on each side.")]
-ShowOption = Annotated[int, typer.Option("--show", help="Rows to show.")]
+ShowOption = Annotated[int, typer.Option("--show", help="Rows to show.", min=0)]
+TransportOption = Annotated[Path | None, typer.Option(help="A transport file, for presets that need one.")]
+TunedLensOption = Annotated[Path | None, typer.Option(help="A tuned lens's params.pt, for the preset tuned_lens.")]
 OutOption = Annotated[Path, typer.Option(help="The .parquet file to write; a killed run resumes.")]
 
 

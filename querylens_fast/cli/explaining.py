@@ -19,6 +19,8 @@ from querylens_fast.cli.choosing import (
     OutOption,
     SaeIdOption,
     ShowOption,
+    TransportOption,
+    TunedLensOption,
     chosen_dictionaries,
     chosen_dictionary,
     chosen_model,
@@ -27,18 +29,18 @@ from querylens_fast.cli.choosing import (
 )
 from querylens_fast.cli.console import DeviceOption, DtypeOption, reported_errors, say
 
-TransportOption = Annotated[Path | None, typer.Option(help="A transport file, for presets that need one.")]
-
 
 def weight_lens(
     model: ModelOption = None,
     dictionary: ManyOption = None,
     features: FeaturesOption = "all",
-    token_z: Annotated[float, typer.Option(help="Tokens count from this z-score on.")] = 5.5,
-    feature_z: Annotated[float, typer.Option(help="Earlier features count from this z-score on.")] = 4.0,
-    top_tokens: Annotated[int, typer.Option(help="Tokens of a feature that may count.")] = 1000,
-    top_features: Annotated[int, typer.Option(help="Features of an earlier dictionary that may count.")] = 100,
+    earlier: Annotated[list[str] | None, typer.Option(help="Dictionaries that are read only; repeat.")] = None,
+    token_z: Annotated[float, typer.Option(help="Tokens count above this z-score.")] = 5.5,
+    feature_z: Annotated[float, typer.Option(help="Earlier features count above this z-score.")] = 4.0,
+    top_tokens: Annotated[int, typer.Option(help="Largest scores of a feature that z is taken in.")] = 1000,
+    top_features: Annotated[int, typer.Option(help="The same, of each earlier dictionary.")] = 100,
     validate: Annotated[bool, typer.Option(help="Accept only tokens that activate the feature behind BOS.")] = True,
+    bos_token_id: Annotated[int | None, typer.Option(help="Default: the tokenizer's, else the model's.")] = None,
     out: OutOption = Path("weight_lens.parquet"),
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -52,8 +54,10 @@ def weight_lens(
         found = ql.weight_lens(
             chosen_dictionaries(dictionary),
             loaded,
+            earlier=earlier or (),
             thresholds=ql.WeightLensThresholds(token_z, top_tokens, feature_z, top_features),
             validate=validate,
+            bos_token_id=bos_token_id,
             features=None if features == "all" else features,
             out=out,
         )
@@ -68,6 +72,7 @@ def output_features(
     features: FeaturesOption = "all",
     preset: Annotated[str, typer.Option(help="A value preset of `signatures`.")] = "logit_lens_value",
     transport: TransportOption = None,
+    tuned_lens: TunedLensOption = None,
     k: Annotated[int, typer.Option(help="Highest tokens that are compared.")] = 10,
     level: Annotated[float, typer.Option(help="Quantile of random directions that is the threshold.")] = 0.99,
     out: OutOption = Path("output_features.parquet"),
@@ -83,7 +88,15 @@ def output_features(
 
         loaded, source = chosen_pair(model, dictionary, sae_id, layer, device, dtype)
         found = ql.output_features(
-            source, loaded, preset=preset, transport=transport, k=k, level=level, features=features, out=out
+            source,
+            loaded,
+            preset=preset,
+            transport=transport,
+            tuned_lens=tuned_lens,
+            k=k,
+            level=level,
+            features=features,
+            out=out,
         )
         columns = ["source_id", "kurtosis", "top_mass", "string_similarity", "embedding_similarity"]
         table = found.table([*columns, "predicts", "tokens"]).filter(pc.field("predicts"))
@@ -156,8 +169,8 @@ def channels(
     tokens: Annotated[str | None, typer.Option(help="Or fit them on this sample. Default: the embedded one.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of the maps. Default: d_model // layers.")] = None,
     fit: Annotated[str, typer.Option(help="closed_form or gradient.")] = "closed_form",
-    n_permutations: Annotated[int, typer.Option(help="Of the test.")] = 10_000,
-    pictures: Annotated[Path | None, typer.Option(help="Folder for the two pictures of each space.")] = None,
+    n_permutations: Annotated[int, typer.Option(help="Of the test.", min=0)] = 10_000,
+    pictures: Annotated[Path | None, typer.Option(help="Folder for the pictures of each space.")] = None,
     out: OutOption = Path("channels.parquet"),
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -165,6 +178,7 @@ def channels(
     """Subspace channels: do maps into one layer read and write one subspace?"""
     with reported_errors():
         import querylens_fast as ql
+        from querylens_fast.relations.channels import SPACES
         from querylens_fast.relations.drawing import draw_channels
         from querylens_fast.relations.flow import site
 
@@ -181,7 +195,7 @@ def channels(
         )
         _show_tests(found, n_permutations)
         if pictures is not None:
-            for space in ("read", "write"):
+            for space in SPACES:
                 for path in draw_channels(found, pictures, space):
                     say(f"{path.resolve()}")
         say(f"{len(found)} rows: {found.path.resolve()}")  # type: ignore[union-attr]
@@ -192,14 +206,18 @@ def _show_tests(found: Any, n_permutations: int) -> None:
 
     import querylens_fast as ql
     from querylens_fast.cli.console import wide_console
+    from querylens_fast.relations.channels import SPACES
 
     table = Table()
     for name in ("space", "maps that share their", "OL same", "OL different", "OL random", "p"):
         table.add_column(name)
-    for space in ("read", "write"):
+    for space in SPACES:
         for shares in ("destination", "source"):
-            test = ql.channel_test(found, shares=shares, space=space, n_permutations=n_permutations)
-            table.add_row(space, shares, *(f"{x:.4f}" for x in test))
+            try:
+                test = ql.channel_test(found, shares=shares, space=space, n_permutations=n_permutations)
+                table.add_row(space, shares, *(f"{x:.4f}" for x in test))
+            except ValueError as error:  # of few maps: none share it, or all do
+                table.add_row(space, shares, str(error))
     wide_console(120).print(table, markup=False)
 
 

@@ -21,6 +21,8 @@ from querylens_fast.cli.choosing import (
     OutOption,
     SaeIdOption,
     ShowOption,
+    TransportOption,
+    TunedLensOption,
     chosen_dictionaries,
     chosen_dictionary,
     chosen_model,
@@ -30,7 +32,7 @@ from querylens_fast.cli.choosing import (
 from querylens_fast.cli.console import DeviceOption, DtypeOption, reported_errors
 
 TargetsOption = Annotated[list[str], typer.Option(help="Weight name, pattern with *, or dictionary; repeat for more.")]
-TransportOption = Annotated[
+CarrierOption = Annotated[
     Path | None, typer.Option(help="Transport file with first-order terms: features are carried to the target first.")
 ]
 CarryOption = Annotated[
@@ -47,7 +49,7 @@ def downstream(
     layer: LayerOption = None,
     features: FeaturesOption = "all",
     k: KOption = 32,
-    transport: TransportOption = None,
+    transport: CarrierOption = None,
     carry: CarryOption = "direct",
     tokens: TokensOption = None,
     out: OutOption = Path("downstream.parquet"),
@@ -75,7 +77,7 @@ def upstream(
     layer: LayerOption = None,
     features: FeaturesOption = "all",
     k: KOption = 32,
-    transport: TransportOption = None,
+    transport: CarrierOption = None,
     carry: CarryOption = "direct",
     tokens: TokensOption = None,
     out: OutOption = Path("upstream.parquet"),
@@ -161,7 +163,8 @@ def token_features(
     model: ModelOption = None,
     dictionary: ManyOption = None,
     preset: Annotated[str, typer.Option(help="As for `signatures`.")] = "logit_lens_value",
-    transport: Annotated[Path | None, typer.Option(help="A transport file, for presets that need one.")] = None,
+    transport: TransportOption = None,
+    tuned_lens: TunedLensOption = None,
     token: Annotated[list[int] | None, typer.Option(help="Token id; repeat. Default: the whole vocabulary.")] = None,
     k: KOption = 32,
     out: OutOption = Path("token_features.parquet"),
@@ -175,7 +178,14 @@ def token_features(
 
         loaded = chosen_model(model, bool(dictionary), device, dtype)
         found = ql.token_features(
-            chosen_dictionaries(dictionary), loaded, preset=preset, transport=transport, k=k, token_ids=token, out=out
+            chosen_dictionaries(dictionary),
+            loaded,
+            preset=preset,
+            transport=transport,
+            tuned_lens=tuned_lens,
+            k=k,
+            token_ids=token,
+            out=out,
         )
         report(found, show, loaded)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from querylens_fast.dictionaries import Dictionary
+from querylens_fast.experts import NoSingleWeights
 from querylens_fast.models import Model, as_model
 from querylens_fast.norms import AnyNorm, Norm, at_least_float32
 from querylens_fast.ops import TopK, streamed_topk
@@ -93,7 +94,7 @@ def attention_pairs(
     """
     model, dictionary = as_model(model), load_dictionary(dictionary)
     dictionary.check_model(model)
-    n_heads = _heads_of(model, layer)
+    n_heads = heads_of(model, layer)
     if k < 1:
         raise ValueError(f"k is {k}; expected at least 1")
     if circuit not in ("QK", "OV") or per not in ("head", "feature"):
@@ -153,15 +154,13 @@ def circuit_weights(model: Model, layer: int, head: int) -> HeadWeights:
     """The weights that a head's QK and OV circuits are made of, in float32 or wider."""
     attention = model.blocks[layer].attention
     E, groups = attention.width // attention.n_heads, attention.n_heads // attention.n_kv_heads
-    W_Q = at_least_float32(fold_in(attention.norm, attention.W_Q[head * E : (head + 1) * E]))
+    W_Q = fold_in(attention.norm, at_least_float32(attention.W_Q[head * E : (head + 1) * E]))
     kv = head // groups
-    W_K = at_least_float32(fold_in(attention.norm, attention.W_K[kv * E : (kv + 1) * E]))
-    W_V, W_O = head_weights(attention, head)
+    W_K = fold_in(attention.norm, at_least_float32(attention.W_K[kv * E : (kv + 1) * E]))
     return HeadWeights(
         attention.scale * _scaled_rows(attention.q_norm, W_Q),
         _scaled_rows(attention.k_norm, W_K),
-        at_least_float32(W_V),
-        at_least_float32(W_O),
+        *head_weights(attention, head),
     )
 
 
@@ -247,8 +246,11 @@ class _Pairs:
         )
 
 
-def _heads_of(model: Model, layer: int) -> int:
+def heads_of(model: Model, layer: int) -> int:
     """The layer's number of query heads."""
     if not 0 <= layer < model.n_layers:
         raise ValueError(f"layer is {layer}, but model {model.name!r} has layers 0 to {model.n_layers - 1}")
-    return model.blocks[layer].attention.n_heads
+    attention = model.blocks[layer].attention
+    if isinstance(attention, NoSingleWeights):
+        attention.refuse("W_Q")
+    return attention.n_heads

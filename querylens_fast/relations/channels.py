@@ -6,18 +6,23 @@ its modules. For every pair j → k a map of low rank is fitted to all the featu
 
     min over A [D, r], B [r, D] of  Σ_v ‖v A B − v J_kᵀ‖²,    r = D // L by default,
 
-and two maps are compared by the overlap of the subspaces they read from (columns of A) or write to (rows of B),
+and two maps are compared by the overlap of the subspaces they write to (space "write": the rows of B, which are the
+column space that the paper compares, of W in r = W v) or read from ("read": the columns of A),
 
-    OL(a, b) = ‖Q_aᵀ Q_b‖_F² / r,    Q orthonormal bases; 1: the same subspace, r / D: two random ones.
+    OL(a, b) = ‖Q_aᵀ Q_b‖_F² / r,    Q orthonormal bases; 1: the same subspace, r / D: two random ones,
 
-Channels that belong to the destination overlap more when the destination is the same. Σ_v enters as C = VᵀV alone, so
-nothing loops over features, and the best map is known in closed form (reduced-rank regression): with the r leading
-eigenvectors U of J C Jᵀ, A B = P Jᵀ U Uᵀ, P the projector on the span of the features. ``fit="gradient"`` trains A and
-B by Adam on the same loss instead, as the paper trains its maps.
+the mean squared cosine of the principal angles. A map of fewer than r dimensions (few features, or a layer that answers
+in few) counts with those it has, a smaller one beside a larger with its own. Channels that belong to the destination
+overlap more when the destination is the same. Σ_v enters as C = VᵀV alone, so nothing loops over features, and the best
+map is known in closed form (reduced-rank regression): with the r leading eigenvectors U of J C Jᵀ, A B = P Jᵀ U Uᵀ, P
+the projector on the span of the features. ``fit="gradient"`` trains the maps as the paper's code does, for comparison:
+AdamW on the mean square over nine tenths of the features, of all steps the one best on the other tenth.
 
-Choices the paper leaves open. Vectors are not normalised. J_k of a layer is the sum of its attention's and its MLP's
-term, so it is the same for every source; maps with one destination then differ by their features alone, which is why
-the "write" overlap of a destination can be near 1 and why `channel_test` also groups by source.
+Choices. All features of a dictionary count (the paper samples them); vectors are not normalised. J_k is taken as the
+transport was fitted: through the norms unless that said ``through_norms=False``, which is the default of the paper's
+code. J_k of a layer is the sum of its attention's and its MLP's term, so it is the same for every source; maps with one
+destination then differ by their features alone, which is why the "write" overlap of a destination can be near 1 and why
+`channel_test` also groups by source.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from tqdm import tqdm
 
 from querylens_fast.dictionaries import Dictionary
 from querylens_fast.models import Model, as_model
+from querylens_fast.relations.readers import layers_behind
 from querylens_fast.relations.tables import Block, Categories, RelationTable, identity_of, rows, tabulate
 from querylens_fast.sources import load_dictionary
 from querylens_fast.transport import Transport, load_transport
@@ -44,10 +50,17 @@ if TYPE_CHECKING:
 
 Fit = Literal["closed_form", "gradient"]
 Space = Literal["read", "write"]
-SPACES: tuple[Space, ...] = ("read", "write")
+SPACES: tuple[Space, ...] = ("write", "read")
 FEATURES_AT_ONCE = 1 << 13
 PERMUTATIONS_AT_ONCE = 64
-LEARNING_RATE = 0.02
+STEPS = 1000
+LEARNING_RATE = 1e-3
+FIRST_SCALE = 0.01
+"""Standard deviation of A's entries before training; B begins at 0."""
+HELD_OUT = 0.1
+"""Share of the features that training does not see."""
+TOLERANCE = 1e-6
+"""Singular values below this share of the largest are rounding, not dimensions of a map."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +70,9 @@ class Channel:
     dictionary: Dictionary
     destination: int
     reads: Tensor
-    """[D, r] orthonormal basis of what it reads, float64."""
+    """[D, e] orthonormal basis of what it reads, float64; e ≤ r."""
     writes: Tensor
-    """[D, r] orthonormal basis of what it writes."""
+    """[D, e] orthonormal basis of what it writes."""
     explained: float
     """1 − Σ‖v A B − v Jᵀ‖² / Σ‖v Jᵀ‖²."""
 
@@ -75,7 +88,7 @@ class ChannelTest(NamedTuple):
     different: float
     """Mean OL of the pairs that do not."""
     random: float
-    """r / D, expected of two random subspaces."""
+    """Expected of two random subspaces: r / D where all maps have r dimensions."""
     p_value: float
     """Share of the permutations with a difference of the means at least as large, the observed one counted."""
 
@@ -87,7 +100,7 @@ def subspace_channels(
     *,
     rank: int | None = None,
     fit: Fit = "closed_form",
-    steps: int = 2000,
+    steps: int = STEPS,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = True,
@@ -100,8 +113,8 @@ def subspace_channels(
         model: As in `signatures`.
         transport: With the value side's first-order terms, or its file.
         rank: r of the maps; None: D // n_layers.
-        fit: "closed_form", or "gradient": ``steps`` of Adam from a seeded random start.
-        steps: Of "gradient".
+        fit: "closed_form", or "gradient": the paper's training, from a seeded random start.
+        steps: Of "gradient"; each takes all the features.
         seed: Of "gradient".
         out: A ``.parquet`` file to write to.
         resume: As in `downstream`.
@@ -111,12 +124,13 @@ def subspace_channels(
         `RelationTable` with a row for every two maps a ≤ b and each space: map, other_map (a and b, numbered by source,
         then destination), source, source_layer, target_layer (a's dictionary, its layer and its destination),
         other_source, other_source_layer, other_target_layer (b's), space ("read", "write"), shares ("destination",
-        "source", "nothing"; "both": a map with itself), score (OL) and explained (a's share of the squared responses
-        that the map of rank r reproduces). See `channel_test`.
+        "source", "nothing"; "both": a map with itself), score (OL), explained (a's share of the squared responses
+        that the map of rank r reproduces), dimensions and other_dimensions (at most r). See `channel_test`.
 
     Raises:
-        ValueError: No dictionary with a layer after it, two at one point, a rank outside 1 … D, an unknown fit, a
-            transport of another model or without the value side's first order.
+        ValueError: No dictionary with a layer after it, two at one point, a rank outside 1 … D, an unknown fit, fewer
+            than two features or one step to train on, a transport of another model or without the value side's first
+            order.
     """
     model = as_model(model)
     transport = load_transport(transport) if isinstance(transport, (str, Path)) else transport
@@ -127,7 +141,7 @@ def subspace_channels(
     points = [d.point("value") for d in given]
     if len(set(points)) < len(points):
         raise ValueError("two of these dictionaries write at the same point of the residual stream; pass one for each")
-    pairs = [(d, k) for d in given for k in destinations(model, d)]
+    pairs = [(d, k) for d in given for k in layers_behind(d, model)]
     if not pairs:
         raise ValueError("no layer lies after these dictionaries: nothing answers to their features")
     if rank is None:
@@ -136,6 +150,11 @@ def subspace_channels(
         raise ValueError(f"rank is {rank}; expected 1 to d_model = {model.d_model}")
     if fit not in ("closed_form", "gradient"):
         raise ValueError(f"fit is {fit!r}; expected 'closed_form' or 'gradient'")
+    if fit == "gradient" and (steps < 1 or min(d.n_features for d in given) < 2):
+        raise ValueError(
+            f"steps is {steps}, the smallest dictionary has {min(d.n_features for d in given)} features; training "
+            "takes at least 1 step and 2 features"
+        )
     terms = _layer_terms(transport, model)
     show = out is not None if progress is None else progress
 
@@ -143,10 +162,18 @@ def subspace_channels(
         with tqdm(total=len(pairs), desc="channels", unit="map", disable=not show) as bar:
             maps = []
             for dictionary, several in itertools.groupby(pairs, key=lambda pair: pair[0]):
-                C = _second_moment(dictionary)
+                every = dictionary.select()
+                C = _second_moment(dictionary, every)
                 for _, k in several:
-                    start = torch.Generator().manual_seed(seed + len(maps))
-                    maps.append(_fit(dictionary, k, terms[k], C, rank, steps if fit == "gradient" else None, start))
+                    J = terms[k].cpu()
+                    if fit == "closed_form":
+                        factors = reduced_rank_map(J, C, rank)
+                    else:
+                        start = torch.Generator().manual_seed(seed + len(maps))
+                        seen, unseen = _split(every, start)
+                        moments = _second_moment(dictionary, seen), _second_moment(dictionary, unseen)
+                        factors = trained_map(J, *moments, rank, steps, start)
+                    maps.append(_channel(dictionary, k, J, C, *factors))
                     bar.update()
         return _overlaps(maps)
 
@@ -169,7 +196,7 @@ def channel_test(
     found: RelationTable,
     *,
     shares: Literal["destination", "source"] = "destination",
-    space: Space = "read",
+    space: Space = "write",
     n_permutations: int = 10_000,
     seed: int = 0,
 ) -> ChannelTest:
@@ -178,15 +205,14 @@ def channel_test(
     The labels are permuted among the maps; the statistic is the difference of the mean overlaps.
 
     Raises:
-        ValueError: The table is none of `subspace_channels`, or no two of its maps share it, or all do.
+        ValueError: The table is none of `subspace_channels`, no two of its maps share it or all do, or n_permutations
+            is negative.
     """
-    if found.metadata.get("what") != "subspace channels":
-        raise ValueError(f"found is a table of {found.metadata.get('what')!r}; expected one of subspace_channels")
-    if shares not in ("destination", "source") or space not in SPACES:
-        raise ValueError(
-            f"shares, space are {shares!r}, {space!r}; expected 'destination' or 'source', 'read' or 'write'"
-        )
     maps = channel_maps(found, space)
+    if shares not in ("destination", "source"):
+        raise ValueError(f"shares is {shares!r}; expected 'destination' or 'source'")
+    if n_permutations < 0:
+        raise ValueError(f"n_permutations is {n_permutations}; expected 0 or more")
     shared = maps.same_destination if shares == "destination" else maps.same_source
     # A map's label is the first map that it shares it with.
     labels = shared.int().argmax(1)
@@ -213,7 +239,7 @@ def channel_test(
     return ChannelTest(
         float(scores[same].mean()),
         float(scores[~same].mean()),
-        found.metadata["rank"] / found.metadata["d_model"],
+        random_overlap(maps, found.metadata["d_model"]),
         (1 + reached) / (1 + n_permutations),
     )
 
@@ -228,12 +254,18 @@ class ChannelMaps(NamedTuple):
     same_destination: Tensor
     """[M, M] bool."""
     same_source: Tensor
+    dimensions: Tensor
+    """[M] int64: of each map's subspaces."""
 
 
 def channel_maps(found: RelationTable, space: Space) -> ChannelMaps:
-    """The overlaps of a table of `subspace_channels` as matrices."""
+    """The overlaps of a table of `subspace_channels` as matrices; ValueError for another table or space."""
     import pyarrow.compute as pc
 
+    if found.metadata.get("what") != "subspace channels":
+        raise ValueError(f"found is a table of {found.metadata.get('what')!r}; expected one of subspace_channels")
+    if space not in SPACES:
+        raise ValueError(f"space is {space!r}; expected 'write' or 'read'")
     table = found.table().filter(pc.field("space") == space).to_pydict()
     first, second = torch.tensor(table["map"]), torch.tensor(table["other_map"])
     own = [i for i, shares in enumerate(table["shares"]) if shares == "both"]
@@ -250,12 +282,14 @@ def channel_maps(found: RelationTable, space: Space) -> ChannelMaps:
         matrix(torch.tensor(table["score"], dtype=torch.float64)),
         matrix(torch.tensor([s in ("destination", "both") for s in shares])),
         matrix(torch.tensor([s in ("source", "both") for s in shares])),
+        torch.tensor([table["dimensions"][i] for i in own]),
     )
 
 
-def destinations(model: Model, dictionary: Dictionary) -> range:
-    """The layers whose attention and MLP both come after a dictionary's values are written."""
-    return range(-(-dictionary.point("value") // 2), model.n_layers)
+def random_overlap(maps: ChannelMaps, d_model: int) -> float:
+    """The mean OL to expect of two maps with random subspaces of the same dimensions: the larger over d_model."""
+    a, b = torch.triu_indices(len(maps.layers), len(maps.layers), offset=int(len(maps.layers) > 1))
+    return float(torch.maximum(maps.dimensions[a], maps.dimensions[b]).double().mean()) / d_model
 
 
 def _layer_terms(transport: Transport, model: Model) -> Tensor:
@@ -268,29 +302,32 @@ def _layer_terms(transport: Transport, model: Model) -> Tensor:
     return terms.unflatten(0, (model.n_layers, 2)).sum(1)
 
 
-def _second_moment(dictionary: Dictionary) -> Tensor:
-    """C = VᵀV / n over all features, [D, D] float64."""
+def _second_moment(dictionary: Dictionary, features: Tensor) -> Tensor:
+    """C = VᵀV / n over features [n], [D, D] float64."""
     C = torch.zeros(dictionary.d_model, dictionary.d_model, dtype=torch.float64)
-    for ids in dictionary.select().split(FEATURES_AT_ONCE):
+    for ids in features.split(FEATURES_AT_ONCE):
         V = dictionary.values(ids).double().cpu()
         C += V.mT @ V
-    return C / dictionary.n_features
+    return C / len(features)
 
 
-def _fit(
-    dictionary: Dictionary, k: int, J: Tensor, C: Tensor, rank: int, steps: int | None, start: torch.Generator
-) -> Channel:
-    J = J.cpu()
+def _split(features: Tensor, start: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Features to train on and those held out, at least one, both ascending."""
+    order = torch.randperm(len(features), generator=start)
+    n = max(1, round(HELD_OUT * len(features)))
+    return features[order[n:].sort().values], features[order[:n].sort().values]
+
+
+def _channel(dictionary: Dictionary, k: int, J: Tensor, C: Tensor, A: Tensor, B: Tensor) -> Channel:
     size = float((J @ C @ J.mT).trace())
     if size <= 0:
         raise ValueError(f"layer {k} does not answer to {dictionary.name!r} at all: its responses are 0")
-    if steps is None:
-        A, B = reduced_rank_map(J, C, rank)
-    else:
-        A, B = trained_map(J, C, rank, steps, start)
     error = A @ B - J.mT
     unexplained = float((error.mT @ C @ error).trace()) / size
-    return Channel(dictionary, k, torch.linalg.qr(A).Q, torch.linalg.qr(B.mT).Q, 1 - unexplained)
+    left, right = torch.linalg.qr(A), torch.linalg.qr(B.mT)
+    U, values, Vh = torch.linalg.svd(left.R @ right.R.mT)
+    kept = values > TOLERANCE * values[0]
+    return Channel(dictionary, k, left.Q @ U[:, kept], right.Q @ Vh.mT[:, kept], 1 - unexplained)
 
 
 def reduced_rank_map(J: Tensor, C: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -301,26 +338,30 @@ def reduced_rank_map(J: Tensor, C: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return spanned @ (spanned.mT @ (J.mT @ U)), U.mT
 
 
-def trained_map(J: Tensor, C: Tensor, rank: int, steps: int, start: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(A, B) by Adam with a cosine-decayed rate, on the whole-dictionary loss relative to that of no map at all."""
+def trained_map(
+    J: Tensor, seen: Tensor, unseen: Tensor, rank: int, steps: int, start: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(A, B) as the paper's code trains them, on the second moments of the features seen and of those held out."""
     D = len(J)
-    scale = float(J.norm()) / math.sqrt(D)
-    size = float((J @ C @ J.mT).trace()) / scale**2
-    A = torch.randn(D, rank, generator=start, dtype=J.dtype) / math.sqrt(D)
-    B = torch.randn(rank, D, generator=start, dtype=J.dtype) / math.sqrt(D)
-    goal = J.mT / scale
-    A.requires_grad_()
-    B.requires_grad_()
-    optimiser = torch.optim.Adam([A, B], lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    with torch.enable_grad():
-        for _ in range(steps):
+    A = FIRST_SCALE * torch.randn(D, rank, generator=start, dtype=J.dtype)
+    A, B = A.requires_grad_(), torch.zeros(rank, D, dtype=J.dtype, requires_grad=True)
+    optimiser = torch.optim.AdamW([A, B], lr=LEARNING_RATE, weight_decay=0.0)
+
+    def mean_square(C: Tensor) -> Tensor:
+        error = A @ B - J.mT
+        return ((C @ error) * error).sum() / D
+
+    best, kept = math.inf, (A.detach().clone(), B.detach().clone())
+    for _ in range(steps):
+        with torch.enable_grad():
             optimiser.zero_grad()
-            error = A @ B - goal
-            ((C @ error) * error).sum().div(size).backward()
+            mean_square(seen).backward()
             optimiser.step()
-            schedule.step()
-    return A.detach() * scale, B.detach()
+        with torch.no_grad():
+            reached = float(mean_square(unseen))
+        if reached < best:
+            best, kept = reached, (A.detach().clone(), B.detach().clone())
+    return kept
 
 
 def _overlaps(maps: Sequence[Channel]) -> pa.Table:
@@ -332,12 +373,13 @@ def _overlaps(maps: Sequence[Channel]) -> pa.Table:
     points = torch.tensor([m.dictionary.point("value") for m in maps])
     kinds = ("nothing", "destination", "source", "both")
     shares = (where[a] == where[b]).long() + 2 * (points[a] == points[b]).long()
+    dimensions = torch.tensor([m.reads.shape[1] for m in maps])
     scores = []
     for space in SPACES:
-        bases = torch.stack([m.basis(space) for m in maps])
-        scores.append(
-            torch.cat([(bases[i].mT @ bases[i:]).square().sum((1, 2)) / bases.shape[-1] for i in range(len(maps))])
-        )
+        # Absent dimensions are zeros, which overlap with nothing.
+        bases = torch.nn.utils.rnn.pad_sequence([m.basis(space).mT for m in maps], batch_first=True)
+        shared = torch.cat([(bases[i] @ bases[i:].mT).square().sum((1, 2)) for i in range(len(maps))])
+        scores.append(shared / torch.minimum(dimensions[a], dimensions[b]))
     n = len(a)
     both = torch.arange(n).repeat(2)
     explained = torch.tensor([m.explained for m in maps], dtype=torch.float64)
@@ -355,4 +397,6 @@ def _overlaps(maps: Sequence[Channel]) -> pa.Table:
         shares=Categories(kinds, shares[both]),
         score=torch.cat(scores),
         explained=explained[a][both],
+        dimensions=dimensions[a][both],
+        other_dimensions=dimensions[b][both],
     )

@@ -1,25 +1,28 @@
-"""Drawing: the two pictures of subspace channels (Query Lens, arXiv 2606.07617, Fig. 5). Needs matplotlib."""
+"""Drawing: pictures of subspace channels (the last two: Query Lens, arXiv 2606.07617, Fig. 5). Needs matplotlib."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from querylens_fast.relations.channels import Space, channel_maps, channel_test
+from querylens_fast.relations.channels import ChannelMaps, Space, channel_maps, random_overlap
 from querylens_fast.relations.tables import RelationTable
 
 
-def draw_channels(found: RelationTable, folder: str | Path, space: Space = "read") -> list[Path]:
-    """Write channels-<space>-overlaps.png and channels-<space>-groups.png to a folder.
+def draw_channels(found: RelationTable, folder: str | Path, space: Space = "write") -> list[Path]:
+    """Write channels-<space>-overlaps.png, -groups.png and, where sources have several maps, -distance.png to a folder.
 
-    The first shows the overlap of every two maps, ordered by destination, the second how the overlaps of the pairs that
-    share their destination, their source, or neither are distributed, with the overlap of random subspaces.
+    The first shows the overlap of every two maps, ordered by destination; the second how the overlaps of the pairs that
+    share their destination, their source, or neither are distributed, with the overlap of random subspaces; the third
+    the overlap of maps from one source by how many layers lie between their destinations, mean and standard error.
 
     Raises:
         ImportError: matplotlib is missing; it says how to install it.
-        ValueError: As `channel_test`.
+        ValueError: The table is none of `subspace_channels`.
     """
     try:
         import matplotlib
@@ -29,7 +32,7 @@ def draw_channels(found: RelationTable, folder: str | Path, space: Space = "read
     import matplotlib.pyplot as plt
 
     maps = channel_maps(found, space)
-    test = channel_test(found, space=space, n_permutations=0)
+    random = random_overlap(maps, found.metadata["d_model"])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"channels-{space}-{name}.png" for name in ("overlaps", "groups")]
@@ -52,15 +55,38 @@ def draw_channels(found: RelationTable, folder: str | Path, space: Space = "read
     bins = torch.linspace(0, 1, 41).tolist()
     for name, values in groups.items():
         axes.hist(values, bins=bins, density=True, alpha=0.6, label=f"{name} ({len(values)})")
-    axes.axvline(test.random, color="black", linestyle="--", label="random subspaces")
+    axes.axvline(random, color="black", linestyle="--", label="random subspaces")
     axes.set(xlabel="overlap OL", ylabel="density", title=f"Pairs of maps, by what they share ({space})")
     axes.legend()
     figure.savefig(paths[1], dpi=150)
     plt.close(figure)
+
+    distances = overlaps_by_distance(maps)
+    if not distances:
+        return paths
+    paths.append(folder / f"channels-{space}-distance.png")
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    mean = [float(values.mean()) for values in distances.values()]
+    error = [float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0 for values in distances.values()]
+    axes.errorbar(list(distances), mean, error, marker="o", capsize=3, label="same source")
+    axes.axhline(random, color="black", linestyle="--", label="random subspaces")
+    axes.set(xlabel="layers between the destinations", ylabel="overlap OL", title=f"Maps from one source ({space})")
+    axes.set_xticks(list(distances))
+    axes.legend()
+    figure.savefig(paths[2], dpi=150)
+    plt.close(figure)
     return paths
 
 
-def _groups(maps: Any) -> dict[str, Any]:
+def overlaps_by_distance(maps: ChannelMaps) -> dict[int, Tensor]:
+    """The overlaps of pairs of maps from one source, by the distance of their destinations, ascending."""
+    to = torch.tensor([destination for _, destination in maps.layers])
+    between = (to[:, None] - to).abs()
+    pairs = maps.same_source.triu(1)
+    return {d: maps.overlaps[pairs & (between == d)] for d in between[pairs].unique().tolist()}
+
+
+def _groups(maps: ChannelMaps) -> dict[str, Any]:
     """The overlaps of pairs by what they share; no empty group."""
     above = torch.ones_like(maps.overlaps, dtype=torch.bool).triu(1)
     several = {

@@ -224,7 +224,9 @@ def related(dictionaries: Sequence[Dictionary]) -> list[tuple[Dictionary, str, D
 
 
 def site(dictionary: Dictionary) -> str:
-    """What a dictionary's values are written by, from its hook: "residual", "attention" or "mlp"."""
+    """What a dictionary's values are written by: "residual", "attention" or "mlp" (transcoders and neurons)."""
+    if dictionary.kind in ("transcoder", "neurons"):
+        return "mlp"
     hook = dictionary.hook_name_out or dictionary.hook_name
     if "attn" in hook or "attention" in hook:
         return "attention"
@@ -238,8 +240,6 @@ def _checked(dictionaries: Sequence[Any], side: Side) -> list[Dictionary]:
     widths = sorted({d.d_model for d in given})
     if len(widths) > 1:
         raise ValueError(f"these dictionaries have d_model {', '.join(map(str, widths))}: are they of one model?")
-    for dictionary in given:
-        dictionary.point(side)
     return given
 
 

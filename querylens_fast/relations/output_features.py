@@ -53,6 +53,7 @@ def output_features(
     *,
     preset: str | Preset = "logit_lens_value",
     transport: Transport | str | Path | None = None,
+    tuned_lens: str | Path | None = None,
     k: int = 10,
     thresholds: Mapping[str, float] | None = None,
     level: float = 0.99,
@@ -72,6 +73,7 @@ def output_features(
         model: As in `signatures`, with a tokenizer.
         preset: A value preset without ablation, e.g. "query_lens_value" with a transport.
         transport: As in `signatures`.
+        tuned_lens: As in `signatures`.
         k: Highest tokens that are compared with one another, at least 2.
         thresholds: Of "kurtosis", "string_similarity" and "embedding_similarity"; those left out are set by chance.
         level: Quantile of the random directions' measures that is the threshold.
@@ -109,7 +111,15 @@ def output_features(
     model.str_tokens([0])
     moved = load_transport(transport) if isinstance(transport, (str, Path)) else transport
     pipeline = plan(
-        dictionary, model, k=k, preset=lens, transport=moved, stats="none", final_norm=final_norm, backend=backend
+        dictionary,
+        model,
+        k=k,
+        preset=lens,
+        transport=moved,
+        tuned_lens=tuned_lens,
+        stats="none",
+        final_norm=final_norm,
+        backend=backend,
     )
     measure = _Measures(model, pipeline, k)
     if set(given) != set(MEASURES):
@@ -126,6 +136,7 @@ def output_features(
         n_random=n_random,
         seed=seed,
         transport=None if moved is None else moved.metadata,
+        tuned_lens=None if tuned_lens is None else str(tuned_lens),
         final_norm=final_norm,
         **identity_of_features(dictionary, chosen),
     )

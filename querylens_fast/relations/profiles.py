@@ -21,8 +21,9 @@ from torch import Tensor
 from querylens_fast.dictionaries import Dictionary
 from querylens_fast.models import Model, as_model
 from querylens_fast.norms import at_least_float32
-from querylens_fast.relations.attention import FEATURES_AT_ONCE, circuit_weights
+from querylens_fast.relations.attention import FEATURES_AT_ONCE, circuit_weights, heads_of
 from querylens_fast.relations.output_features import output_features
+from querylens_fast.relations.readers import layers_behind
 from querylens_fast.relations.tables import Block, Categories, RelationTable, identity_of, rows, tabulate
 from querylens_fast.sources import load_dictionary
 
@@ -61,13 +62,19 @@ def attention_profiles(
         groups do not differ. Null where a group is empty. Features of length 0 have strength 0.
 
     Raises:
-        ValueError: No attention behind a dictionary, or tables of other features.
+        ValueError: No such layer, no attention behind a dictionary, or tables of other features.
+        UnsupportedModelError: Attention without such weights.
     """
     model = as_model(model)
     several = dictionaries if isinstance(dictionaries, (list, tuple)) else [dictionaries]
     given = [load_dictionary(d) for d in several]
     for dictionary in given:
         dictionary.check_model(model)
+    asked = set(range(model.n_layers) if layers is None else layers)
+    for layer in asked:
+        heads_of(model, layer)
+    if not any(layer in asked for d in given for layer in layers_behind(d, model)):
+        raise ValueError("no attention layer asked for lies at or behind these dictionaries")
     if semantic is None:
         show = out is not None if progress is None else progress
         semantic = [output_features(d, model, progress=show) for d in given]
@@ -77,11 +84,9 @@ def attention_profiles(
     places = [
         (d, group, layer)
         for d, group in zip(given, groups, strict=True)
-        for layer in range(-(-d.point("value") // 2), model.n_layers)
-        if layers is None or layer in layers
+        for layer in layers_behind(d, model)
+        if layer in asked
     ]
-    if not places:
-        raise ValueError("no attention layer asked for lies at or behind these dictionaries")
     metadata = identity_of(
         model,
         what="attention profiles",

@@ -183,8 +183,15 @@ class _Relation:
 
 
 def features_per_block(k: int) -> int:
-    """Features whose 2k relations are computed and written as one block."""
+    """Features whose 2k relations are computed and written as one block; ValueError for k < 1."""
+    if k < 1:
+        raise ValueError(f"k is {k}; expected at least 1")
     return max(256, min(MAX_FEATURES, ROWS_A_BLOCK // (2 * k)))
+
+
+def layers_behind(dictionary: Dictionary, model: Model) -> range:
+    """The layers whose attention and MLP both read what the dictionary's values write."""
+    return range(-(-dictionary.point("value") // 2), model.n_layers)
 
 
 def identity_of_features(dictionary: Dictionary, chosen: Tensor) -> dict[str, Any]:
@@ -204,6 +211,8 @@ def _find_targets(
 ) -> list[Target]:
     """The targets asked for that lie on the right side of the features."""
     found: list[Target] = []
+    if isinstance(targets, (list, tuple)) and not targets:
+        raise ValueError("targets is an empty list; expected at least one")
     for wanted in targets if isinstance(targets, (list, tuple)) else [targets]:
         if isinstance(wanted, Tensor):
             if passage is not None:

@@ -87,7 +87,8 @@ class RelationTable:
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(self.path) as file:
-            return pa.Table.from_batches(islice(file.iter_batches(batch_size=n), n), file.schema_arrow).slice(0, n)
+            batches = file.iter_batches(batch_size=n) if n > 0 else ()
+            return pa.Table.from_batches(islice(batches, n), file.schema_arrow).slice(0, n)
 
     def pandas(self) -> Any:
         """The rows as a pandas DataFrame (repeated strings as categories). Raises ImportError without pandas."""
@@ -230,6 +231,7 @@ def identity_of(model: Model, **settings: Any) -> dict[str, Any]:
     return {
         "model": model.name,
         "fingerprint": model.fingerprint,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "convention": model.convention,
         **settings,
     }
@@ -278,13 +280,18 @@ def _write(blocks: Sequence[Block], metadata: dict[str, Any], out: Path, resume:
         shutil.rmtree(parts, ignore_errors=True)
         bar.update(bar.total)
         return RelationTable(metadata, out)
-    parts.mkdir(parents=True, exist_ok=True)
-    write_whole(parts / "run.json", json.dumps(metadata, indent=1))
+    begun = False
     for i, block in enumerate(blocks):
         path = parts / f"part-{i:09d}.parquet"
         if not path.exists():
+            table = block.compute()
+            if not begun:
+                # Not before something is known: a mistake that shows in the first block leaves nothing behind.
+                parts.mkdir(parents=True, exist_ok=True)
+                write_whole(parts / "run.json", json.dumps(metadata, indent=1))
+                begun = True
             with whole(path) as partial:
-                pq.write_table(block.compute(), partial, compression="zstd")
+                pq.write_table(table, partial, compression="zstd")
         bar.update(block.size)
     _join([parts / f"part-{i:09d}.parquet" for i in range(len(blocks))], metadata, out)
     shutil.rmtree(parts)
@@ -294,16 +301,17 @@ def _write(blocks: Sequence[Block], metadata: dict[str, Any], out: Path, resume:
 def _check_earlier(out: Path, parts: Path, metadata: dict[str, Any], resume: bool) -> None:
     if out.exists():
         earlier = read_identity(out)
-    elif (parts / "run.json").is_file():
+    elif any(parts.glob("part-*.parquet")):
         earlier = json.loads((parts / "run.json").read_text(encoding="utf-8"))
     else:
         return
+    there = out if out.exists() else parts
     if not resume:
-        raise FileExistsError(f"{str(out)!r} exists already; delete it, choose another out, or use resume=True")
+        raise FileExistsError(f"{str(there)!r} exists already; delete it, choose another out, or use resume=True")
     if earlier != metadata:
         changed = sorted(k for k in metadata.keys() | earlier.keys() if earlier.get(k) != metadata.get(k))
         raise FileExistsError(
-            f"{str(out)!r} holds the result of another run (different: {', '.join(changed)}); delete it or choose "
+            f"{str(there)!r} holds the result of another run (different: {', '.join(changed)}); delete it or choose "
             "another out"
         )
 

@@ -83,7 +83,7 @@ def token_features(
         ValueError: As in `signatures`; an ablation preset; a token id out of range.
 
     Memory: the transported vectors of one dictionary; never features × vocabulary. Cost: they are computed again for
-    every 8,192 tokens, d_model / 8,192 of the product itself.
+    every 8,192 tokens (2¹⁹ / k of them beyond k = 64), d_model / 8,192 of the product itself.
     """
     model, lens = as_model(model), find_preset(preset)
     if lens.is_ablation:

@@ -3,18 +3,17 @@
 Golimblevskaia et al. (arXiv 2510.14936) describe a transcoder's feature without data. A few of its products with the
 embedding, the unembedding and the decoders of earlier features stand out from the rest:
 
-    input tokens       ⟨embed_t, u⟩ with z > 5.5, among the 1,000 largest     (u the key, z over the vocabulary)
-    earlier features   ⟨g_dec, u⟩ with z > 4, among the 100 largest           (z over the features of g's dictionary)
-    output tokens      unembed(v)_t with z > 5.5, among the 1,000 largest     (v the value)
+    input tokens       ⟨embed_t, u⟩ with z > 5.5 within the 1,000 largest     (u the key)
+    earlier features   ⟨g_dec, u⟩ with z > 4 within the 100 largest           (of each earlier dictionary)
+    output tokens      unembed(v)_t with z > 5.5 within the 1,000 largest     (v the value)
 
-and the description is built from layer to layer: the candidates of a feature are its own input tokens and the input
-tokens of the earlier features that it reads. A candidate is accepted when the model, run on [BOS, token], activates the
-feature at the token.
+where z = (score − mean) / standard deviation of those 1,000 or 100 scores alone (n − 1 in the deviation), and the
+description is built from layer to layer: the candidates of a feature are its own input tokens and those of the earlier
+features that it reads. A candidate is accepted when the model, run on [BOS, token], activates the feature at the token.
 
-Choices the paper leaves open. z = (score − mean) / standard deviation of all the scores of the feature. Earlier
-features are ranked within each dictionary. Only tokens accepted for an earlier feature are handed on. Norms are left
-out of the products, as in `upstream`; the final norm is applied to values, as in ``logit_lens_value``. Where the run is
-left out (``validate=False``) every candidate is accepted.
+Choices the paper leaves open. Only tokens accepted for an earlier feature are handed on. Norms are left out of the
+products, as in `upstream`; the final norm is applied to values, as in ``logit_lens_value``. Where the run is left out
+(``validate=False``) every candidate is accepted.
 """
 
 from __future__ import annotations
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FEATURES_AT_ONCE = 4096
-FIRST = 64
-"""Scores of a feature that are looked at first; the rest of its limit only where all of these stand out."""
 ACTIVATIONS_AT_ONCE = 1 << 25
 SCORES_AT_ONCE = 1 << 24
 
@@ -50,8 +47,10 @@ class WeightLensThresholds(NamedTuple):
     """What counts as an outlier; the defaults are the paper's."""
 
     token_z: float = 5.5
+    """Standard deviations above the mean of the ``top_tokens`` largest scores."""
     top_tokens: int = 1000
     feature_z: float = 4.0
+    """Standard deviations above the mean of the ``top_features`` largest scores."""
     top_features: int = 100
 
 
@@ -75,7 +74,8 @@ def weight_lens(
         dictionaries: One, or a list; each is also described by those before it: that write at or before the point it
             reads at, and read before that point.
         model: As in `signatures`.
-        earlier: Further dictionaries whose values may be read, described only as far as they are.
+        earlier: Further dictionaries whose values may be read, described only as far as they are; with keys, and with
+            an encoder where tokens are validated.
         thresholds: None: the paper's, `WeightLensThresholds()`.
         validate: Accept only tokens that activate the feature behind BOS. Needs dictionaries that can be run.
         bos_token_id: The token in front; None: the tokenizer's own, else the model's.
@@ -92,9 +92,11 @@ def weight_lens(
         outlier has no row. `weight_descriptions` makes one line of a feature's rows.
 
     Raises:
-        ValueError: No BOS token, ``features`` with several dictionaries, or what the sides raise.
+        ValueError: No BOS token, thresholds that leave fewer than two scores to compare, ``features`` with several
+            dictionaries, a dictionary that cannot be run, or what the sides raise.
 
-    Memory: the activations of one dictionary on some tokens, and the accepted tokens of earlier features.
+    Memory: a block of features' largest scores, the values of one earlier dictionary at a time, the activations of one
+    dictionary on some tokens, and the accepted tokens of earlier features.
     """
     model, thresholds = as_model(model), thresholds or WeightLensThresholds()
     several = dictionaries if isinstance(dictionaries, (list, tuple)) else [dictionaries]
@@ -103,16 +105,23 @@ def weight_lens(
         raise ValueError("dictionaries is an empty list; expected at least one")
     if features is not None and len(given) > 1:
         raise ValueError(f"features is for one dictionary, but {len(given)} are given; leave it out")
+    if min(thresholds.top_tokens, thresholds.top_features) < 2:
+        raise ValueError(
+            f"top_tokens, top_features are {thresholds.top_tokens}, {thresholds.top_features}; expected at least 2: z "
+            "is taken within them"
+        )
     known = [*given, *(load_dictionary(d) for d in earlier)]
     for dictionary in known:
         dictionary.check_model(model)
+        if validate and dictionary.kind != "neurons":
+            dictionary.check_runs()
     bos = _bos_token(model, bos_token_id) if validate else None
     lens = _Lens(model, known, thresholds, bos, backend)
     chosen = [d.select(features) for d in given]
     metadata = identity_of(
         model,
         what="weight lens",
-        score="⟨embed, u⟩, ⟨g_dec, u⟩, unembed(v); z over all of a feature's",
+        score="⟨embed, u⟩, ⟨g_dec, u⟩, unembed(v); z within the largest",
         dictionaries=[d.name for d in given],
         earlier=[d.name for d in known[len(given) :]],
         fingerprints=[d.fingerprint for d in known],
@@ -143,12 +152,11 @@ def weight_descriptions(found: RelationTable, n: int = 5) -> pa.Table:
     if found.metadata.get("what") != "weight lens":
         raise ValueError(f"found is a table of {found.metadata.get('what')!r}; expected one of weight_lens")
     columns = ["source", "source_layer", "source_id", "target_id", "relation", "score", "activation", "token"]
-    table = found.table([*columns, "accepted"]).filter(pc.field("accepted"))
+    described = pc.field("accepted") & (pc.field("relation") != "earlier feature")
+    table = found.table([*columns, "accepted"]).filter(described)
     grouped: dict[tuple[str, int, int], dict[str, list[tuple[float, float, str]]]] = {}
     for row in table.to_pylist():
         side = "promotes" if row["relation"] == "output token" else "activated_by"
-        if row["relation"] == "earlier feature":
-            continue
         text = str(row["target_id"]) if row["token"] is None else repr(row["token"])
         key = (row["source"], row["source_layer"], row["source_id"])
         strength = row["activation"] if row["activation"] is not None else 0.0
@@ -179,7 +187,7 @@ class _Found(NamedTuple):
 
 
 class Outliers(NamedTuple):
-    """What stands out for n vectors, and the mean and standard deviation [n] of all their scores."""
+    """What stands out for n vectors, and the mean and standard deviation [n] of their largest scores."""
 
     found: _Found
     mean: Tensor
@@ -277,7 +285,7 @@ class _Lens:
         """Tokens that stand out for vectors [n, D]."""
 
         def search(vectors: Tensor, k: int) -> TopK:
-            return scorer.topk(vectors, k, self.backend, bottom=False, statistics=True)
+            return scorer.topk(vectors, k, self.backend, bottom=False)
 
         return outliers(search, vectors, len(scorer.W), self.thresholds.top_tokens, self.thresholds.token_z)
 
@@ -286,7 +294,7 @@ class _Lens:
         values = other.values(slice(None)).to(keys)
 
         def search(keys: Tensor, k: int) -> TopK:
-            return streamed_topk(keys, values, k, bottom=False, statistics=True, backend=self.backend)
+            return streamed_topk(keys, values, k, bottom=False, backend=self.backend)
 
         return outliers(search, keys, len(values), self.thresholds.top_features, self.thresholds.feature_z).found
 
@@ -338,33 +346,17 @@ class _Lens:
 def outliers(
     search: Callable[[Tensor, int], TopK], vectors: Tensor, n_scores: int, limit: int, threshold: float
 ) -> Outliers:
-    """Of the ``limit`` largest of each vector's n_scores scores those with z > threshold.
+    """Of the ``limit`` largest of each vector's n_scores scores those with z > threshold, z taken over these largest.
 
-    ``search`` gives the k largest scores of vectors [n, D] with their statistics. Scores that are all equal have none.
+    ``search`` gives the k largest scores of vectors [n, D]. Scores that are all equal have none.
     """
-    limit = min(limit, n_scores)
-    first = min(FIRST, limit)
-    looked = search(vectors, first).to("cpu")
-    assert looked.statistics is not None
-    mean, deviation = looked.statistics.mean, looked.statistics.variance.sqrt()
-    parts = [_standing_out(looked, torch.arange(len(vectors)), mean, deviation, threshold)]
-    row, counts = parts[0].row, torch.bincount(parts[0].row, minlength=len(vectors))
-    more = (counts == first).nonzero().squeeze(1)
-    if first < limit and len(more):
-        parts[0] = _Found(*(column[~torch.isin(row, more)] for column in parts[0]))
-        wider = search(vectors[more.to(vectors.device)], limit).to("cpu")
-        parts.append(_standing_out(wider, more, mean[more], deviation[more], threshold))
-    found = _Found(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-    order = found.row.argsort(stable=True)
-    return Outliers(_Found(*(column[order] for column in found)), mean, deviation)
-
-
-def _standing_out(looked: TopK, rows_of: Tensor, mean: Tensor, deviation: Tensor, threshold: float) -> _Found:
+    looked = search(vectors, min(limit, n_scores)).to("cpu")
     scores, ids = looked.top_scores, looked.top_ids
     assert scores is not None and ids is not None
+    deviation, mean = torch.std_mean(scores.double(), 1)
     z = (scores.double() - mean[:, None]) / deviation[:, None]
     row, rank = (z > threshold).nonzero(as_tuple=True)
-    return _Found(rows_of[row], ids[row, rank], scores[row, rank], z[row, rank])
+    return Outliers(_Found(row, ids[row, rank], scores[row, rank], z[row, rank]), mean, deviation)
 
 
 def _ranks(row: Tensor) -> Tensor:

@@ -107,12 +107,13 @@ def find_weights(model: Model, side: Side, pattern: str, final_norm: bool) -> li
     if layer.isdigit() and int(layer) < model.n_layers:
         part = model.blocks[int(layer)].attention if rest.startswith("attn.") else model.blocks[int(layer)].mlp
         if isinstance(part, NoSingleWeights):
-            getattr(part, "W_in")  # noqa: B009
+            part.refuse(rest.partition(".")[2] or "weight")
+    last = model.n_layers - 1
     kinds = sorted({re.sub(r"\d+$", "*", name.split(".", 2)[2]) for name in names if "." in name})
     examples = ("W_in", "W_Q", "unembed") if side == "value" else ("W_out", "W_O", "embed")
     raise ValueError(
-        f"targets is {pattern!r}; expected a Dictionary, a matrix, or a weight of layers 0 to {model.n_layers - 1} "
-        f"like 'blocks.3.mlp.{examples[0]}', 'blocks.*.attn.{examples[1]}.heads' or {examples[2]!r}; each layer has "
+        f"targets is {pattern!r}; expected a Dictionary, a matrix, or a weight of layers 0 to {last} like "
+        f"'blocks.{last}.mlp.{examples[0]}', 'blocks.*.attn.{examples[1]}.heads' or {examples[2]!r}; each layer has "
         f"{', '.join(kinds)}"
     )
 
@@ -154,20 +155,22 @@ def heads_topk(vectors: Tensor, weight: Tensor, n_heads: int, k: int, backend: s
 
     Returns k of the H heads a side; equal norms by the lower head.
     """
-    eye = torch.eye(n_heads, dtype=at_least_float32(vectors[:0]).dtype, device=vectors.device)
+    weight = at_least_float32(weight)
+    eye = torch.eye(n_heads, dtype=weight.dtype, device=vectors.device)
     found = []
     for block in vectors.split(max(1, SCORES_AT_ONCE // len(weight))):
-        norms = at_least_float32(block @ weight.mT).unflatten(1, (n_heads, -1)).norm(dim=-1)
+        norms = (block.to(weight) @ weight.mT).unflatten(1, (n_heads, -1)).norm(dim=-1)
         found.append(streamed_topk(norms, eye, k, backend=backend, precision="float32"))
     return TopK.concatenate(found)
 
 
 def head_weights(attention: Attention, head: int) -> tuple[Tensor, Tensor]:
-    """(W_V [E, D], W_O [D, E]) of one query head, norms folded; the head's OV matrix is W_O W_V."""
+    """(W_V [E, D], W_O [D, E]) of one query head, norms folded, in float32 or wider; its OV matrix is W_O W_V."""
     groups = attention.n_heads // attention.n_kv_heads
     E = attention.width // attention.n_heads
-    W_V = fold_in(attention.norm, attention.W_V.unflatten(0, (-1, E))[head // groups])
-    return W_V, fold_out(attention.post_norm, attention.W_O[:, head * E : (head + 1) * E])
+    W_V = at_least_float32(attention.W_V.unflatten(0, (-1, E))[head // groups])
+    W_O = at_least_float32(attention.W_O[:, head * E : (head + 1) * E])
+    return fold_in(attention.norm, W_V), fold_out(attention.post_norm, W_O)
 
 
 def fold_in(norm: AnyNorm, weight: Tensor) -> Tensor:
@@ -191,9 +194,9 @@ def _circuit(model: Model, side: Side, name: str, layer: int, head: int, final_n
     scorer = readouts.unembed(model, final_norm) if side == "value" else readouts.embed(model)
 
     def opened() -> Search:
-        W_V, W_O = (w.to(model.dtype) for w in head_weights(attention, head))
+        W_V, W_O = head_weights(attention, head)
         first, second = (W_V.mT, W_O.mT) if side == "value" else (W_O, W_V)
-        return lambda vectors, k, backend: scorer.topk(vectors @ first @ second, k, backend)
+        return lambda vectors, k, backend: scorer.topk((vectors.to(W_V) @ first @ second).to(vectors), k, backend)
 
     return Target(name, layer, 2 * layer + (side == "key"), opened, len(scorer.W))
 
