@@ -13,12 +13,13 @@ import dataclasses
 import io
 import json
 import math
-import os
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from querylens_fast.files import write_whole
 
 FORMAT = "querylens_fast.features/1"
 
@@ -181,9 +182,7 @@ def save_features_json(features: Sequence[Feature], path: str | Path) -> Path:
         text = json.dumps(data, ensure_ascii=False, indent=1)
     except (TypeError, ValueError) as error:
         raise ValueError(f"these features have no JSON form: {error}") from error
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, text)
     return path
 
 

@@ -301,6 +301,7 @@ class Fit:
             "through_norms": str(through_norms),
             "energy": self.energy,
             "n_probes": str(self.n_probes if self.energy == "probes" else 0),
+            **({"seed": str(self.seed)} if self.energy == "probes" else {}),
             "querylens_fast": querylens_fast.__version__,
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,

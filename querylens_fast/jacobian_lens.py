@@ -11,7 +11,7 @@ with float16 matrices as a rule and, from some writers, a "metadata" dict.
 
 from __future__ import annotations
 
-import os
+import hashlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from querylens_fast.files import whole
 from querylens_fast.models import as_model
 from querylens_fast.transport import FORMAT, Transport
 
@@ -74,6 +75,7 @@ def import_jacobian_lens(path: str | Path, model: Any) -> Transport:
         "tokens": f"Jacobian lens {Path(path).name}",
         "averaging": AVERAGING,
         "n_valid": "0",
+        "digest": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:32],
         "n_prompts": str(lens.get("n_prompts", "unknown")),
         **{f"lens.{key}": str(value) for key, value in recorded.items()},
     }
@@ -110,12 +112,10 @@ def export_jacobian_lens(transport: Transport, path: str | Path, dtype: torch.dt
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     try:
-        torch.save(content, partial)
-        os.replace(partial, path)
+        with whole(path) as partial:
+            torch.save(content, partial)
     except Exception as error:
-        partial.unlink(missing_ok=True)
         raise OSError(f"lens file could not be written to {str(path)!r}: {error}") from error
     return path
 

@@ -20,9 +20,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from querylens_fast.files import whole, write_whole
 from querylens_fast.models import Model
 from querylens_fast.results import Signatures
-from querylens_fast.store import METADATA_KEY, Sink, StoredSignatures, read_identity, whole, write_whole
+from querylens_fast.store import METADATA_KEY, Sink, StoredSignatures, read_identity
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,13 +70,24 @@ class ParquetSink(Sink):
 
         Raises:
             OSError: The disk is full; the parts stay.
-            ValueError: A part is damaged; without it the same call computes it again.
+            ValueError: A part is damaged, without which the same call computes it again, or rows are missing.
         """
-        if not self.complete:
+        import pyarrow.parquet as pq
+
+        if self.complete:
+            rows = pq.read_metadata(self.path).num_rows
+            if rows != n_features:
+                raise ValueError(f"{str(self.path)!r} holds {rows} rows of {n_features}; delete it and run again")
+        else:
             parts = sorted(self.parts.glob("part-*.parquet"))
-            if parts:
-                self._join(parts)
-                shutil.rmtree(self.parts)
+            rows = sum(_open_part(part).metadata.num_rows for part in parts)
+            if rows != n_features:
+                raise ValueError(
+                    f"{str(self.parts)!r} holds {rows} rows of {n_features}: all processes of a run have to write to "
+                    "the same folder; run the same call again to compute the others"
+                )
+            self._join(parts)
+            shutil.rmtree(self.parts)
         return super().finish(n_features)
 
     def _join(self, parts: Sequence[Path]) -> None:

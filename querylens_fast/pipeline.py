@@ -109,7 +109,7 @@ class Pipeline:
             "final_norm": self.scorer.final_norm,
             "transport": transport,
             "tokens_digest": None if self.tokens is None else self.tokens.digest,
-            "tuned_lens": None if self.tuned_lens is None else self.tuned_lens.path,
+            "tuned_lens": None if self.tuned_lens is None else self.tuned_lens.identity,
             "adaptive_threshold": None if self.adaptive is None else self.adaptive.threshold,
             "token_change_value": self.token_change_value if self.preset.is_ablation else None,
             "stats": self.stats,

@@ -13,6 +13,7 @@ On GPUs sums go over NCCL, each process on the device of its LOCAL_RANK; on CPUs
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -58,6 +59,9 @@ class Ranks:
 
     def check(self) -> None:
         """Raise `RankStopped` if another process has died or failed."""
+
+    def agree(self, what: str, settings: dict[str, Any]) -> None:
+        """Raise ValueError unless every process has these settings (JSON values)."""
 
     def wait(self, step: str) -> None:
         """Wait until every process has come to this step, raising `RankStopped` if one never will."""
@@ -107,6 +111,20 @@ class _Joined(Ranks):
         if time.monotonic() - self._checked > BEAT_S:
             self._look_around(range(self.size))
             self._checked = time.monotonic()
+
+    def agree(self, what: str, settings: dict[str, Any]) -> None:
+        self._ask(lambda: self._store.set(f"agree/{what}/{self.rank}", json.dumps(settings)))
+        self.wait(f"agree/{what}")
+        first = json.loads(self._ask(lambda: self._store.get(f"agree/{what}/0")))
+        mine = json.loads(json.dumps(settings))
+        changed = sorted(key for key in first.keys() | mine.keys() if first.get(key) != mine.get(key))
+        if changed:
+            raise ValueError(
+                f"rank {self.rank} of {self.size} was started with other arguments than rank 0 for {what} "
+                f"(different: {', '.join(changed)}); all processes have to make the same call"
+            )
+        # Nobody says anything else under this name before all have heard this.
+        self.wait(f"agreed/{what}")
 
     def wait(self, step: str) -> None:
         self._steps[step] = self._steps.get(step, 0) + 1

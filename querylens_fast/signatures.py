@@ -9,6 +9,7 @@ run resumes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from querylens_fast import ranks
+from querylens_fast.files import held
 from querylens_fast.pipeline import Pipeline, Stats, plan
 from querylens_fast.presets import Preset
 from querylens_fast.readahead import read_ahead
@@ -147,9 +149,15 @@ def signatures(
     group = ranks.current()
     if group.size > 1 and (format or FORMATS.get(Path(out).suffix)) != "parquet":
         raise ValueError(f"out is {str(out)!r}: several processes write Parquet alone; choose a .parquet file")
-    with group.in_turn("open"):
-        sink = open_sink(out, format, identity, resume=resume, token_strings=token_strings, model=pipeline.model)
-    with sink:
+    if not len(chosen):
+        raise ValueError(f"features={features!r} chooses none of {dictionary.n_features}: nothing to write")
+    group.agree("the run", identity)
+    with ExitStack() as stack:
+        if group.leads:
+            stack.enter_context(held(Path(out)))
+        with group.in_turn("open"):
+            sink = open_sink(out, format, identity, resume=resume, token_strings=token_strings, model=pipeline.model)
+        stack.enter_context(sink)
         if pipeline.tokens is not None and group.leads:
             pipeline.tokens.save(Path(f"{out}.tokens.safetensors"))
         blocks = group.share(list(batches(len(chosen), block_rows)))

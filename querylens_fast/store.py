@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from querylens_fast.files import write_whole
 from querylens_fast.models import Model
 from querylens_fast.results import Signatures
 
@@ -219,23 +219,3 @@ def read_identity(path: str | Path) -> dict[str, Any]:
     if METADATA_KEY not in metadata:
         raise ValueError(f"{str(path)!r} was not written by querylens_fast")
     return json.loads(metadata[METADATA_KEY])
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file to write that takes the name ``path`` when it is whole and on the disk, and is gone when writing fails."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    with whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ between them for each feature (adaptive), or a tuned lens's translator. The abla
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,13 @@ class TunedLens:
 
     params: dict[str, Tensor]
     path: str
+    digest: str = ""
+    """Of the file."""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells this lens from another, for a result's metadata."""
+        return {"path": self.path, "digest": self.digest}
 
     def __call__(self, vectors: Tensor, layer: int, n_layers: int) -> Tensor:
         """Translated vectors [n, D].
@@ -98,4 +106,4 @@ def load_tuned_lens(path: str | Path) -> TunedLens:
         ) from error
     if not isinstance(params, dict) or not all(isinstance(v, Tensor) for v in params.values()):
         raise ValueError(f"tuned-lens params file {str(path)!r} does not hold named tensors")
-    return TunedLens(dict(params), str(path))
+    return TunedLens(dict(params), str(path), hashlib.sha256(Path(path).read_bytes()).hexdigest()[:32])

@@ -22,7 +22,6 @@ every figure comes with its standard error.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -30,6 +29,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from querylens_fast.files import whole
 from querylens_fast.models import Model
 from querylens_fast.walks import Order, Side
 
@@ -177,12 +177,10 @@ class Transport:
                 tensors[f"{kind}.{side}.{order}"] = tensor.cpu().contiguous()
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
         try:
-            save_file(tensors, str(partial), metadata=self.metadata)
-            os.replace(partial, path)
+            with whole(path) as partial:
+                save_file(tensors, str(partial), metadata=self.metadata)
         except Exception as error:
-            partial.unlink(missing_ok=True)
             raise OSError(f"transport could not be written to {str(path)!r}: {error}") from error
         return path
 

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import querylens_fast as ql
 from querylens_fast.cli import app
-from querylens_fast.parquet import ROW_GROUP
+from querylens_fast.parquet import ROW_GROUP, ParquetSink
 from querylens_fast.pipeline import plan
 from querylens_fast.signatures import BLOCK_BYTES, MAX_BLOCK_ROWS, MIN_BLOCK_ROWS, rows_per_block
 
@@ -56,7 +56,7 @@ def long_run(gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 def state(out: Path) -> tuple[int, bool]:
     """(parts on the disk, has the join of the parts begun) of a run."""
     parts = out.with_name(out.name + ".parts")
-    return len(list(parts.glob("part-*.parquet"))), (parts / f"{out.name}.partial").exists()
+    return len(list(parts.glob("part-*.parquet"))), any(parts.glob(f"{out.name}.*.partial"))
 
 
 def test_killed_runs_end_in_the_same_bytes(long_run: tuple[Path, bytes], gpt2_folder: Path, tmp_path: Path) -> None:
@@ -85,6 +85,53 @@ def test_killed_runs_end_in_the_same_bytes(long_run: tuple[Path, bytes], gpt2_fo
     assert "60000 signatures" in CliRunner().invoke(app, command).stdout
     assert out.read_bytes() == unbroken
     assert not out.with_name(out.name + ".parts").exists()
+
+
+def test_two_runs_of_one_result(long_run: tuple[Path, bytes], gpt2_folder: Path, tmp_path: Path) -> None:
+    """The second is refused while the first writes, and finds the result once it is there."""
+    dictionary, unbroken = long_run
+    out = tmp_path / "out.parquet"
+    command = run_arguments(dictionary, gpt2_folder, out)
+    first = subprocess.Popen([sys.executable, "-m", "querylens_fast", *command], stderr=subprocess.DEVNULL)
+    while state(out)[0] < 1:
+        assert first.poll() is None
+        time.sleep(0.0005)
+    refused = CliRunner().invoke(app, command)
+    assert first.wait() == 0
+    assert refused.exit_code == 2 and "another run is writing" in refused.stderr
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert out.read_bytes() == unbroken and [p.name for p in tmp_path.iterdir()] == ["out.parquet"]
+
+
+def test_a_result_that_misses_rows_is_refused(gpt2: ql.Model, tmp_path: Path) -> None:
+    """A part that vanished, and a file that an earlier version finished without all its parts."""
+    dictionary, out = ql.directions(torch.randn(90, D_MODEL), layer=1), tmp_path / "out.parquet"
+    options = {"preset": "logit_lens_value", "k": K, "out": out, "block_rows": 30, "progress": False}
+    finish = ParquetSink.finish
+
+    def finish_without_one(sink: ParquetSink, n: int) -> object:
+        sorted(sink.parts.glob("part-*"))[1].unlink()
+        return finish(sink, n)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ParquetSink, "finish", finish_without_one)
+        with pytest.raises(ValueError, match=r"out.parquet.parts' holds 60 rows of 90"):
+            ql.signatures(dictionary, gpt2, **options)
+    assert not out.exists()
+    ql.signatures(dictionary, gpt2, **options)
+    table = pq.read_table(out)
+    pq.write_table(table.slice(0, 60), out)
+    with pytest.raises(ValueError, match=r"out.parquet' holds 60 rows of 90; delete it"):
+        ql.signatures(dictionary, gpt2, **options)
+
+
+def test_no_features_chosen(gpt2: ql.Model, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="features='5:5' chooses none of 90"):
+        ql.signatures(
+            ql.directions(torch.randn(90, D_MODEL), layer=1), gpt2, preset="logit_lens_value", features="5:5",
+            out=tmp_path / "out.parquet",
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_killed_after_its_last_step_leaves_nothing(

@@ -118,6 +118,29 @@ def test_a_process_that_fails_is_named_with_its_error(tmp_path: Path) -> None:
     assert "rank 1 of 2 failed: FileNotFoundError" in outputs[0][1] and "missing.safetensors" in outputs[1][1]
 
 
+def test_processes_with_other_arguments_are_refused(tmp_path: Path) -> None:
+    port = free_port()
+    command = [*SIGNATURES, "--out", "out.parquet"]
+    other = [*command[: command.index("--k")], "--k", "6", *command[command.index("--k") + 2 :]]
+    processes = [start(0, port, command, tmp_path), start(1, port, other, tmp_path)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [p.returncode for p in processes] == [2, 2]
+    assert "rank 1 of 2 was started with other arguments than rank 0" in outputs[1][1]
+    assert "rank 1 of 2 failed" in outputs[0][1] and not list(tmp_path.iterdir())
+
+
+def test_processes_need_one_folder(tmp_path: Path) -> None:
+    port = free_port()
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    command = [*SIGNATURES, "--features", "0:512", "--out", "out.parquet"]
+    processes = [start(rank, port, command, folder) for rank, folder in enumerate(folders)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert processes[0].returncode == 2 and not (folders[0] / "out.parquet").exists()
+    assert "holds 256 rows of 512: all processes of a run have to write to the same folder" in outputs[0][1]
+
+
 def test_jsonl_is_refused(tmp_path: Path) -> None:
     done = torchrun([*SIGNATURES, "--out", "out.jsonl"], tmp_path)
     assert done.returncode != 0

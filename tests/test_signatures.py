@@ -353,7 +353,7 @@ def test_downstream_readers(tiny_model: ql.Model) -> None:
     assert torch.allclose(virtual.top_scores[0], (matrix[2] @ keys.keys(slice(None)).T).topk(K).values)
     for targets, message in (
         ("blocks.9.mlp.W_in", "expected a Dictionary"),
-        ("lm_head", "like 'blocks.3.mlp.W_in'"),
+        ("lm_head", "like 'blocks.2.mlp.W_in'"),
         ("blocks.0.attn.W_Q", "lie before layer 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -29,11 +29,12 @@ from querylens_fast.analysis.lens import (
     preset_of,
     result_row,
 )
+from querylens_fast.files import held, write_whole
 from querylens_fast.fitting import fit_transport
 from querylens_fast.models import Model, as_model, parse_dtype
 from querylens_fast.presets import PRESETS, Preset
 from querylens_fast.signatures import BLOCK_ROWS
-from querylens_fast.store import FORMATS, open_sink, write_whole
+from querylens_fast.store import FORMATS, open_sink
 from querylens_fast.tokens import Tokens, load_tokens
 from querylens_fast.transitions import TunedLens
 from querylens_fast.transport import Transport, load_transport
@@ -301,7 +302,7 @@ def _write(cfg: DictConfig, selection: Selection, found: list[Batch], plans: Map
     first = plans[id(found[0].dictionary)]
     identity = _identity(found, plans)
     n = len(torch.cat([batch.ids for batch in found]))
-    with open_sink(path, cfg.format, identity, resume=True, token_strings=True, model=first.model) as sink:
+    with held(path), open_sink(path, cfg.format, identity, resume=True, token_strings=True, model=first.model) as sink:
         write_whole(path.with_name("config.yaml"), OmegaConf.to_yaml(cfg))
         if first.tokens is not None:
             first.tokens.save(path.with_name("tokens.safetensors"))
@@ -335,6 +336,7 @@ def _identity(found: list[Batch], plans: Mapping[int, LensPipeline]) -> dict[str
         "layer": sorted({batch.dictionary.layer for batch in found}),
         "features": hashlib.sha256(repr(members).encode()).hexdigest()[:16],
         "n_features": sum(len(batch.ids) for batch in found),
+        "dictionary_fingerprints": [batch.dictionary.fingerprint for batch in found],
         "submodule": first.submodule,
         "through_norms": first.through_norms,
     }

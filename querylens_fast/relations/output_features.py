@@ -136,7 +136,7 @@ def output_features(
         n_random=n_random,
         seed=seed,
         transport=None if moved is None else moved.metadata,
-        tuned_lens=None if tuned_lens is None else str(tuned_lens),
+        tuned_lens=None if pipeline.tuned_lens is None else pipeline.tuned_lens.identity,
         final_norm=final_norm,
         **identity_of_features(dictionary, chosen),
     )

@@ -39,9 +39,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from querylens_fast.files import held, whole, write_whole
 from querylens_fast.models import Model
 from querylens_fast.ops import TopK
-from querylens_fast.store import METADATA_KEY, read_identity, whole, write_whole
+from querylens_fast.store import METADATA_KEY, read_identity
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -270,10 +271,17 @@ def _for_each(value: Any, repeats: int) -> Any:
 
 
 def _write(blocks: Sequence[Block], metadata: dict[str, Any], out: Path, resume: bool, bar: tqdm[Any]) -> RelationTable:
-    import pyarrow.parquet as pq
-
     if out.suffix != ".parquet":
         raise ValueError(f"out is {str(out)!r}; expected a .parquet file")
+    with held(out):
+        return _write_held(blocks, metadata, out, resume, bar)
+
+
+def _write_held(
+    blocks: Sequence[Block], metadata: dict[str, Any], out: Path, resume: bool, bar: tqdm[Any]
+) -> RelationTable:
+    import pyarrow.parquet as pq
+
     parts = out.with_name(out.name + ".parts")
     _check_earlier(out, parts, metadata, resume)
     if out.exists():

@@ -110,7 +110,7 @@ def token_features(
         dictionaries=[p.dictionary.name for p in pipelines],
         fingerprints=[p.dictionary.fingerprint for p in pipelines],
         transport=None if given is None else given.metadata,
-        tuned_lens=None if tuned_lens is None else str(tuned_lens),
+        tuned_lens=None if (opened := pipelines[0].tuned_lens) is None else opened.identity,
         final_norm=final_norm,
         n_tokens=len(chosen),
         tokens=digest_of(chosen),
