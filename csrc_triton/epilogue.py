@@ -105,36 +105,33 @@ def store_sums(
     V,
     tiles_n,
 ):
-    """Write the tile's partial sums of each row. Columns past the end count as x = shift; `sums_of` takes them out."""
+    """Write the tile's partial sums of each row. Columns past the end count for nothing."""
     inside = rows < n
-    x = scores - tl.load(shift + rows, mask=inside, other=0.0)[:, None]
-    x = tl.where((columns < V)[None, :], x, 0.0)
+    there = (columns < V)[None, :]
+    x = tl.where(there, scores - tl.load(shift + rows, mask=inside, other=0.0)[:, None], 0.0)
     out = sums + rows.to(tl.int64) * (7 * tiles_n) + tile_n
     tl.store(out, tl.sum(x, axis=1), mask=inside)
     tl.store(out + tiles_n, tl.sum(x * x, axis=1), mask=inside)
     tl.store(out + 2 * tiles_n, tl.sum(x * x * x, axis=1), mask=inside)
     tl.store(out + 3 * tiles_n, tl.sum((x * x) * (x * x), axis=1), mask=inside)
-    peak = tl.max(x, axis=1)
+    peak = tl.max(tl.where(there, x, -float("inf")), axis=1)
     tl.store(out + 4 * tiles_n, peak, mask=inside)
-    x -= peak[:, None]
-    weights = tl.exp(x)
+    x = tl.where(there, x - peak[:, None], 0.0)
+    weights = tl.where(there, tl.exp(x), 0.0)
     tl.store(out + 5 * tiles_n, tl.sum(weights, axis=1), mask=inside)
     tl.store(out + 6 * tiles_n, tl.sum(weights * x, axis=1), mask=inside)
 
 
-def sums_of(partial: Tensor, V: int, block_n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A row's sums over all its V columns, in float64, from those of its tiles [n, 7, tiles].
+def sums_of(partial: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A row's sums over all its columns, in float64, from those of its tiles [n, 7, tiles].
 
     Returns:
-        Σ (x - shift)^p for p = 1 to 4 [4, n]; a peak at least as high as every x - shift [n]; and, about it,
+        Σ (x - shift)^p for p = 1 to 4 [4, n]; the highest x - shift [n]; and, about it,
         Σ exp(x - shift - peak) and Σ (x - shift - peak) exp(x - shift - peak), both [n].
     """
     partial = partial.double()
     powers, (peaks, weights, weighted) = partial[:, :4].sum(2).T, partial[:, 4:].unbind(1)
     peak = peaks.amax(1)
     drop = peaks - peak[:, None]
-    # What was counted for columns that do not exist, in the last tile.
-    missing = partial.shape[2] * block_n - V
-    rest = missing * (-peak).exp()
-    weighted = (drop.exp() * (weighted + drop * weights)).sum(1) + peak * rest
-    return powers, peak, (drop.exp() * weights).sum(1) - rest, weighted
+    weighted = (drop.exp() * (weighted + drop * weights)).sum(1)
+    return powers, peak, (drop.exp() * weights).sum(1), weighted

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -58,17 +59,37 @@ class Epilogue(NamedTuple):
 
 
 @contextmanager
-def full_float32() -> Iterator[None]:
-    """Keep float32 products true float32 (no TF32, no bf16 shortcut), whatever the process has chosen."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Keep float32 products on device true float32: no TF32, no bf16 shortcut, no autocast, whatever was chosen."""
+    with torch.autocast(device.type, enabled=False):
+        try:
+            before = torch.get_float32_matmul_precision()
+        except RuntimeError:
+            # The process has chosen by torch.backends.*.fp32_precision, after which the older setting can't be read.
+            with _ieee_backends():
+                yield
+            return
+        if before == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _ieee_backends() -> Iterator[None]:
+    settings = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [setting.fp32_precision for setting in settings]
     try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -109,7 +130,7 @@ def topk(
     sides = {largest: empty_side(F, k) for largest, wanted in ((True, top), (False, bottom)) if wanted}
     rows, cols = min(rows, max(n, 1)), min(cols, V)
     tile = workspace.take("tile", rows * cols, dtype, F.device)
-    with torch.no_grad(), full_float32():
+    with torch.no_grad(), full_float32(F.device):
         for start in range(0, V, cols):
             columns = slice(start, min(start + cols, V))
             block = W[columns].to(dtype)
@@ -157,15 +178,17 @@ def scores_at(F: Tensor, W: Tensor, ids: Tensor, epilogue: Epilogue, *, distinct
     dtype = accumulation_dtype(F.dtype)
     n, m = ids.shape
     sampled = F.device.type == "cpu" and W.dtype == dtype and m > 0
-    step = max(1, (CAST_ELEMENTS if sampled else CAST_ELEMENTS // max(1, F.shape[1])) // max(1, m))
+    gathered = max(1, CAST_ELEMENTS // max(1, F.shape[1] * m))
+    step = max(1, CAST_ELEMENTS // max(1, m)) if sampled else gathered
     scores = torch.empty(n, m, dtype=dtype, device=F.device)
-    with torch.no_grad(), full_float32():
+    with torch.no_grad(), full_float32(F.device):
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
             if sampled and (distinct or _distinct(ids[rows])):
                 dots = _sampled_products(F[rows], W, ids[rows])
             else:
-                dots = (W[ids[rows]].to(dtype) @ F[rows].to(dtype)[:, :, None]).squeeze(2)
+                parts = zip(F[rows].split(gathered), ids[rows].split(gathered), strict=True)
+                dots = torch.cat([(W[some].to(dtype) @ f.to(dtype)[:, :, None]).squeeze(2) for f, some in parts])
             scores[rows] = epilogue.at(dots, rows, ids[rows])
     return scores
 
@@ -175,7 +198,7 @@ def scores_of_columns(F: Tensor, W: Tensor, ids: Tensor, epilogue: Epilogue) -> 
     dtype = accumulation_dtype(F.dtype)
     bias, scale, offset = epilogue
     taken = Epilogue(None if bias is None else bias[ids], None if scale is None else scale[ids], offset)
-    with torch.no_grad(), full_float32():
+    with torch.no_grad(), full_float32(F.device):
         return taken.apply_(F.to(dtype) @ W[ids].to(dtype).T, slice(None), slice(None))
 
 
@@ -187,9 +210,17 @@ def _distinct(ids: Tensor) -> bool:
 def _sampled_products(F: Tensor, W: Tensor, ids: Tensor) -> Tensor:
     """Inner products at distinct ids [r, m] without gathering rows of W: ten times faster than that on a CPU."""
     r, m = ids.shape
-    starts = torch.arange(0, r * m + 1, m)
-    zeros = torch.zeros(r * m, dtype=F.dtype)
+    _hear_out_sparse()
+    starts = torch.arange(0, r * m + 1, m, device=F.device)
+    zeros = torch.zeros(r * m, dtype=F.dtype, device=F.device)
+    shape = (r, len(W))
+    pattern = torch.sparse_csr_tensor(starts, ids.flatten(), zeros, shape, device=F.device, check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, F, W.T, beta=0.0).values().view(r, m)
+
+
+@cache
+def _hear_out_sparse() -> None:
+    """Let torch say once, unheard, that its CSR tensors are in beta."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse", UserWarning)
-        pattern = torch.sparse_csr_tensor(starts, ids.flatten(), zeros, (r, len(W)), check_invariants=False)
-        return torch.sparse.sampled_addmm(pattern, F, W.T, beta=0.0).values().view(r, m)
+        torch.eye(2, device="cpu").to_sparse_csr()

@@ -123,17 +123,28 @@ class ErrorBound(NamedTuple):
         size = norms * self.norm
         if epilogue.offset is not None:
             size = size + epilogue.offset.abs().to(size)
-        # 1e-35: float32 products that underflow to zero.
-        return 1.001 * (dots * self.scale + 8 * unit * (size * self.scale + self.bias)) + 1e-35
+        lost = underflow(F.shape[1]) * max(1.0, self.scale)
+        return 1.001 * (dots * self.scale + 8 * unit * (size * self.scale + self.bias)) + lost
 
 
 def norms_of(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """‖x‖ and ‖x - x'‖ of each row, x' being x in dtype."""
+    """Bounds on ‖x‖ and ‖x - x'‖ of each row, x' being x in dtype."""
     wide = rows.to(blocked.accumulation_dtype(rows.dtype))
     norms = torch.linalg.vector_norm(wide, dim=1)
+    vanished = norm_underflow(rows.shape[1])
     if rows.dtype == dtype or (dtype == torch.float32 and rows.dtype != torch.float64):
-        return norms, torch.zeros_like(norms)
-    return norms, torch.linalg.vector_norm(wide - rows.to(dtype).to(wide.dtype), dim=1)
+        return norms + vanished, torch.full_like(norms, vanished)
+    return norms + vanished, torch.linalg.vector_norm(wide - rows.to(dtype).to(wide.dtype), dim=1) + vanished
+
+
+def norm_underflow(d: int) -> float:
+    """How much shorter than it is a row of length d may look: squares, and numbers, too small for float32 are 0."""
+    return math.sqrt(d) * 2.0**-63
+
+
+def underflow(d: int) -> float:
+    """What d products of float32 numbers, too small for one of them, and their sum may lose."""
+    return max(1e-35, (d + 32) * 2.0**-125)
 
 
 def largest(values: Tensor) -> float:
@@ -156,6 +167,7 @@ class _Task(NamedTuple):
     W: Tensor
     k: int
     rescore: Rescore
+    tile_elements: int
 
 
 def topk(
@@ -171,6 +183,7 @@ def topk(
     block_rows: int,
     rescore: Rescore = exact_scores,
     moments: Moments | None = None,
+    tile_elements: int = blocked.TILE_ELEMENTS,
 ) -> Outcome:
     """The k best of each row, from the proposals of a fast pass.
 
@@ -186,22 +199,25 @@ def topk(
         block_rows: rows for each call of ``propose``.
         rescore: exact scores of candidates.
         moments: what ``propose`` counts its scores into, for the rows that never reach it.
+        tile_elements: scores held at a time for rows without proof.
 
     Returns:
         Outcome with scores in the accumulation dtype, as `blocked.topk` returns them.
     """
     sides = {largest: blocked.empty_side(F, k) for largest, wanted in ((True, top), (False, bottom)) if wanted}
-    task = _Task(W, k, rescore)
+    task = _Task(W, k, rescore, tile_elements)
     widened = fallback = 0
     wide = False
-    with torch.no_grad(), blocked.full_float32():
+    with torch.no_grad(), blocked.full_float32(F.device):
         for start in range(0, len(F), block_rows):
             if 2 * fallback > start * len(sides) or not math.isfinite(bound.norm):
                 # The data defeats the fast pass: do the rest without it.
                 rest = slice(start, len(F))
                 unseen = None if moments is None else moments.after(start)
                 chosen = epilogue.of_rows(rest)
-                again = blocked.topk(F[rest], W, k, chosen, top=top, bottom=bottom, moments=unseen)
+                again = blocked.topk(
+                    F[rest], W, k, chosen, top=top, bottom=bottom, moments=unseen, tile_elements=tile_elements
+                )
                 for largest, found in zip((True, False), again, strict=True):
                     if found is not None:
                         sides[largest].scores[rest], sides[largest].ids[rest] = found
@@ -237,11 +253,20 @@ def _settle(
         return found, widened, 0
     # Dead features are all the same row.
     rest = epilogue.of_rows(index)
-    alike = F[index] if rest.offset is None else torch.cat([F[index], rest.offset[:, None].to(F)], 1)
+    wide = blocked.accumulation_dtype(F.dtype)
+    alike = F[index] if rest.offset is None else torch.cat([F[index].to(wide), rest.offset[:, None].to(wide)], 1)
     _, places = torch.unique(alike, dim=0, return_inverse=True)
     one = torch.empty(int(places.max()) + 1, dtype=torch.int64, device=F.device)
     one[places] = torch.arange(len(index), device=F.device)
-    best, worst = blocked.topk(F[index[one]], task.W, task.k, rest.of_rows(one), top=largest, bottom=not largest)
+    best, worst = blocked.topk(
+        F[index[one]],
+        task.W,
+        task.k,
+        rest.of_rows(one),
+        top=largest,
+        bottom=not largest,
+        tile_elements=task.tile_elements,
+    )
     side = best if largest else worst
     assert side is not None
     found.scores[index], found.ids[index] = side.scores[places], side.ids[places]

@@ -23,6 +23,10 @@ from .moments import Moments
 
 WINNER_BYTES = 1 << 28
 """Group winners held at a time."""
+EVEN = 16
+"""Elements of a row, and bytes of its address, that the kernels are compiled for."""
+MAX_ROWS = 1 << 19
+"""Rows at a time: a grid has at most 65,535 blocks of 16 along its second axis."""
 WIDER = 4
 """Times as many candidates for a block after one whose rows they mostly did not settle."""
 
@@ -64,7 +68,7 @@ def topk(
         low = precision == "exact" and F.dtype == torch.float32 and F.device.type == "cuda" and moments is None
         dtype = torch.bfloat16 if low else F.dtype
     choice = choose(F, W, k, dtype, method, moments)
-    source = _Source(F, W.to(dtype).contiguous(), epilogue, choice, moments, top, bottom)
+    source = _Source(F, _even(W.to(dtype)), epilogue, choice, moments, top, bottom)
     tf32 = choice.config.input_precision == "tf32"
     m = k + 16 if dtype == F.dtype and not tf32 else (5 * k) // 2 + 16
 
@@ -80,6 +84,7 @@ def topk(
         block_rows = min(block_rows, 1 << 15)
         if choice.method == "gemm":
             block_rows = max(1, min(block_rows, CHUNK_ELEMENTS // len(W)))
+    block_rows = min(block_rows, MAX_ROWS)
     return certified.topk(
         F,
         W.contiguous(),
@@ -138,7 +143,7 @@ class _Source:
 
     def propose(self, rows: slice, m: int) -> tuple[certified.Proposal | None, certified.Proposal | None]:
         """Candidates for both sides; statistics are counted on the way."""
-        F = self.F[rows].to(self.W.dtype).contiguous()
+        F = _even(self.F[rows].to(self.W.dtype))
         epilogue = self.epilogue.of_rows(rows)
         summed = self.moments is not None and self.moments.edges is None
         shift = self._shift(self.F[rows], epilogue) if summed else None
@@ -155,7 +160,7 @@ class _Source:
                 self.moments.add_tile(scores, rows.start)
             found = winners(scores, **_wide(epilogue), shift=shift, top=self.top, bottom=self.bottom)
         if self.moments is not None and shift is not None and found.sums is not None:
-            powers, peak, weights, weighted = sums_of(found.sums, len(self.W), self.tile)
+            powers, peak, weights, weighted = sums_of(found.sums)
             self.moments.shift[rows] = shift.double()
             self.moments.add_sums(rows, len(self.W), powers, peak + shift, weights, weighted)
         pairs = ((found.top, True), (found.bottom, False))
@@ -178,10 +183,18 @@ class _Source:
     def _shift(self, F: Tensor, epilogue: blocked.Epilogue) -> Tensor:
         """About the mean score of each row, [r]: sums about it lose nothing."""
         bias, scale, offset = _wide(epilogue).values()
-        mean = F.float() @ self.W.mean(0, dtype=torch.float32)
+        mean = F.float() @ self.W[:, : F.shape[1]].mean(0, dtype=torch.float32)
         mean = mean if offset is None else mean + offset
         mean = mean if scale is None else mean * scale.mean()
         return mean if bias is None else mean + bias.mean()
+
+
+def _even(rows: Tensor) -> Tensor:
+    """Rows [n, d] for the kernels: d a multiple of 16 by zeros, and aligned, without which registers do not suffice."""
+    if rows.shape[1] % EVEN:
+        return torch.nn.functional.pad(rows, (0, -rows.shape[1] % EVEN))
+    rows = rows.contiguous()
+    return rows if rows.data_ptr() % EVEN == 0 else rows.clone()
 
 
 def _wide(epilogue: blocked.Epilogue) -> dict[str, Tensor | None]:

@@ -75,7 +75,8 @@ def _row_bytes(W: Tensor) -> int:
 @cache
 def faster_in_bfloat16() -> bool:
     """Whether products are at least twice as fast in bfloat16 here: measured once in a process, in some 50 ms."""
-    F, W = torch.ones(256, 512), torch.ones(4096, 512)
+    device = torch.device("cpu")
+    F, W = torch.ones(256, 512, device=device), torch.ones(4096, 512, device=device)
 
     def shortest(F: Tensor, W: Tensor) -> float:
         times = []
@@ -85,7 +86,8 @@ def faster_in_bfloat16() -> bool:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    return 2 * shortest(F.to(NARROW), W.to(NARROW)) < shortest(F, W)
+    with blocked.full_float32(device):
+        return 2 * shortest(F.to(NARROW), W.to(NARROW)) < shortest(F, W)
 
 
 class NarrowBound(NamedTuple):
@@ -112,8 +114,9 @@ class NarrowBound(NamedTuple):
             size = size + offset * self.scale
             folded = folded + offset * self.scale
         dots = errors * self.norm + seen * self.rounding
+        lost = certified.underflow(F.shape[1])
         # Two bfloat16 parts leave 2^-16 of a number; the sums, twice (here and in the exact score), any order.
-        return 1.001 * (dots + 2.0**-14 * folded + 4 * (F.shape[1] + _EXTRA) * unit * size) + 1e-35
+        return 1.001 * (dots + 2.0**-14 * folded + 4 * (F.shape[1] + _EXTRA) * unit * size) + lost
 
 
 def topk(
@@ -127,6 +130,7 @@ def topk(
     block_rows: int | None,
     moments: Moments | None = None,
     exact: bool = True,
+    tile_elements: int = blocked.TILE_ELEMENTS,
 ) -> certified.Outcome:
     """The k best of each row by bfloat16 candidates; arguments as for `blocked.topk`.
 
@@ -149,7 +153,7 @@ def topk(
         return scores
 
     if not exact:
-        with torch.no_grad():
+        with torch.no_grad(), blocked.full_float32(F.device):
             return _as_scored(F, k, score, rows, top, bottom)
 
     def propose(rows: slice, wide: bool) -> tuple[certified.Proposal | None, certified.Proposal | None]:
@@ -159,7 +163,17 @@ def topk(
         return best, worst
 
     return certified.topk(
-        F, W, k, epilogue, propose, folded.bound, top=top, bottom=bottom, block_rows=rows, moments=moments
+        F,
+        W,
+        k,
+        epilogue,
+        propose,
+        folded.bound,
+        top=top,
+        bottom=bottom,
+        block_rows=rows,
+        moments=moments,
+        tile_elements=tile_elements,
     )
 
 
@@ -204,8 +218,8 @@ def _fold_columns(W: Tensor, epilogue: Epilogue, *, set_apart: bool) -> _Folded:
     plain = all(vector is None for vector in epilogue)
     width = d if plain else d + _EXTRA
     folded = workspace.take("narrow W", V * width, NARROW, W.device).view(V, width)
-    scale = None if epilogue.scale is None else epilogue.scale.to(W)
-    norms, rounding = torch.empty(V), torch.empty(V)
+    scale = None if epilogue.scale is None else epilogue.scale.float()
+    norms, rounding = torch.empty(2, V, device=W.device)
     step = min(blocked.pass_rows(W), V)
     rounded = workspace.take("rounded", step * d, torch.float32, W.device).view(step, d)
     scaled = workspace.take("scaled", 0 if scale is None else step * d, torch.float32, W.device).view(-1, d)
@@ -216,19 +230,19 @@ def _fold_columns(W: Tensor, epilogue: Epilogue, *, set_apart: bool) -> _Folded:
             block = torch.mul(block, scale[rows, None], out=scaled[: len(block)])
         folded[rows, :d] = block
         difference = rounded[: len(block)].copy_(folded[rows, :d]).sub_(block)
-        norms[rows] = torch.linalg.vector_norm(block, dim=1)
-        rounding[rows] = torch.linalg.vector_norm(difference, dim=1)
+        norms[rows] = torch.linalg.vector_norm(block.float(), dim=1) + certified.norm_underflow(d)
+        rounding[rows] = torch.linalg.vector_norm(difference, dim=1) + certified.norm_underflow(d)
     bias = epilogue.bias
     if not plain:
         extra = folded[:, d:].zero_()
-        high, low = _split(torch.ones(V) if scale is None else scale)
+        high, low = _split(torch.ones(V, device=W.device) if scale is None else scale)
         extra[:, 0], extra[:, 1], extra[:, 2] = high, low, high
         if bias is not None:
-            extra[:, 3], extra[:, 4] = _split(bias.to(W))
-    apart = _outlying(norms) if set_apart else torch.empty(0, dtype=torch.int64)
+            extra[:, 3], extra[:, 4] = _split(bias.float())
+    apart = _outlying(norms) if set_apart else torch.empty(0, dtype=torch.int64, device=W.device)
     columns = None
     if len(apart):
-        inside = torch.ones(V, dtype=torch.bool)
+        inside = torch.ones(V, dtype=torch.bool, device=W.device)
         inside[apart] = False
         columns = inside.nonzero().squeeze(1)
         folded, norms, rounding = folded[columns], norms[columns], rounding[columns]
@@ -244,7 +258,7 @@ def _fold_columns(W: Tensor, epilogue: Epilogue, *, set_apart: bool) -> _Folded:
 def _outlying(norms: Tensor) -> Tensor:
     """The few rows of W that are more than twice as long as the next (or not finite); none where they are not few."""
     if len(norms) <= MAX_APART:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device=norms.device)
     norms = norms.nan_to_num(nan=math.inf)
     usual = norms.topk(MAX_APART + 1).values[-1]
     return (norms > 2 * usual).nonzero().squeeze(1)
@@ -254,10 +268,10 @@ def _fold_rows(F: Tensor, epilogue: Epilogue, width: int) -> Tensor:
     n, d = F.shape
     if width == d:
         return F.to(NARROW)
-    folded = torch.zeros(n, width, dtype=NARROW)
+    folded = torch.zeros(n, width, dtype=NARROW, device=F.device)
     folded[:, :d] = F
     if epilogue.offset is not None:
-        high, low = _split(epilogue.offset.to(F))
+        high, low = _split(epilogue.offset.float())
         folded[:, d], folded[:, d + 1], folded[:, d + 2] = high, high, low
     if epilogue.bias is not None:
         folded[:, d + 3 : d + 5] = 1

@@ -43,6 +43,8 @@ __all__ = ["RowStatistics", "TopK", "scores_at", "streamed_topk"]
 
 BACKENDS = ("auto", "torch", "triton")
 METHODS = ("fused", "gemm")
+MIN_MEMORY_GIB = 0.001
+"""Less makes tiles of a few scores."""
 PRECISIONS = ("exact", "float32", "bf16")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -123,8 +125,10 @@ def streamed_topk(
             [edge, next edge), the last one closed; scores outside are not counted. Slower than the other statistics.
         block_rows: rows of F scored at a time; None lets the backend choose. Changes memory and speed, not the result
             beyond the last bit of a score.
-        max_memory_gib: bound on the working memory beside the inputs and the result: tiles and the narrow copy of W.
-            None: tiles of up to 128 MiB and a copy of up to 2 GiB. On the CPU the tile is kept for the next call.
+        max_memory_gib: bound on the torch backend's tiles and its narrow copy of W, at least 0.001; where rows have to
+            be scored again, as much once more. None: tiles of up to 128 MiB and a copy of up to 2 GiB. On the CPU
+            buffers of up to 512 MiB a thread are kept for the next call. The Triton backend needs none: it holds 0.25
+            GiB of winners, or 1 GiB of products, and a copy of W.
         threads: CPU threads for this call; None leaves torch's setting.
 
     Returns:
@@ -145,8 +149,12 @@ def streamed_topk(
         raise ValueError("top and bottom are both False: nothing is asked for; set at least one of them to True")
     if block_rows is not None and block_rows < 1:
         raise ValueError(f"block_rows is {block_rows}: expected at least 1; leave it None for the backend's own choice")
-    if max_memory_gib is not None and not max_memory_gib > 0:
-        raise ValueError(f"max_memory_gib is {max_memory_gib}: expected more than 0; leave it None for the defaults")
+    if max_memory_gib is not None and not max_memory_gib >= MIN_MEMORY_GIB:
+        raise ValueError(
+            f"max_memory_gib is {max_memory_gib}: expected at least {MIN_MEMORY_GIB}; leave it None for the defaults"
+        )
+    if max_memory_gib is not None and choose_backend(backend, F) == "triton":
+        raise ValueError("max_memory_gib is of the torch backend; leave it None with 'triton', or pass block_rows=")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: expected one of {', '.join(PRECISIONS)}; choose one of these")
     if method is not None and (method not in METHODS or choose_backend(backend, F) != "triton"):
@@ -156,6 +164,9 @@ def streamed_topk(
         )
     if precision == "bf16" and F.dtype == torch.float64:
         raise ValueError("precision is 'bf16' but F is torch.float64: convert F and W to float32 first, or use 'exact'")
+    if F.shape[1] == 0:
+        # Products of nothing are those with a column of zeros.
+        F, W = F.new_zeros(len(F), 1), W.new_zeros(len(W), 1)
     epilogue = blocked.Epilogue(bias, scale, offset)
     moments = Moments(len(F), F.device, edges) if statistics else None
     asked = _Asked(k, epilogue, top, bottom, block_rows, moments, method)
@@ -197,12 +208,23 @@ def _run(F: Tensor, W: Tensor, asked: _Asked, backend: str, precision: str, max_
             moments=moments,
             method=asked.method,
         )
+    tile_elements = blocked.TILE_ELEMENTS if limit is None else min(blocked.TILE_ELEMENTS, limit // 16)
     # Statistics of an exact call are of float32 scores too.
     if precision == "bf16" or (precision == "exact" and moments is None and narrow.pays(F, W, k, limit)):
         tile = narrow.tile_rows(F, W, limit) if block_rows is None else block_rows
         exact = precision == "exact"
-        return narrow.topk(F, W, k, epilogue, top=top, bottom=bottom, block_rows=tile, moments=moments, exact=exact)
-    tile_elements = blocked.TILE_ELEMENTS if limit is None else max(1, min(blocked.TILE_ELEMENTS, limit // 16))
+        return narrow.topk(
+            F,
+            W,
+            k,
+            epilogue,
+            top=top,
+            bottom=bottom,
+            block_rows=tile,
+            moments=moments,
+            exact=exact,
+            tile_elements=tile_elements,
+        )
     best, worst = blocked.topk(
         F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows, moments=moments, tile_elements=tile_elements
     )

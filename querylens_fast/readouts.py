@@ -56,15 +56,14 @@ class Scorer:
     def prepare(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
         """(x [n, D] in W's dtype, offset [n] or None): what stands for vectors [n, D] in the score's formula."""
         vectors = vectors.to(self.model.device)
-        offset = None
-        if self.centre is not None:
-            offset = -(vectors.to(self.centre) @ self.centre)
         if self.final_norm:
             vectors = self.model.final_norm(at_least_float32(vectors))
-        x = vectors if self.factor == 1.0 else vectors * self.factor
-        return x.to(self.W.dtype), None if offset is None else offset.to(
-            torch.promote_types(self.W.dtype, torch.float32)
-        )
+        x = (vectors if self.factor == 1.0 else vectors * self.factor).to(self.W.dtype)
+        if self.centre is None:
+            return x, None
+        # Of x as it was rounded: what both terms of ⟨x, w⟩ − ⟨x, c⟩ share then cancels.
+        offset = -(x.to(self.centre) * self.centre).sum(1) / self.factor
+        return x, offset.to(torch.promote_types(self.W.dtype, torch.float32))
 
 
 def unembed(model: Model, final_norm: bool = True) -> Scorer:

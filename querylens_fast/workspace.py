@@ -32,8 +32,8 @@ def take(name: str, n_elements: int, dtype: torch.dtype, device: torch.device) -
     if kept is None or len(kept) < n_bytes:
         others = sum(len(buffer) for key, buffer in _kept.buffers.items() if key != name)
         if n_bytes + others > LIMIT:
-            return torch.empty(n_elements, dtype=dtype)
-        kept = _kept.buffers[name] = torch.empty(n_bytes, dtype=torch.uint8)
+            return torch.empty(n_elements, dtype=dtype, device=device)
+        kept = _kept.buffers[name] = torch.empty(n_bytes, dtype=torch.uint8, device=device)
     return kept[:n_bytes].view(dtype)
 
 

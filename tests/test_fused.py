@@ -45,6 +45,20 @@ def test_both_ways_with_every_term(method: str, dtype: torch.dtype, shape: tuple
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("V", [256, 300, 700])
+def test_statistics_far_below_what_they_are_taken_about(method: str, V: int) -> None:
+    """A scale that is small where the product is large: the mean's estimate is far above every score."""
+    large = torch.arange(V, device=DEVICE) % 2 == 0
+    W = torch.zeros(V, 32, device=DEVICE)
+    W[:, 0], scale, bias = 100.0 * large, 100.0 * ~large, gaussian(V, seed=V)
+    F = torch.ones(3, 32, device=DEVICE)
+    found = streamed_topk(F, W, 4, scale=scale, bias=bias, statistics=True, backend="triton", method=method)
+    S = oracle.scores(F, W, bias, scale, None)
+    assert found.statistics is not None
+    torch.testing.assert_close(found.statistics.logsumexp.double(), S.logsumexp(1), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("terms", [False, True])
 def test_statistics_in_the_same_pass(method: str, terms: bool) -> None:
     n, d, V = 37, 64, 777

@@ -163,7 +163,7 @@ def test_workspace_is_reused_bounded_and_given_back() -> None:
     ("options", "message"),
     [
         ({"precision": "half"}, "precision is 'half': expected one of exact, float32, bf16"),
-        ({"max_memory_gib": 0.0}, "max_memory_gib is 0.0: expected more than 0"),
+        ({"max_memory_gib": 0.0}, "max_memory_gib is 0.0: expected at least 0.001"),
         ({"threads": 0}, "threads is 0: expected at least 1"),
     ],
 )
