@@ -114,10 +114,12 @@ def store_sums(
     tl.store(out + tiles_n, tl.sum(x * x, axis=1), mask=inside)
     tl.store(out + 2 * tiles_n, tl.sum(x * x * x, axis=1), mask=inside)
     tl.store(out + 3 * tiles_n, tl.sum((x * x) * (x * x), axis=1), mask=inside)
-    peak = tl.max(tl.where(there, x, -float("inf")), axis=1)
+    # So low that its weight is 0, and 0 times it is 0.
+    x = tl.where(there, x, -1e30)
+    peak = tl.max(x, axis=1)
     tl.store(out + 4 * tiles_n, peak, mask=inside)
-    x = tl.where(there, x - peak[:, None], 0.0)
-    weights = tl.where(there, tl.exp(x), 0.0)
+    x -= peak[:, None]
+    weights = tl.exp(x)
     tl.store(out + 5 * tiles_n, tl.sum(weights, axis=1), mask=inside)
     tl.store(out + 6 * tiles_n, tl.sum(weights * x, axis=1), mask=inside)
 

@@ -152,8 +152,8 @@ class _Part(NoSingleWeights):
 
     def matrices(self) -> list[Tensor]:
         """The weights that tell one model from another."""
-        weights = [w.detach() for w in self.own.parameters() if w.ndim > 1]
-        return [w.flatten(0, -2) for w in weights]
+        weights = [w.detach() for w in self.own.parameters()]
+        return [w.flatten(0, -2) if w.ndim > 1 else w[None] for w in weights]
 
     @property
     def own(self) -> Any:

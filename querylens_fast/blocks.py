@@ -96,7 +96,7 @@ class Attention:
 
     def matrices(self) -> list[Tensor]:
         """The weights that tell one model from another."""
-        return [self.W_Q, self.W_O]
+        return [self.W_Q, self.W_K, self.W_V, self.W_O]
 
     def __call__(self, x: Tensor, masking: Masking) -> Tensor:
         """The residual contribution A(x) of x [B, S, D]."""
@@ -248,7 +248,7 @@ class MLP:
 
     def matrices(self) -> list[Tensor]:
         """The weights that tell one model from another."""
-        return [self.W_in, self.W_out]
+        return [self.W_in, self.W_out, *([] if self.W_gate is None else [self.W_gate])]
 
     def hidden(self, normed: Tensor) -> Tensor:
         """Neuron activations [..., N] (what W_out reads) for the MLP's normed input [..., D]."""

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from querylens_fast.coders import Coder
-from querylens_fast.hooks import STREAM, Kind
+from querylens_fast.hooks import BEFORE_POST_NORM, STREAM, Kind, parse_hook
 from querylens_fast.models import Model, as_model
+from querylens_fast.norms import Norm
 from querylens_fast.rows import FeatureIds, MemoryRows, Rows
 
 
@@ -114,6 +115,15 @@ class Dictionary:
                 f"dictionary {self.name!r} is of layer {self.layer}, but model {model.name!r} has layers "
                 f"0 to {model.n_layers - 1}"
             )
+        for side, hook in (("key", self.hook_name), ("value", self.hook_name_out or self.hook_name)):
+            at = (parse_hook(hook) or (0, ""))[1]
+            module = BEFORE_POST_NORM[side].get(at)
+            if module and isinstance(vars(getattr(model.blocks[self.layer], module)).get("post_norm"), Norm):
+                raise ValueError(
+                    f"dictionary {self.name!r}: its {side}s are of {hook!r}, which {model.name!r} "
+                    f"({model.architecture}) norms before it adds it to the residual stream; dictionaries on either "
+                    "side of that are supported"
+                )
 
     def select(self, features: Any = None) -> Tensor:
         """Feature ids, int64, from None or "all", a slice, a range "a:b", an int, a list or a tensor.
@@ -143,7 +153,8 @@ class Dictionary:
         if rows is None:
             raise ValueError(f"dictionary {self.name!r}: {self.refusals.get(side, f'it holds no {side} vectors')}")
         found = rows.read(ids)
-        bad = ~torch.isfinite(found).all(-1)
+        # Numbers of one byte have no isfinite of their own.
+        bad = ~torch.isfinite(found.float() if found.dtype.itemsize == 1 else found).all(-1)
         if bool(bad.any()):
             wanted = torch.arange(self.n_features)[ids] if isinstance(ids, slice) else ids.cpu()
             broken = wanted[bad.cpu()]

@@ -125,18 +125,17 @@ def evaluate_presets(
     if isinstance(transport, Tokens):
         transport = fit_transport(model, transport, orders=_orders(presets))
     scores: list[InputScore] = []
-    activating = {}
-    for dictionary in tqdm(dictionaries, desc="activating tokens", unit="dictionary"):
-        activating[dictionary.name] = max_activating_tokens(model, dictionary, held_out, n_examples)
+    labels = _labels(dictionaries)
+    bar = tqdm(dictionaries, desc="activating tokens", unit="dictionary")
+    activating = [max_activating_tokens(model, dictionary, held_out, n_examples) for dictionary in bar]
     for preset in presets:
         found = []
-        for dictionary in dictionaries:
-            examples = activating[dictionary.name]
+        for dictionary, label, examples in zip(dictionaries, labels, activating, strict=True):
             chosen = examples.counts >= min_examples
             given = transport if find_preset(preset).needs_transport else None
             ids = signatures(dictionary, model, preset=preset, transport=given, k=k, stats="none").top_ids
             values = input_scores(ids, examples)[chosen]
-            found.append(_summary(preset, dictionary, values, int((~chosen).sum())))
+            found.append(_summary(preset, label, dictionary.layer, values, int((~chosen).sum())))
         scores += [*found, _over_dictionaries(preset, found)]
     return scores
 
@@ -146,12 +145,22 @@ def _orders(presets: Sequence[str]) -> list[Order]:
     return [order for order in ORDERS if order in wanted] or ["full"]
 
 
-def _summary(preset: str, dictionary: Dictionary, values: Tensor, left_out: int) -> InputScore:
+def _labels(dictionaries: Sequence[Dictionary]) -> list[str]:
+    """A short name of each: the last parts of its own, as many as tell them apart, else with its place in the list."""
+    names = [Path(d.name).parts or ("",) for d in dictionaries]
+    for n in range(1, max(map(len, names), default=1) + 1):
+        labels = ["/".join(parts[-n:]) for parts in names]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{'/'.join(parts)} ({i})" for i, parts in enumerate(names)]
+
+
+def _summary(preset: str, label: str, layer: int, values: Tensor, left_out: int) -> InputScore:
     values = values.double()
     mean = float(values.mean()) if len(values) else math.nan
     error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
     low, high = mean - Z_95 * error, mean + Z_95 * error
-    return InputScore(preset, Path(dictionary.name).name, dictionary.layer, mean, low, high, len(values), left_out)
+    return InputScore(preset, label, layer, mean, low, high, len(values), left_out)
 
 
 def _over_dictionaries(preset: str, rows: Sequence[InputScore]) -> InputScore:

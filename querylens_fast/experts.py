@@ -68,7 +68,7 @@ class Mixture(NoSingleWeights):
 
     def matrices(self) -> list[Tensor]:
         """The weights that tell one model from another."""
-        return [self.router, self.ups.flatten(0, 1), self.downs.flatten(0, 1)]
+        return [self.router, *(w.flatten(0, 1) for w in (self.gates, self.ups, self.downs))]
 
     def route(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """(weights, experts), each [P, top_k], of normed positions [P, D]; constants to autodiff."""

@@ -34,6 +34,8 @@ from querylens_fast.walks import (
 )
 
 Energy = Literal["none", "probes", "exact"]
+EMBEDDED_AT_ONCE = 1 << 12
+"""Token embeddings held at a time."""
 
 
 @torch.no_grad()
@@ -72,7 +74,9 @@ def fit_transport(
     Raises:
         ValueError: Bad arguments, or max_memory_gib too small for one sequence (the message says how much is needed).
     """
-    model, tokens = as_model(model), as_tokens(tokens, model)
+    model = as_model(model)
+    tokens = as_tokens(tokens, model)
+    sides, orders = _once(sides), _once(orders)
     _check_choice("sides", sides, SIDES)
     _check_choice("orders", orders, ORDERS)
     _check_choice("energy", [energy], ("none", "probes", "exact"))
@@ -88,9 +92,21 @@ def fit_transport(
                 group.check()
     for sums in (*fit.matrices.values(), *fit.energies.values()):
         group.sum_(sums)
-    valid = tokens.valid_mask.to(model.device)
-    embedded = model.embed(tokens.ids).to(fit.dtype)[valid]
-    return fit.finish(embedded.mean(0), submodule, through_norms)
+    return fit.finish(mean_embedding(model, tokens), submodule, through_norms)
+
+
+def mean_embedding(model: Model, tokens: Tokens) -> Tensor:
+    """The mean token embedding over the valid positions, [D] in float32 or wider."""
+    wide = torch.promote_types(model.dtype, torch.float32)
+    total = torch.zeros(model.d_model, dtype=wide, device=model.device)
+    for ids in tokens.ids[tokens.valid_mask].split(EMBEDDED_AT_ONCE):
+        total += model.embed(ids).to(wide).sum(0)
+    return total / tokens.n_valid
+
+
+def _once(chosen: Any) -> Any:
+    """A choice, or several, each once."""
+    return tuple(dict.fromkeys([chosen] if isinstance(chosen, str) else chosen))
 
 
 def _check_choice(name: str, chosen: Sequence[str], allowed: Sequence[str]) -> None:

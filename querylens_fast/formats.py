@@ -81,7 +81,7 @@ def _sae_lens(path: Path, config: Settings) -> Settings:
     """sae-lens's own, and what versions before 6 called otherwise or took for granted."""
     version = config.get("sae_lens_version") or (config.get("metadata") or {}).get("sae_lens_version")
     if version and int(str(version).split(".")[0]) >= 6:
-        return config
+        return {"apply_b_dec_to_input": "transcoder" not in str(config.get("architecture")), **config}
     settings = {"architecture": "standard", "apply_b_dec_to_input": True, **config}
     settings["hook_name"] = config.get("hook_name", config.get("hook_point"))
     if isinstance(config.get("normalize_activations"), bool):
@@ -135,10 +135,11 @@ def _gemma_scope_2(path: Path, config: Settings) -> Settings:
         "resid_post": ("hook_resid_post", ""),
         "attn_out": ("attn.hook_z", ""),
         "mlp_out": ("hook_mlp_out", ""),
-        "transcoder": ("hook_mlp_in", "hook_mlp_out"),
-        "clt": ("hook_mlp_in", "hook_mlp_out"),
+        "transcoder": ("mlp.hook_in", "hook_mlp_out"),
+        "clt": ("mlp.hook_in", "hook_mlp_out"),
     }
-    site = next(found for found in sites if found in path.absolute().as_posix().rsplit("gemma-scope-2", 1)[-1])
+    folders = [folder.name.removesuffix("_all") for folder in list(path.absolute().parents)[:3]]
+    site = next(folder for folder in folders if folder in sites)
     layer, (read, written) = _number(r"layer_(\d+)", path), sites[site]
     settings = {
         "architecture": "jumprelu",
@@ -146,7 +147,7 @@ def _gemma_scope_2(path: Path, config: Settings) -> Settings:
         "model_name": config.get("model_name"),
     }
     if written:
-        skip = config.get("affine_connection", "affine" in path.absolute().as_posix())
+        skip = config.get("affine_connection", "affine" in f"{path.parent.name}/{path.name}")
         settings["hook_name_out"] = f"blocks.{layer}.{written}"
         settings["architecture"] = "jumprelu_skip_transcoder" if skip else "jumprelu_transcoder"
     return settings
@@ -170,9 +171,15 @@ def _sparsify(path: Path, config: Settings) -> Settings:
     hook = parse_hook(folder.replace("layers_", "layers."))
     settings: dict[str, Any] = {"hook_name": folder, "k": config.get("k"), "architecture": "topk"}
     settings["apply_b_dec_to_input"] = not config.get("normalize_decoder", False)
+    if config.get("activation", "topk") != "topk":
+        settings["architecture"] = config["activation"]  # read, but not run
     if config.get("transcode"):
         if hook is None:
             return {**settings, "architecture": "topk_transcoder"}
+        if hook[1] != "mlp":
+            raise ValueError(
+                f"dictionary {str(path)!r} is a sparsify transcoder of {folder!r}; transcoders of an mlp are supported"
+            )
         layer = hook[0]
         settings |= {"hook_name": f"blocks.{layer}.mlp.hook_in", "hook_name_out": f"blocks.{layer}.hook_mlp_out"}
         settings["architecture"] = "topk_transcoder"
@@ -186,6 +193,8 @@ def _dictionary_learning(path: Path, config: Settings) -> Settings:
     kind, submodule = trainer.get("dict_class", "AutoEncoder"), str(trainer.get("submodule_name") or "resid_post")
     site = "hook_mlp_out" if "mlp" in submodule else "hook_attn_out" if "att" in submodule else "hook_resid_post"
     architectures = {
+        "AutoEncoder": "standard",
+        "AutoEncoderNew": "standard",
         "GatedAutoEncoder": "gated",
         "AutoEncoderTopK": "topk",
         "BatchTopKSAE": "jumprelu",
@@ -193,11 +202,12 @@ def _dictionary_learning(path: Path, config: Settings) -> Settings:
         "JumpReluAutoEncoder": "jumprelu",
     }
     return {
-        "architecture": architectures.get(kind, "standard"),
+        # One that is not known is read, but not run.
+        "architecture": architectures.get(kind, kind),
         "hook_name": f"blocks.{trainer['layer']}.{site}" if "layer" in trainer else None,
         "model_name": trainer.get("lm_name"),
         "k": trainer.get("k"),
-        "apply_b_dec_to_input": kind != "JumpReluAutoEncoder",
+        "apply_b_dec_to_input": kind not in ("JumpReluAutoEncoder", "AutoEncoderNew"),
     }
 
 
@@ -304,14 +314,14 @@ FORMATS = (
     Format("plain safetensors", r"[^/]*\.safetensors", ("W_dec [n,d]",), ("W_enc [d,n]",), _as_they_are),
     Format("plain tensors", r"[^/]*\.(?:pth?|npz)", ("W_dec [?]",), ("W_enc [?]",), _as_they_are),
 )
-N_PLAIN = 3
-"""Formats at the end of the table that any file might be; a folder is not searched for them."""
+ANY_FILE = FORMATS[-3:]
+"""Formats that any file might be; a folder is not searched for them."""
 
 
 def weights_in(folder: Path) -> list[Path]:
     """The weights files in a folder that one of the formats knows by name."""
     candidates: Iterable[Path] = [*sorted(folder.iterdir()), folder / "checkpoints" / "final.safetensors"]
-    known = FORMATS[:-N_PLAIN]
+    known = [format for format in FORMATS if format not in ANY_FILE]
     return [path for path in candidates if path.is_file() and any(f.match(path) for f in known)]
 
 

@@ -36,6 +36,13 @@ _READS = {
 }
 
 
+BEFORE_POST_NORM = {
+    "value": {"mlp": "mlp", "mlp.hook_out": "mlp", "self_attn": "attention"},
+    "key": {"post_attention_layernorm.output": "attention"},
+}
+"""Places that are the stream's (or the MLP's input) only where that module's output is not normed first."""
+
+
 def parse_hook(hook_name: str) -> tuple[int, str] | None:
     """(layer, place) of a hook or module name: "blocks.3.hook_resid_post" → (3, "hook_resid_post")."""
     match = _HOOK.match(hook_name) or _MODULE.match(hook_name)
@@ -61,8 +68,9 @@ def place(
     write_place = writes[1] if writes else "hook_resid_post"
     points: dict[str, int | None] = {}
     refusals = {}
+    layers = {"key": layer if reads is None else reads[0], "value": layer}
     for side, place, table in (("key", read_place, _READS), ("value", write_place, _WRITES)):
-        points[side] = 2 * layer + table[place] if place in table else None
+        points[side] = 2 * layers[side] + table[place] if place in table else None
         if place not in table:
             refusals[side] = (
                 f"its {side} acts at {place!r}, which is not a point of the residual stream; "

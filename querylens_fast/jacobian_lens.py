@@ -57,6 +57,8 @@ def import_jacobian_lens(path: str | Path, model: Any) -> Transport:
     if beyond:
         raise ValueError(f"{str(path)!r} has matrices for layers {beyond}; model {model.name!r} has 0 to {last}")
     recorded = lens.get("metadata") or {}
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{str(path)!r}: its metadata is a {type(recorded).__name__}; expected a dict")
     target = recorded.get("target_layer", lens.get("target_layer", last))
     if target not in (last, None, -1):
         raise ValueError(
@@ -73,7 +75,9 @@ def import_jacobian_lens(path: str | Path, model: Any) -> Transport:
         "d_model": str(model.d_model),
         "points": ",".join(str(2 * layer + 2) for layer in layers),
         "tokens": f"Jacobian lens {Path(path).name}",
-        "averaging": AVERAGING,
+        "averaging": str(recorded.get("averaging", AVERAGING)),
+        "submodule": "both",
+        "through_norms": "True",
         "n_valid": "0",
         "digest": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:32],
         "n_prompts": str(lens.get("n_prompts", "unknown")),
@@ -94,15 +98,20 @@ def export_jacobian_lens(transport: Transport, path: str | Path, dtype: torch.dt
         dtype: Of the matrices; float16 is what lens files have.
 
     Raises:
-        ValueError: No value/full matrices, or they overflow dtype.
+        ValueError: No value/full matrices, restricted ones, or they overflow dtype.
         OSError: The file could not be written.
     """
+    said = transport.metadata
+    if said.get("submodule") != "both" or said.get("through_norms") != "True":
+        raise ValueError(
+            f"this transport has submodule={said.get('submodule')}, through_norms={said.get('through_norms')}; a "
+            "Jacobian lens is of whole layers: fit one with both modules and through the norms"
+        )
     held = [layer for layer in range(transport.n_layers - 1) if 2 * layer + 2 in transport.points]
     matrices = {layer: transport.matrix("value", "full", 2 * layer + 2).cpu().to(dtype) for layer in held}
     for layer, matrix in matrices.items():
         if not torch.isfinite(matrix).all():
             raise ValueError(f"layer {layer}'s matrix overflows {dtype}; pass dtype=torch.float32")
-    said = transport.metadata
     content = {
         "J": matrices,
         "n_prompts": int(said.get("n_sequences") or said.get("n_prompts") or 0),

@@ -129,11 +129,11 @@ def _layer_norm(module: Any) -> Norm:
 
 
 def _rms_norm(module: Any, offset: float) -> Norm:
-    weight = module.weight.detach()
+    weight = stored = module.weight.detach()
     if offset:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset
     eps = getattr(module, "eps", None)
-    return Norm(weight, None, module.variance_epsilon if eps is None else eps, centred=False)
+    return Norm(weight, None, module.variance_epsilon if eps is None else eps, False, stored)
 
 
 def _gpt2_blocks(decoder: Any, config: Any, family: Family) -> list[Block]:
@@ -208,7 +208,8 @@ def _rotary_blocks(decoder: Any, config: Any, family: Family) -> list[Block]:
             n_heads=config.num_attention_heads,
             n_kv_heads=config.num_key_value_heads,
             scale=a.scaling,
-            softcap=getattr(config, "attn_logit_softcapping", None),
+            # Gemma 3's config has it too, but transformers applies Gemma 2's alone.
+            softcap=config.attn_logit_softcapping if config.model_type == "gemma2" else None,
             window=config.sliding_window if kind == "sliding_attention" else None,
             rotary=_rotary(decoder.rotary_emb, kind),
         )
@@ -234,6 +235,13 @@ def _rotary_blocks(decoder: Any, config: Any, family: Family) -> list[Block]:
 def _rotary(module: Any, kind: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(x, positions) → (cos, sin), by the model's own module; Gemma 3 keeps one frequency table per layer type."""
     per_kind = hasattr(module, f"{kind}_inv_freq")
+    rope = getattr(module, "rope_type", "default")
+    rope = rope.get(kind, "default") if isinstance(rope, dict) else rope
+    if rope in ("dynamic", "longrope"):
+        raise UnsupportedModelError(
+            f"rotary positions of type {rope!r} change with the longest sequence seen, so no one transport has them; "
+            "set another rope type in the config"
+        )
 
     def angles(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return module(x, positions, kind) if per_kind else module(x, positions)

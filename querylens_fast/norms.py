@@ -24,6 +24,8 @@ class Norm:
     bias: Tensor | None
     eps: float
     centred: bool
+    stored: Tensor | None = None
+    """The scale as the checkpoint has it, where something was added to it."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise the last axis of x ([..., D]); statistics in float32 or wider."""

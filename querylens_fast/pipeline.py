@@ -16,7 +16,7 @@ from torch import Tensor
 
 from querylens_fast.ablations import ablate
 from querylens_fast.dictionaries import Dictionary
-from querylens_fast.fitting import fit_transport
+from querylens_fast.fitting import fit_transport, mean_embedding
 from querylens_fast.linearity import Walked, walk_features
 from querylens_fast.models import Model, as_model
 from querylens_fast.norms import at_least_float32
@@ -273,8 +273,7 @@ def plan(
     if moves and transport is not None:
         centre = transport.centre
     elif moves and tokens is not None:
-        valid = tokens.valid_mask.to(model.device)
-        centre = at_least_float32(model.embed(tokens.ids)[valid]).mean(0)
+        centre = mean_embedding(model, tokens)
     return Pipeline(
         model=model,
         dictionary=dictionary,

@@ -99,7 +99,7 @@ def show(path: str | Path, feature: int, *, model: Any = None) -> list[dict[str,
         FileNotFoundError: No such file.
         ValueError: It is no result of this package, or the feature is not in it.
     """
-    read_identity(path)
+    _signatures_identity(path)
     rows = _rows_of(Path(path), feature)
     if not rows:
         raise ValueError(f"feature {feature} is not in {str(path)!r}")
@@ -118,9 +118,18 @@ def tokens_like(path: str | Path, text: str) -> list[str]:
     return []
 
 
+def _signatures_identity(path: str | Path) -> dict[str, Any]:
+    identity = read_identity(path)
+    if "preset" not in identity:
+        raise ValueError(
+            f"{str(path)!r} is a table of {identity.get('what')!r}, not of signatures; ql.read_table reads it"
+        )
+    return identity
+
+
 def _groups(path: str | Path, side: str, strings: bool) -> Iterator[dict[str, pa.Array]]:
     """The columns needed to search one side, a row group at a time."""
-    identity = read_identity(path)
+    identity = _signatures_identity(path)
     if strings and identity.get("token_strings") is False:
         raise ValueError(
             f"{str(path)!r} holds no token strings; pass model= (a folder or hub id) to turn the token into an id, "

@@ -106,7 +106,8 @@ def signatures(
     resumes; the file is byte for byte that of one process. It has to lie where all of them can write.
 
     Memory: the model, a bfloat16 copy of its unembedding on processors that multiply in it, and some 0.6 GiB, whatever
-    the dictionary's width: it is read a block at a time. The disk holds a Parquet result twice while it is finished.
+    the dictionary's width: it is read a block at a time (token_change and zero_out hold the dictionary and its
+    activations on the sample). The disk holds a Parquet result twice while it is finished.
     """
     dictionary = load_dictionary(dictionary)
     chosen = dictionary.select(features)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from querylens_fast.coders import Coder, coder_from
 from querylens_fast.dictionaries import Dictionary
-from querylens_fast.formats import Format, find_format, split_axes, weights_in
+from querylens_fast.formats import ANY_FILE, Format, find_format, split_axes, weights_in
 from querylens_fast.hooks import Kind, place
 from querylens_fast.rows import MemoryRows, Rows, SummedRows
 from querylens_fast.tensorfiles import StoredTensor, open_tensors
@@ -33,6 +33,7 @@ _SAE_LENS_NAMES = {
     "decoder_bias": "b_dec",
     "mag_bias": "b_mag",
     "gate_bias": "b_gate",
+    "activation_function.threshold": "threshold",
 }
 """What other formats call sae-lens's vectors."""
 
@@ -56,7 +57,7 @@ def load_dictionary(
         layer: The layer, where the source does not say.
         kind: "sae" or "transcoder", where the source does not say.
         hook_name: The hook it reads, where the source does not say (default: the residual stream after the layer, or
-            the MLP's input for a transcoder).
+            the MLP's input for a transcoder); where it does, this one counts.
         hook_name_out: The hook it writes, likewise.
 
     Raises:
@@ -64,13 +65,21 @@ def load_dictionary(
         ValueError: Damaged or truncated file, wrong or contradicting shapes, unknown layer or hook.
     """
     if isinstance(source, Dictionary):
+        if any(given is not None for given in (sae_id, kind, hook_name, hook_name_out)) or layer not in (
+            None,
+            source.layer,
+        ):
+            raise ValueError(
+                f"dictionary {source.name!r} of layer {source.layer} is loaded already; layer, kind and hook names are "
+                "for what has yet to be loaded"
+            )
         return source
     if not isinstance(source, (str, Path)):
         if not hasattr(source, "W_dec"):
             raise ValueError(
                 f"dictionary is a {type(source).__name__}; expected a path, a release or an object with W_dec"
             )
-        return _from_object(source, layer)
+        return _from_object(source, layer, kind, hook_name, hook_name_out)
     path = Path(source)
     if path.is_dir():
         path = _weights_of(path, layer)
@@ -80,7 +89,7 @@ def load_dictionary(
         raise FileNotFoundError(
             f"dictionary {str(source)!r}: no such file or folder; for a sae-lens release pass sae_id= too"
         )
-    return _from_release(str(source), sae_id, layer)
+    return _from_release(str(source), sae_id, layer, kind, hook_name, hook_name_out)
 
 
 def _weights_of(folder: Path, layer: int | None) -> Path:
@@ -116,6 +125,11 @@ def _from_file(
     rows = _Sides(name, known, match, tensors, small)
     values, keys = rows.of(known.values), rows.of(known.keys)
     settings = known.settings(path, known.read_config(path))
+    if "threshold" in small:
+        # Written in the weights alone by some.
+        jumps = {"standard": "jumprelu", "transcoder": "jumprelu_transcoder"}
+        named = str(settings.get("architecture", ""))
+        settings = {**settings, "architecture": jumps[named]} if named in jumps else settings
     if hook_name is None and "unknown_site" in settings:
         raise ValueError(
             f"dictionary {name!r} ({known.name}) does not say what it reads: that would be in "
@@ -214,7 +228,9 @@ def _coder_weights(
     return weights
 
 
-def _from_object(sae: Any, layer: int | None) -> Dictionary:
+def _from_object(
+    sae: Any, layer: int | None, kind: Kind | None, hook_name: str | None, hook_name_out: str | None
+) -> Dictionary:
     cfg = sae.cfg.to_dict() if hasattr(getattr(sae, "cfg", None), "to_dict") else {}
     metadata = getattr(getattr(sae, "cfg", None), "metadata", None)
     hooks = {k: getattr(metadata, k, None) or getattr(sae.cfg, k, None) for k in ("hook_name", "hook_name_out")}
@@ -230,13 +246,20 @@ def _from_object(sae: Any, layer: int | None) -> Dictionary:
         None if W_enc is None else MemoryRows(W_enc.detach().mT),
         lambda: coder_from(cfg, weights),
         layer,
-        None,
-        None,
-        None,
+        kind,
+        hook_name,
+        hook_name_out,
     )
 
 
-def _from_release(release: str, sae_id: str, layer: int | None) -> Dictionary:
+def _from_release(
+    release: str,
+    sae_id: str,
+    layer: int | None,
+    kind: Kind | None,
+    hook_name: str | None,
+    hook_name_out: str | None,
+) -> Dictionary:
     try:
         import sae_lens
     except ImportError as error:
@@ -247,7 +270,8 @@ def _from_release(release: str, sae_id: str, layer: int | None) -> Dictionary:
     raw = _release_file(release, sae_id)
     if raw is not None:
         path, overrides = raw
-        dictionary = _from_file(path, layer, None, overrides.get("hook_name"), overrides.get("hook_name_out"))
+        hooks = hook_name or overrides.get("hook_name"), hook_name_out or overrides.get("hook_name_out")
+        dictionary = _from_file(path, layer, kind, *hooks)
         dictionary.name = f"{release}/{sae_id}"
         return dictionary
     try:
@@ -256,22 +280,41 @@ def _from_release(release: str, sae_id: str, layer: int | None) -> Dictionary:
         raise FileNotFoundError(
             f"dictionary {release!r}/{sae_id!r} could not be loaded by sae-lens: {type(error).__name__}: {error}"
         ) from error
-    dictionary = _from_object(sae[0] if isinstance(sae, tuple) else sae, layer)
+    sae = sae[0] if isinstance(sae, tuple) else sae
+    dictionary = _from_object(sae, layer, kind, hook_name, hook_name_out)
     dictionary.name = f"{release}/{sae_id}"
+    if _is_cross_layer(release):
+        dictionary.value_point = None
+        dictionary.refusals["value"] = (
+            "it is a layer of a cross-layer transcoder, and its values are the sum of what it writes to several "
+            "layers; logit_lens_value reads that sum"
+        )
     return dictionary
+
+
+def _is_cross_layer(release: str) -> bool:
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    known = get_pretrained_saes_directory().get(release)
+    return known is not None and "clt" in (known.conversion_func or "")
 
 
 def _release_file(release: str, sae_id: str) -> tuple[Path, Mapping[str, Any]] | None:
     """(its weights file in the hub cache, sae-lens's own overrides) of a release whose file can be read in part.
 
-    None where sae-lens changes the weights as it loads them, or where the format is not in the table: then sae-lens
-    loads it whole. Also None where nothing can be had: sae-lens says why.
+    None where sae-lens changes the weights or their configuration as it loads them, or where the format is not in the
+    table: then sae-lens loads it whole. Also None where nothing can be had: sae-lens says why.
     """
     from huggingface_hub import snapshot_download
     from sae_lens.loading.pretrained_saes_directory import get_config_overrides, get_pretrained_saes_directory
 
     known = get_pretrained_saes_directory().get(release)
-    if known is None or sae_id not in known.saes_map or known.norm_scaling_factor.get(sae_id) is not None:
+    if (
+        known is None
+        or _is_cross_layer(release)
+        or sae_id not in known.saes_map
+        or known.norm_scaling_factor.get(sae_id) is not None
+    ):
         return None
     place = known.saes_map[sae_id]
     try:
@@ -281,7 +324,11 @@ def _release_file(release: str, sae_id: str) -> tuple[Path, Mapping[str, Any]] |
         return None
     found = weights_in(root / place) if (root / place).is_dir() else [root / place, root / f"{place}.safetensors"]
     found = [path for path in found if path.is_file()]
-    return (found[0], get_config_overrides(release, sae_id)) if len(found) == 1 else None
+    overrides = get_config_overrides(release, sae_id) or {}
+    if len(found) != 1 or "normalize_activations" in overrides:
+        return None
+    known_format, _ = find_format(found[0], open_tensors(found[0])[0])
+    return None if known_format in ANY_FILE else (found[0], overrides)
 
 
 def _assemble(
@@ -304,6 +351,17 @@ def _assemble(
     hook_name_out = str(hook_name_out or metadata.get("hook_name_out") or cfg.get("hook_name_out") or "")
     if kind is None and "transcoder" in architecture:
         kind = "transcoder"
+    if "whiten" in str(cfg.get("normalize_activations")):
+        raise ValueError(
+            f"dictionary {name!r} was trained on whitened activations (normalize_activations "
+            f"{cfg['normalize_activations']!r}): its vectors are not directions of the residual stream; fold the "
+            "whitening into them first"
+        )
+    if values is not None and keys is not None and values.shape[1] != keys.shape[1]:
+        raise ValueError(
+            f"dictionary {name!r} has values of width {values.shape[1]} but keys of width {keys.shape[1]}: it does not "
+            "read and write one residual stream"
+        )
     if values is not None and keys is not None and values.shape[0] != keys.shape[0]:
         raise ValueError(f"dictionary {name!r} has {values.shape[0]} values but {keys.shape[0]} keys")
     n, d = (values or keys).shape  # type: ignore[union-attr]

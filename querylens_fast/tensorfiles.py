@@ -8,6 +8,7 @@ compressed ``.npz`` member and a ``.pt`` of the format before torch 1.6 are read
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import struct
 import zipfile
@@ -117,6 +118,11 @@ def _open_npz(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 start = entry.tell()
             if dtype.kind != "f" or not dtype.isnative:
                 continue
+            if start + dtype.itemsize * math.prod(shape) != member.file_size:
+                raise ValueError(
+                    f"dictionary file {str(path)!r}: {name} says {list(shape)} of {dtype} but its entry has "
+                    f"{member.file_size - start} bytes; fetch the file again"
+                )
             if member.compress_type == zipfile.ZIP_STORED and not fortran:
                 offset, held = _member_start(file, member) + start, None
                 torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Tokens:
     valid_mask: Tensor
     source: str = "memory"
     details: dict[str, str] = field(default_factory=dict)
+    mask_is_known: bool = True
+    """False: nobody has said what is padding, so `as_tokens` asks the model."""
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.numel() == 0:
@@ -52,18 +54,22 @@ class Tokens:
         """Write a safetensors file that `load_tokens` reads back."""
         from safetensors.torch import save_file
 
-        tensors = {"tokens": self.ids.contiguous(), "valid_mask": self.valid_mask.contiguous()}
+        tensors = {"tokens": self.ids.contiguous()}
+        if self.mask_is_known:
+            tensors["valid_mask"] = self.valid_mask.contiguous()
         save_file(tensors, str(path), metadata={"source": self.source, **self.details})
 
     def head(self, n: int) -> Tokens:
         """The first n sequences."""
-        return Tokens(self.ids[:n], self.valid_mask[:n], self.source, self.details)
+        return replace(self, ids=self.ids[:n], valid_mask=self.valid_mask[:n])
 
 
 def as_tokens(tokens: Any, model: Any = None) -> Tokens:
     """`Tokens` from `Tokens`, an id tensor [B, S], or nested lists of ids; pads by the model's pad token."""
     if isinstance(tokens, Tokens):
-        return tokens
+        mask = tokens.valid_mask if tokens.mask_is_known else None
+        checked = _checked(tokens.ids, mask, model, tokens.source, tokens.details)
+        return tokens if checked.mask_is_known == tokens.mask_is_known else checked
     if isinstance(tokens, (str, Path)):
         return load_tokens(tokens, model=model)
     ids = torch.as_tensor(tokens).detach().cpu()
@@ -151,7 +157,8 @@ def _checked(ids: Tensor, mask: Tensor | None, model: Any, source: str, details:
     if mask is not None:
         return Tokens(ids, mask, source, details)
     pad = getattr(model, "pad_token_id", None)
-    return Tokens(ids, torch.ones_like(ids, dtype=torch.bool) if pad is None else ids.ne(pad), source, details)
+    valid = torch.ones_like(ids, dtype=torch.bool) if pad is None else ids.ne(pad)
+    return Tokens(ids, valid, source, details, mask_is_known=model is not None)
 
 
 def _draw(ids: Tensor, mask: Tensor | None, n: int | None, seed: int) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ from format_cases import CASES, Case, D, N, gemma_scope, randn, sae, save
 from torch import Tensor
 
 import querylens_fast as ql
-from querylens_fast.formats import FORMATS, N_PLAIN
+from querylens_fast.formats import ANY_FILE, FORMATS
 from querylens_fast.rows import FileRows, SummedRows
 
 pytest.importorskip("sae_lens")
@@ -155,4 +155,4 @@ def test_what_no_format_knows(tmp_path: Path) -> None:
 
 
 def test_every_format_has_a_case() -> None:
-    assert {case.format for case in CASES} == {f.name for f in FORMATS[: len(FORMATS) - N_PLAIN + 1]}
+    assert {case.format for case in CASES} == {f.name for f in FORMATS[: 1 - len(ANY_FILE)]}

@@ -401,3 +401,11 @@ def test_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert found["peak_anonymous_mib"] > 0 and found["use"]["search_string_worst_s"] > 0
     assert merged(out, {**case, "presets": {"other": 1}})[0]["presets"] == {"logit_lens_value": found, "other": 1}
     assert len(merged(out, {**case, "shape": {}})) == 2
+
+
+def test_a_table_of_relations_is_not_searched(gpt2: ql.Model, tmp_path: Path) -> None:
+    path = tmp_path / "relations.parquet"
+    ql.downstream(ql.directions(torch.randn(9, D_MODEL), layer=1), gpt2, targets="unembed", out=path, progress=False)
+    for asked in (lambda: ql.search(path, "w5"), lambda: ql.search(path, 5), lambda: ql.show(path, 3)):
+        with pytest.raises(ValueError, match="is a table of 'downstream', not of signatures"):
+            asked()

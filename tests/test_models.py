@@ -154,3 +154,88 @@ def test_nan_weights_are_refused(gpt2_folder: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="layer 1 W_in holds 1 NaN"):
         ql.load_model(tmp_path)
+
+
+def rewrite_weights(folder: Path, change) -> None:
+    """Change a saved checkpoint's tensors in place."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    tensors = load_file(str(file))
+    change(tensors)
+    save_file(tensors, str(file), metadata={"format": "pt"})
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    """transformers would fill them with random numbers."""
+    folder = save_tiny_model("qwen3", tmp_path)
+    rewrite_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ValueError, match=r"its files lack model.layers.1.mlp.up_proj.weight, for which random numbers"):
+        ql.load_model(folder)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny_model("qwen3", tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite_weights(folder, lambda tensors: tensors.update({name: torch.zeros(3, 5)}))
+    with pytest.raises(ValueError, match="its weights do not have its config's shapes"):
+        ql.load_model(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"version": "1.0", "mod'])
+def test_a_damaged_tokenizer_is_not_taken_for_none(content: str, tmp_path: Path) -> None:
+    folder = save_tiny_model("gpt2", tmp_path)
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"the tokenizer of .* cannot be read"):
+        ql.load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["self_attn.v_proj", "self_attn.k_proj", "mlp.gate_proj", "input_layernorm"])
+def test_every_weight_is_in_the_fingerprint(name: str, tmp_path: Path) -> None:
+    folder = save_tiny_model("gemma3", tmp_path)
+    before = ql.load_model(folder).fingerprint
+    assert ql.load_model(folder, dtype="bfloat16").fingerprint == before
+    rewrite_weights(folder, lambda t: t.update({f"model.layers.1.{name}.weight": -t[f"model.layers.1.{name}.weight"]}))
+    assert ql.load_model(folder).fingerprint != before
+
+
+def test_a_model_that_changed_is_adapted_again(tmp_path: Path) -> None:
+    folder = save_tiny_model("gemma3", tmp_path)
+    source = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    first = ql.as_model(source)
+    before = first.fingerprint
+    assert ql.as_model(source) is first
+    with torch.no_grad():
+        source.model.layers[1].input_layernorm.weight += 0.5
+    trained = ql.as_model(source)
+    ids = torch.randint(0, VOCAB, (2, 9))
+    assert trained is not first and trained.fingerprint != before
+    assert relative(trained.logits(trained.residuals(ids)[2]), source(ids).logits) < 1e-5
+    wider = ql.as_model(source.double())
+    assert wider.dtype == torch.float64 and ql.as_model(source) is wider
+
+
+def test_rotary_positions_that_change_with_the_sequence_are_refused(tmp_path: Path) -> None:
+    config = CONFIGS["qwen3"]()
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with pytest.raises(ql.UnsupportedModelError, match="rotary positions of type 'dynamic'"):
+        ql.as_model(model)
+
+
+@pytest.mark.parametrize(
+    ("hook", "side"),
+    [("layers.1.mlp", "value"), ("layers.1.self_attn", "value"), ("layers.1.post_attention_layernorm.output", "key")],
+)
+def test_modules_in_front_of_a_norm_are_refused(hook: str, side: str, tmp_path: Path) -> None:
+    """Gemma norms what its modules write; other models add it as it is."""
+    import dataclasses
+
+    vectors = torch.randn(5, 24)
+    written = "blocks.1.hook_resid_post" if side == "key" else hook
+    dictionary = dataclasses.replace(ql.directions(vectors, layer=1), hook_name=hook, hook_name_out=written)
+    gemma = ql.load_model(save_tiny_model("gemma3", tmp_path / "gemma"))
+    with pytest.raises(ValueError, match=rf"its {side}s are of '{hook}', which .* norms before"):
+        ql.signatures(dictionary, gemma, preset=f"logit_lens_{side}")
+    plain = ql.load_model(save_tiny_model("qwen3", tmp_path / "qwen"))
+    assert len(ql.signatures(dictionary, plain, preset=f"logit_lens_{side}")) == 5

@@ -110,3 +110,29 @@ def test_ids_in_memory(gpt2: ql.Model) -> None:
         ql.load_tokens(torch.ones(2, 3))
     with pytest.raises(ValueError, match="num_samples is 0"):
         ql.tokens._draw(torch.ones(2, 2), None, 0, 0)
+
+
+def test_the_model_says_what_is_padding_where_nobody_has(gpt2: ql.Model, tmp_path: Path) -> None:
+    """A file of ids alone, read before there is a model."""
+    from safetensors.torch import save_file
+
+    pad = gpt2.pad_token_id
+    assert pad is not None
+    ids = torch.randint(3, gpt2.vocab_size, (3, 8))
+    ids[1, 5:] = pad
+    save_file({"tokens": ids}, str(tmp_path / "ids.safetensors"))
+    unknown = ql.load_tokens(tmp_path / "ids.safetensors")
+    known = ql.load_tokens(tmp_path / "ids.safetensors", model=gpt2)
+    assert unknown.n_valid == 24 and known.n_valid == 21
+    fitted = ql.fit_transport(gpt2, unknown, sides=("value",), orders=("first_order",), progress=False)
+    assert fitted.n_valid == 21 and fitted.metadata["tokens_digest"] == known.digest
+    unknown.head(2).save(tmp_path / "again.safetensors")
+    assert ql.load_tokens(tmp_path / "again.safetensors", model=gpt2).n_valid == 13
+    given = ql.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+    assert ql.fit_transport(gpt2, given, sides="value", orders="first_order", progress=False).n_valid == 24
+
+
+def test_ids_outside_the_vocabulary_are_named_by_the_fit(gpt2: ql.Model) -> None:
+    tokens = ql.Tokens(torch.tensor([[1, gpt2.vocab_size]]), torch.ones(1, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=f"id {gpt2.vocab_size} is outside the model's vocabulary"):
+        ql.fit_transport(gpt2, tokens, progress=False)

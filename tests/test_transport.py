@@ -218,3 +218,9 @@ def test_bfloat16_accumulates_in_float32(gpt2_folder: Path, gpt2: ql.Model, samp
         truth = exact.apply(vectors, "value", "full", point)
         assert found.matrices["value", "full"].dtype == torch.float32
         assert relative(moved, truth) <= 3 * relative(walked, truth) + 1e-5
+
+
+def test_a_side_asked_for_twice_is_fitted_once(gpt2: ql.Model, sample: ql.Tokens) -> None:
+    once = ql.fit_transport(gpt2, sample, sides=("value",), orders=("full",), progress=False)
+    twice = ql.fit_transport(gpt2, sample, sides=("value", "value"), orders=("full", "full"), progress=False)
+    assert torch.equal(once.matrices["value", "full"], twice.matrices["value", "full"])

@@ -251,7 +251,7 @@ def lens_pipeline(
 def check_transport(transport: Transport, submodule: str, through_norms: bool, tokens: Tokens | None) -> None:
     """Raise ValueError unless the transport was fitted with these options, over these tokens where they are given."""
     wanted = {"submodule": submodule, "through_norms": str(through_norms)}
-    if tokens is not None:
+    if tokens is not None and "averaging" not in transport.metadata:  # a Jacobian lens has a sample of its own
         wanted["tokens_digest"] = tokens.digest
     for key, value in wanted.items():
         if transport.metadata.get(key) != value:
