@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _ieee_backends() -> Iterator[None]:
-    settings = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

@@ -25,7 +25,6 @@ from querylens_fast.presets import find_preset
 from querylens_fast.signatures import signatures
 from querylens_fast.tokens import Tokens
 from querylens_fast.transport import ORDERS, Transport, load_transport
-from querylens_fast.walks import Order
 
 Z_95 = 1.959964
 
@@ -119,11 +118,23 @@ def evaluate_presets(
         k: Signature size.
         n_examples: Activating sequences for each feature.
         min_examples: Features with fewer are left out (and counted).
+
+    Raises:
+        ValueError: An ablation or a tuned lens, which have no place here, and what `signatures` raises.
     """
-    if isinstance(transport, (str, Path)):
-        transport = load_transport(transport)
-    if isinstance(transport, Tokens):
-        transport = fit_transport(model, transport, orders=_orders(presets))
+    wanted = [find_preset(p) for p in presets]
+    for lens in wanted:
+        if lens.is_ablation or lens.stream_transition == "tuned_lens":
+            raise ValueError(f"preset {lens.name!r} cannot be evaluated here; use presets that a transport serves")
+    moving = {lens.stream_transition for lens in wanted if lens.needs_transport}
+    if not moving:
+        fitted = None
+    elif isinstance(transport, Tokens):
+        adaptive = "adaptive" in moving
+        orders = [order for order in ORDERS if adaptive or str(order) in moving]
+        fitted = fit_transport(model, transport, orders=orders, energy="probes" if adaptive else "none")
+    else:
+        fitted = transport if isinstance(transport, Transport) else load_transport(transport)
     scores: list[InputScore] = []
     labels = _labels(dictionaries)
     bar = tqdm(dictionaries, desc="activating tokens", unit="dictionary")
@@ -132,17 +143,12 @@ def evaluate_presets(
         found = []
         for dictionary, label, examples in zip(dictionaries, labels, activating, strict=True):
             chosen = examples.counts >= min_examples
-            given = transport if find_preset(preset).needs_transport else None
+            given = fitted if find_preset(preset).needs_transport else None
             ids = signatures(dictionary, model, preset=preset, transport=given, k=k, stats="none").top_ids
             values = input_scores(ids, examples)[chosen]
             found.append(_summary(preset, label, dictionary.layer, values, int((~chosen).sum())))
         scores += [*found, _over_dictionaries(preset, found)]
     return scores
-
-
-def _orders(presets: Sequence[str]) -> list[Order]:
-    wanted = {find_preset(p).stream_transition for p in presets}
-    return [order for order in ORDERS if order in wanted] or ["full"]
 
 
 def _labels(dictionaries: Sequence[Dictionary]) -> list[str]:

@@ -44,6 +44,17 @@ class UnsupportedModelError(ValueError):
     """The model's architecture, or a variation of it, is not one this package reproduces."""
 
 
+def parse_device(device: str | torch.device) -> torch.device:
+    """A device that is there, from its name."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}; expected cpu, cuda, cuda:1, …") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {str(device)!r}, but torch sees {torch.cuda.device_count()} GPUs; use another")
+    return found
+
+
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A torch dtype from its name. Raises ValueError for an unknown one."""
     if isinstance(dtype, torch.dtype):
@@ -221,13 +232,13 @@ def load_model(
 
     from querylens_fast.layouts import from_transformers
 
-    name, torch_dtype = str(model), parse_dtype(dtype)
+    name, torch_dtype, place = str(model), parse_dtype(dtype), parse_device(device)
     _check_linearisation(linearisation)
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"{name} has no config.json: it is not a folder written by save_pretrained")
     try:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision)
-        source, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loading: Any = transformers.AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision,
             config=config,
@@ -236,6 +247,7 @@ def load_model(
             experts_implementation="eager",
             output_loading_info=True,
         )
+        source, info = loading
     except OSError as error:
         raise FileNotFoundError(
             f"model {name!r} could not be loaded: it is neither a readable local folder nor a hub id that can be "
@@ -258,7 +270,7 @@ def load_model(
             f"model {name!r}: its files lack {', '.join(missing[:4])}{more}, for which random numbers would stand; "
             "fetch them again"
         )
-    source = source.to(torch.device(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
+    source = source.to(place).eval().requires_grad_(False)  # type: ignore[arg-type]
     loaded_tokenizer = _load_tokenizer(tokenizer or name, revision, required=bool(tokenizer))
     loaded = from_transformers(source, name, loaded_tokenizer, linearisation)
     check_finite_weights(loaded)

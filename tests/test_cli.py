@@ -1,5 +1,6 @@
 """The command line, end to end, as a newcomer runs it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -65,6 +66,21 @@ def test_the_engine_names_what_activates_features(demo_folder: Path) -> None:
     assert mean["query_lens_key"] > 0.2 and mean["query_lens_key"] > 5 * mean["logit_lens_key"]
     for score in scores:
         assert score.low <= score.mean <= score.high and score.n_features > 500
+
+
+def test_dictionaries_of_one_name_are_judged_by_their_own_tokens(demo_folder: Path) -> None:
+    """And the adaptive preset gets the transport that it needs."""
+    example = load_example()
+    two = [dataclasses.replace(d, name="model/hook") for d in example.dictionaries[1:3]]
+    held_out, sample = example.held_out.head(24), example.held_out.head(2)
+    names = ["query_lens_key", "query_lens_value_adaptive"]
+    scores = evaluate_presets(example.model, two, held_out, sample, names, min_examples=1)
+    assert [s.dictionary for s in scores] == ["model/hook (0)", "model/hook (1)", None] * 2
+    transport = ql.fit_transport(example.model, sample, progress=False)
+    alone = evaluate_presets(example.model, two[:1], held_out, transport, names[:1], min_examples=1)
+    assert alone[0].mean == scores[0].mean != scores[1].mean
+    with pytest.raises(ValueError, match="'zero_out' cannot be evaluated here"):
+        evaluate_presets(example.model, two, held_out, sample, ["zero_out"])
 
 
 def test_max_activating_tokens_by_definition() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from querylens_fast.cli.console import (
     reported_errors,
     say,
 )
+from querylens_fast.files import held
 
 
 def run(
@@ -51,9 +53,11 @@ def transport(
     max_memory_gib: MemoryOption = 2.0,
 ) -> None:
     """Fit a model's transport once, for every dictionary of it."""
-    with reported_errors(), ranks.joined() as group:
+    with reported_errors(), ranks.joined() as group, held(out) if group.leads else nullcontext():
         import querylens_fast as ql
 
+        if out.is_dir():
+            raise ValueError(f"out is {str(out)!r}, a folder; expected the file to write")
         quiet_loading()
         loaded = ql.load_model(model, device=group.device(device), dtype=dtype, linearisation=linearisation)  # type: ignore[arg-type]
         sample = ql.load_tokens(tokens, model=loaded, num_samples=num_samples, max_length=max_length, seed=seed)
@@ -81,6 +85,9 @@ def signatures(
     tokens: Annotated[str | None, typer.Option(help="Token file, text file or dataset name.")] = None,
     sae_id: Annotated[str | None, typer.Option(help="The id within a release.")] = None,
     layer: Annotated[int | None, typer.Option(help="Where the dictionary does not say.")] = None,
+    kind: Annotated[str | None, typer.Option(help="sae or transcoder, where the dictionary does not say.")] = None,
+    hook_name: Annotated[str | None, typer.Option(help="What it reads, like blocks.3.hook_resid_post.")] = None,
+    hook_name_out: Annotated[str | None, typer.Option(help="What it writes, where that is elsewhere.")] = None,
     features: Annotated[str, typer.Option(help="all, start:stop, or ids like 1,5,9.")] = "all",
     tuned_lens: Annotated[Path | None, typer.Option(help="Params file of the tuned-lens library.")] = None,
     stats: Annotated[str, typer.Option(help="auto, none, rel_var or exact.")] = "auto",
@@ -98,7 +105,14 @@ def signatures(
     with reported_errors(), ranks.joined() as group:
         import querylens_fast as ql
 
-        source = ql.load_dictionary(dictionary, sae_id, layer)
+        source = ql.load_dictionary(
+            dictionary,
+            sae_id,
+            layer,
+            kind=kind,  # type: ignore[arg-type]
+            hook_name=hook_name,
+            hook_name_out=hook_name_out,
+        )
         quiet_loading()
         loaded = ql.load_model(model, device=group.device(device), dtype=dtype, linearisation=linearisation)  # type: ignore[arg-type]
         sample = None if tokens is None else ql.load_tokens(tokens, model=loaded)
@@ -133,11 +147,14 @@ def topk(
     with reported_errors():
         from safetensors.torch import save_file
 
+        from querylens_fast.files import whole
+        from querylens_fast.models import parse_device
         from querylens_fast.ops import streamed_topk
 
-        a, b = (_read_matrix(spec).to(device) for spec in (rows, columns))
+        a, b = (_read_matrix(spec).to(parse_device(device)) for spec in (rows, columns))
         found = streamed_topk(a, b.to(a.dtype), k, backend=backend)
-        save_file({name: x.cpu().contiguous() for name, x in found.sides().items()}, str(out))
+        with whole(out) as partial:
+            save_file({name: x.cpu().contiguous() for name, x in found.sides().items()}, str(partial))
     say(f"top and bottom {k} of {a.shape[0]} × {b.shape[0]}: {out.resolve()}")
 
 
