@@ -25,6 +25,7 @@ from querylens_fast.presets import find_preset
 from querylens_fast.signatures import signatures
 from querylens_fast.tokens import Tokens
 from querylens_fast.transport import ORDERS, Transport, load_transport
+from querylens_fast.walks import Order
 
 Z_95 = 1.959964
 
@@ -131,7 +132,7 @@ def evaluate_presets(
         fitted = None
     elif isinstance(transport, Tokens):
         adaptive = "adaptive" in moving
-        orders = [order for order in ORDERS if adaptive or str(order) in moving]
+        orders: list[Order] = [order for order in ORDERS if adaptive or order in moving]
         fitted = fit_transport(model, transport, orders=orders, energy="probes" if adaptive else "none")
     else:
         fitted = transport if isinstance(transport, Transport) else load_transport(transport)

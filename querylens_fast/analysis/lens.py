@@ -183,7 +183,9 @@ def dictionary_of(model: Model, f: Any, sae: Any = None) -> Dictionary:
         ValueError: The SAE's hook is of another layer than the feature says.
     """
     layer = int(f.layer)
-    dictionary = neuron_dictionary(model, layer) if sae is None else load_dictionary(sae, layer=layer)
+    if sae is None:
+        return neuron_dictionary(model, layer)
+    dictionary = sae if isinstance(sae, Dictionary) else load_dictionary(sae, layer=layer)
     if dictionary.layer != layer:
         raise ValueError(f"{f} is of layer {layer}, but its dictionary {dictionary.name!r} of layer {dictionary.layer}")
     return dictionary

@@ -353,8 +353,11 @@ def outliers(
     looked = search(vectors, min(limit, n_scores)).to("cpu")
     scores, ids = looked.top_scores, looked.top_ids
     assert scores is not None and ids is not None
-    deviation, mean = torch.std_mean(scores.double(), 1)
-    z = (scores.double() - mean[:, None]) / deviation[:, None]
+    wide = scores.double()
+    mean = wide.mean(1)
+    above = wide - mean[:, None]
+    deviation = above.norm(dim=1) / max(1, wide.shape[1] - 1) ** 0.5
+    z = above / deviation[:, None]
     row, rank = (z > threshold).nonzero(as_tuple=True)
     return Outliers(_Found(row, ids[row, rank], scores[row, rank], z[row, rank]), mean, deviation)
 
