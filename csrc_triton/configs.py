@@ -101,8 +101,11 @@ def statistics_config(target: str, dtype: torch.dtype) -> Config:
     """The tile of a call with row statistics: half the scores a thread, for the registers of the sums."""
     if target == "interpreter":
         return _INTERPRETER[1]
-    tile = configs(target, dtype)[-1 if dtype in _NARROW_DTYPES else 0]
-    return tile._replace(num_warps=8, blocks_per_sm=1)
+    narrow = dtype in _NARROW_DTYPES
+    tile = configs(target, dtype)[-1 if narrow else 0]
+    # Ampere has operands in registers too.
+    rows = 64 if target == "sm_80" and narrow else tile.block_m
+    return tile._replace(block_m=rows, num_warps=8, blocks_per_sm=1)
 
 
 def choose(target: str, dtype: torch.dtype, d: int, V: int, k: int) -> Choice:

@@ -108,20 +108,19 @@ def store_sums(
     """Write the tile's partial sums of each row. Columns past the end count for nothing."""
     inside = rows < n
     there = (columns < V)[None, :]
-    x = tl.where(there, scores - tl.load(shift + rows, mask=inside, other=0.0)[:, None], 0.0)
     out = sums + rows.to(tl.int64) * (7 * tiles_n) + tile_n
+    # So low that its weight is 0, and 0 times it is 0.
+    x = tl.where(there, scores - tl.load(shift + rows, mask=inside, other=0.0)[:, None], -1e30)
+    peak = tl.max(x, axis=1)
+    tl.store(out + 4 * tiles_n, peak, mask=inside)
+    weights = tl.exp(x - peak[:, None])
+    tl.store(out + 5 * tiles_n, tl.sum(weights, axis=1), mask=inside)
+    tl.store(out + 6 * tiles_n, tl.sum(weights * (x - peak[:, None]), axis=1), mask=inside)
+    x = tl.where(there, x, 0.0)
     tl.store(out, tl.sum(x, axis=1), mask=inside)
     tl.store(out + tiles_n, tl.sum(x * x, axis=1), mask=inside)
     tl.store(out + 2 * tiles_n, tl.sum(x * x * x, axis=1), mask=inside)
     tl.store(out + 3 * tiles_n, tl.sum((x * x) * (x * x), axis=1), mask=inside)
-    # So low that its weight is 0, and 0 times it is 0.
-    x = tl.where(there, x, -1e30)
-    peak = tl.max(x, axis=1)
-    tl.store(out + 4 * tiles_n, peak, mask=inside)
-    x -= peak[:, None]
-    weights = tl.exp(x)
-    tl.store(out + 5 * tiles_n, tl.sum(weights, axis=1), mask=inside)
-    tl.store(out + 6 * tiles_n, tl.sum(weights * x, axis=1), mask=inside)
 
 
 def sums_of(partial: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

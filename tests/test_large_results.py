@@ -87,6 +87,7 @@ def test_killed_runs_end_in_the_same_bytes(long_run: tuple[Path, bytes], gpt2_fo
     assert not out.with_name(out.name + ".parts").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_result(long_run: tuple[Path, bytes], gpt2_folder: Path, tmp_path: Path) -> None:
     """The second is refused while the first writes, and finds the result once it is there."""
     dictionary, unbroken = long_run

@@ -106,6 +106,7 @@ def test_a_killed_process_is_named_and_the_run_resumes(dying: int, tmp_path: Pat
     assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_named_with_its_error(tmp_path: Path) -> None:
     port = free_port()
     good = [*SIGNATURES, "--out", "out.parquet"]
@@ -118,6 +119,7 @@ def test_a_process_that_fails_is_named_with_its_error(tmp_path: Path) -> None:
     assert "rank 1 of 2 failed: FileNotFoundError" in outputs[0][1] and "missing.safetensors" in outputs[1][1]
 
 
+@pytest.mark.slow
 def test_processes_with_other_arguments_are_refused(tmp_path: Path) -> None:
     port = free_port()
     command = [*SIGNATURES, "--out", "out.parquet"]
@@ -129,6 +131,7 @@ def test_processes_with_other_arguments_are_refused(tmp_path: Path) -> None:
     assert "rank 1 of 2 failed" in outputs[0][1] and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_processes_need_one_folder(tmp_path: Path) -> None:
     port = free_port()
     folders = [tmp_path / "a", tmp_path / "b"]
