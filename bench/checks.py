@@ -19,9 +19,9 @@ import querylens_fast as ql
 from bench.cases import ODD
 from bench.timing import seconds
 from csrc_triton.configs import INTERPRETED
-from querylens_fast.blocked import Epilogue
 from querylens_fast.demo import ASSETS
-from querylens_fast.ops import TopK, streamed_topk
+from querylens_fast.topk.api import TopK, streamed_topk
+from querylens_fast.topk.torch_backend import Epilogue
 
 METHODS = ("fused", "gemm")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -204,7 +204,7 @@ class Run:
         import torch
 
         from bench.timing import quantiles, seconds
-        from querylens_fast.ops import streamed_topk
+        from querylens_fast.topk.api import streamed_topk
 
         n, d, V = (64, 48, 700) if self.interpreted else (65536, 1152, 262144)
         F, W = torch.randn(n, d, device=self.device), torch.randn(V, d, device=self.device)

@@ -25,7 +25,7 @@ from bench.machine import machine
 from bench.record import RESULTS, save
 from bench.timing import measure
 from bench.topk import torch_topk, worst_error
-from querylens_fast.ops import streamed_topk
+from querylens_fast.topk.api import streamed_topk
 
 DEFAULT_OUT = RESULTS / "cpu-relations.json"
 

@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 import querylens_fast as ql
 from bench.machine import sync
 from bench.timing import seconds
-from querylens_fast.fitting import Fit
-from querylens_fast.walks import Budget, Side, batches, linearise
+from querylens_fast.transport.fit import Fit
+from querylens_fast.transport.jacobians import Budget, Side, batches, linearise
 
 GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_")
 ATTENTION = ("aten::bmm", "aten::baddbmm")

@@ -20,7 +20,7 @@ from bench.cases import CASES, Case
 from bench.machine import machine
 from bench.record import save
 from bench.timing import measure
-from querylens_fast.ops import TopK, streamed_topk
+from querylens_fast.topk.api import TopK, streamed_topk
 
 CPU_ROWS = 4096
 CHUNK_ROWS = 512

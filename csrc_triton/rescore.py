@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .epilogue import read_out  # noqa: TID251
+from csrc_triton.epilogue import read_out
 
 BLOCK_C = 16
 BLOCK_K = 128

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .epilogue import INF_KEY  # noqa: TID251
+from csrc_triton.epilogue import INF_KEY
 
 MAX_KEYS = 1 << 13
 """Winners of a row and side that fit into one program's registers (V of 262,144 at 64 columns a group)."""

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, persistent, programs_of, uses_tma  # noqa: TID251
-from .epilogue import N_SUMS, read_out, store_sums, store_winners  # noqa: TID251
+from csrc_triton.configs import Config, persistent, programs_of, uses_tma
+from csrc_triton.epilogue import N_SUMS, read_out, store_sums, store_winners
 
 
 class Winners(NamedTuple):

@@ -21,10 +21,10 @@ import torch
 import triton
 from torch import Tensor
 
-from .configs import METHODS, Choice, Config, choose, configs, target_of  # noqa: TID251
-from .select import select  # noqa: TID251
-from .topk import topk  # noqa: TID251
-from .winners import BLOCK_N, CHUNK_ELEMENTS, product, winners  # noqa: TID251
+from csrc_triton.configs import METHODS, Choice, Config, choose, configs, target_of
+from csrc_triton.select import select
+from csrc_triton.topk import topk
+from csrc_triton.winners import BLOCK_N, CHUNK_ELEMENTS, product, winners
 
 
 class Shape(NamedTuple):

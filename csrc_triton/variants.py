@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from . import rescore, winners  # noqa: TID251
-from .configs import TMA_TARGETS, Config, configs, persistent, statistics_config  # noqa: TID251
-from .select import MAX_KEYS, _select_kernel, warps_for  # noqa: TID251
-from .topk import _topk_kernel  # noqa: TID251
+from csrc_triton import rescore, winners
+from csrc_triton.configs import TMA_TARGETS, Config, configs, persistent, statistics_config
+from csrc_triton.select import MAX_KEYS, _select_kernel, warps_for
+from csrc_triton.topk import _topk_kernel
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 POINTERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

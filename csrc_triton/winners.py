@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .epilogue import read_out, store_sums, store_winners  # noqa: TID251
-from .topk import Winners, room_for  # noqa: TID251
+from csrc_triton.epilogue import read_out, store_sums, store_winners
+from csrc_triton.topk import Winners, room_for
 
 CHUNK_ELEMENTS = 1 << 28
 """Dot products that a library writes at a time (1 GiB)."""

@@ -13,29 +13,30 @@ Data goes one way: sources (`models`, `dictionaries`, `tokens`) → vectors → 
 `ablations`) → `readouts` → streamed top-k (`ops`) → `signatures` → sinks (`store`).
 """
 
-from querylens_fast.dictionaries import Dictionary, directions, neuron_dictionary
-from querylens_fast.features import Activation, Feature
-from querylens_fast.fitting import fit_transport
-from querylens_fast.jacobian_lens import export_jacobian_lens, import_jacobian_lens
-from querylens_fast.models import Model, UnsupportedModelError, as_model, load_model
-from querylens_fast.ops import TopK, streamed_topk
-from querylens_fast.presets import PRESETS, Preset, find_preset
+from querylens_fast.dictionaries.dictionary import Dictionary, directions, neuron_dictionary
+from querylens_fast.dictionaries.feature_lists import Activation, Feature
+from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.lens.compute import Signatures, scores_at, signatures
+from querylens_fast.lens.presets import PRESETS, Preset, find_preset
+from querylens_fast.lens.search import Hits, search, show
+from querylens_fast.lens.storage import StoredSignatures
+from querylens_fast.models.load import as_model, load_model
+from querylens_fast.models.model import Model, UnsupportedModelError
+from querylens_fast.models.tokens import Tokens, load_tokens
 from querylens_fast.relations.attention import attention_pairs
 from querylens_fast.relations.channels import ChannelTest, channel_test, subspace_channels
 from querylens_fast.relations.flow import feature_chains, feature_flow, neighbours
 from querylens_fast.relations.output_features import output_features
-from querylens_fast.relations.passage import Passage, fit_passage
 from querylens_fast.relations.profiles import attention_profiles
 from querylens_fast.relations.readers import downstream, upstream
 from querylens_fast.relations.tables import RelationTable, read_table
 from querylens_fast.relations.vocabulary import token_features
 from querylens_fast.relations.weight_lens import WeightLensThresholds, weight_descriptions, weight_lens
-from querylens_fast.search import Hits, search, show
-from querylens_fast.signatures import Signatures, scores_at, signatures
-from querylens_fast.sources import load_dictionary
-from querylens_fast.store import StoredSignatures
-from querylens_fast.tokens import Tokens, load_tokens
-from querylens_fast.transport import Transport, load_transport
+from querylens_fast.topk.api import TopK, streamed_topk
+from querylens_fast.transport.fit import fit_transport
+from querylens_fast.transport.jacobian_lens import export_jacobian_lens, import_jacobian_lens
+from querylens_fast.transport.partial import Passage, fit_passage
+from querylens_fast.transport.transport import Transport, load_transport
 
 __version__ = "0.1.0"
 

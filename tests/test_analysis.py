@@ -13,12 +13,13 @@ from golden_cases import CASES, assert_close, assert_same_row, golden
 from querylens_fast.analysis import common, jvp, vjp
 from querylens_fast.analysis.lens import distribute_batch
 from querylens_fast.analysis.run import analyze_identity, analyze_token_change, analyze_tuned_lens
-from querylens_fast.features import Feature
-from querylens_fast.fitting import fit_transport
-from querylens_fast.models import Model, load_model
-from querylens_fast.sources import load_dictionary
-from querylens_fast.tokens import Tokens, load_tokens
-from querylens_fast.transitions import load_tuned_lens
+from querylens_fast.dictionaries.feature_lists import Feature
+from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.lens.transitions import load_tuned_lens
+from querylens_fast.models.load import load_model
+from querylens_fast.models.model import Model
+from querylens_fast.models.tokens import Tokens, load_tokens
+from querylens_fast.transport.fit import fit_transport
 
 CFG = SimpleNamespace(token_change_value=10.0, accumulation_steps=1)
 

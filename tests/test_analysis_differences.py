@@ -9,8 +9,8 @@ from torch import Tensor
 
 import querylens_fast as ql
 from querylens_fast.analysis import common
-from querylens_fast.linearity import walk_features
-from querylens_fast.walks import linearise
+from querylens_fast.transport.jacobians import linearise
+from querylens_fast.transport.per_feature import walk_features
 
 K = 5
 ROOT = Path(__file__).parent.parent
@@ -116,13 +116,13 @@ def test_pad_token_of_a_hooked_tokenizer(gpt2_folder: Path) -> None:
     plain = ql.load_model(gpt2_folder)
     plain.tokenizer.pad_token = None
     ids = torch.tensor([[5, 1, 6]])
-    assert ql.tokens.as_tokens(ids, plain).valid_mask.all()
+    assert ql.models.tokens.as_tokens(ids, plain).valid_mask.all()
     plain.tokenizer.save_pretrained(gpt2_folder / "no_pad")
     for name in ("config.json", "model.safetensors"):
         (gpt2_folder / "no_pad" / name).write_bytes((gpt2_folder / name).read_bytes())
     reference = common.load_model("cpu", str(gpt2_folder / "no_pad"), torch.float32)
     assert reference.pad_token_id == 1
-    assert ql.tokens.as_tokens(ids, reference).valid_mask.tolist() == [[True, False, True]]
+    assert ql.models.tokens.as_tokens(ids, reference).valid_mask.tolist() == [[True, False, True]]
 
 
 def test_every_sequence_counts(gpt2: ql.Model, sample: ql.Tokens) -> None:

@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import querylens_fast as ql
-from querylens_fast import blocked, certified, narrow, ops
-from querylens_fast.blocked import Epilogue
+from querylens_fast.topk import api as ops
+from querylens_fast.topk import bf16_candidates as narrow
+from querylens_fast.topk import certify as certified
+from querylens_fast.topk import torch_backend as blocked
+from querylens_fast.topk.torch_backend import Epilogue
 
 EXPONENTS = st.sampled_from([-39, -30, -25, -21, -12, 0, 10])
 
@@ -156,7 +159,7 @@ def test_what_the_process_has_chosen_changes_nothing(chosen: str) -> None:
     """Settings of torch that are global, each in a process of its own."""
     code = f"""
         import contextlib, torch
-        from querylens_fast import ops
+        from querylens_fast.topk import api as ops
         cpu, guard = torch.device("cpu"), contextlib.nullcontext()
         generator = torch.Generator(cpu).manual_seed(0)
         F, W = (torch.randn(n, 64, generator=generator, device=cpu) for n in (256, 5000))

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import querylens_fast as ql
 from querylens_fast.cli import app
 from querylens_fast.demo.showcase import PRESETS, load_example
-from querylens_fast.evaluation import MaxActivating, evaluate_presets, input_scores, max_activating_tokens
+from querylens_fast.evaluation.input_score import MaxActivating, evaluate_presets, input_scores, max_activating_tokens
 
 CASE = golden("gpt2-standard-sae")
 

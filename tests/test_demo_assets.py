@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from querylens_fast.demo import ASSETS, corpus, dictionaries, language_model
-from querylens_fast.demo.dictionaries import Dictionary
-from querylens_fast.demo.train import SMOKE, read_model, train
+from examples.demo_model import corpus, dictionaries, language_model
+from examples.demo_model.dictionaries import Dictionary
+from examples.demo_model.train import SMOKE, read_model, train
+from querylens_fast.demo import ASSETS
 
 DICTIONARIES = ["sae_layer0", "sae_layer1", "sae_layer2", "sae_layer3", "transcoder_layer1"]
 

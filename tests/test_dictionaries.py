@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import D_MODEL
 
 import querylens_fast as ql
-from querylens_fast.hooks import parse_hook
+from querylens_fast.dictionaries.hook_points import parse_hook
 
 N = 11
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from querylens_fast import features as ours
-from querylens_fast.features import (
+from querylens_fast.dictionaries import feature_lists as ours
+from querylens_fast.dictionaries.feature_lists import (
     Activation,
     Feature,
     convert_features,

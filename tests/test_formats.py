@@ -14,8 +14,8 @@ from format_cases import CASES, Case, D, N, gemma_scope, randn, sae, save
 from torch import Tensor
 
 import querylens_fast as ql
-from querylens_fast.formats import ANY_FILE, FORMATS
-from querylens_fast.rows import FileRows, SummedRows
+from querylens_fast.dictionaries.formats import ANY_FILE, FORMATS
+from querylens_fast.dictionaries.rows import FileRows, SummedRows
 
 pytest.importorskip("sae_lens")
 from sae_lens.loading import pretrained_sae_loaders as loaders

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from querylens_fast.blocked import Epilogue
-from querylens_fast.ops import streamed_topk
+from querylens_fast.topk.api import streamed_topk
+from querylens_fast.topk.torch_backend import Epilogue
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,7 +158,7 @@ def test_winners_hidden_in_one_group_are_counted_and_found(method: str) -> None:
 
 def test_operands_that_rounding_misleads_are_settled_in_float32() -> None:
     """A pass in float16 cannot tell 200 columns apart; the answer has to."""
-    from querylens_fast import fused
+    from querylens_fast.topk import triton_backend as fused
 
     F, W = gaussian(6, 64, seed=20), 0.01 * gaussian(3000, 64, seed=21)
     W[::15] = torch.nn.functional.normalize(F.sum(0), dim=0) + 1e-5 * gaussian(200, 64, seed=22)
@@ -172,7 +172,7 @@ def test_operands_that_rounding_misleads_are_settled_in_float32() -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter does not round to TF32; the bound is what is tested")
 def test_bound_of_tf32_covers_its_rounding() -> None:
-    from querylens_fast.certified import ErrorBound
+    from querylens_fast.topk.certify import ErrorBound
 
     F, W = gaussian(10, 50, seed=23), gaussian(300, 50, seed=24)
 

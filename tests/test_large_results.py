@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 
 import querylens_fast as ql
 from querylens_fast.cli import app
-from querylens_fast.parquet import ROW_GROUP, ParquetSink
-from querylens_fast.pipeline import plan
-from querylens_fast.signatures import BLOCK_BYTES, MAX_BLOCK_ROWS, MIN_BLOCK_ROWS, rows_per_block
+from querylens_fast.lens.compute import BLOCK_BYTES, MAX_BLOCK_ROWS, MIN_BLOCK_ROWS, rows_per_block
+from querylens_fast.lens.parquet import ROW_GROUP, ParquetSink
+from querylens_fast.lens.pipeline import plan
 
 K = 5
 
@@ -194,7 +194,7 @@ def test_a_full_disk(long_run: tuple[Path, bytes], gpt2_folder: Path, small_disk
 
 
 def test_a_damaged_part_is_named(gpt2: ql.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from querylens_fast.parquet import ParquetSink
+    from querylens_fast.lens.parquet import ParquetSink
 
     out = tmp_path / "out.parquet"
     options = {"preset": "logit_lens_value", "k": K, "out": out, "block_rows": 10, "progress": False}

@@ -10,7 +10,7 @@ from tiny_models import CONFIGS, LAYERS, VOCAB, save_tiny_model
 from torch.func import jvp, vjp
 
 import querylens_fast as ql
-from querylens_fast.blocks import Masking
+from querylens_fast.models.blocks import Masking
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

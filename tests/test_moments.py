@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from querylens_fast.moments import Moments, RowStatistics
-from querylens_fast.ops import TopK, streamed_topk
+from querylens_fast.topk.api import TopK, streamed_topk
+from querylens_fast.topk.statistics import Moments, RowStatistics
 
 FIELDS = ("mean", "variance", "skewness", "kurtosis", "logsumexp", "entropy")
 

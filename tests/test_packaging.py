@@ -22,7 +22,7 @@ found = querylens_fast.signatures(example.dictionaries[0], example.model, preset
 again = querylens_fast.streamed_topk(torch.randn(2, 16), torch.randn(40, 16), 3, backend="triton")
 import querylens_fast.analysis.run
 from pathlib import Path
-assert (Path(querylens_fast.__file__).parent / "configs" / "gpt2-small.yaml").is_file()
+assert (Path(querylens_fast.__file__).parent / "analysis" / "configs" / "gpt2-small.yaml").is_file()
 print(found.top_tokens[0], again.top_ids.shape)
 """
 

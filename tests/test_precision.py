@@ -8,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from querylens_fast import blocked, narrow, workspace
-from querylens_fast.ops import TopK, streamed_topk
+from querylens_fast.topk import bf16_candidates as narrow
+from querylens_fast.topk import buffers as workspace
+from querylens_fast.topk import torch_backend as blocked
+from querylens_fast.topk.api import TopK, streamed_topk
 
 NONE = blocked.Epilogue(None, None, None)
 

@@ -10,7 +10,7 @@ from tiny_models import D_MODEL, LAYERS, VOCAB, save_tiny_model
 
 import querylens_fast as ql
 from querylens_fast.relations.weights import weight_names
-from querylens_fast.walks import linearise
+from querylens_fast.transport.jacobians import linearise
 
 K = 5
 LAYER = 1

@@ -14,8 +14,8 @@ import torch
 from tiny_models import save_tiny_model
 
 import querylens_fast as ql
-from querylens_fast.ops import streamed_topk
 from querylens_fast.relations.tables import Block, Categories, rows, tabulate, topk_rows
+from querylens_fast.topk.api import streamed_topk
 
 N, V, K = 10, 20, 3
 

@@ -9,7 +9,7 @@ from test_relations_flow import Largest
 from tiny_models import D_MODEL, VOCAB, save_tiny_model
 
 import querylens_fast as ql
-from querylens_fast import readouts
+from querylens_fast.lens import readouts
 from querylens_fast.relations.flow import related
 from querylens_fast.relations.vocabulary import swapped_topk
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import querylens_fast as ql
-from querylens_fast.readahead import ReadAhead, read_ahead
-from querylens_fast.rows import FileRows, MemoryRows, SummedRows
-from querylens_fast.tensorfiles import open_tensors
+from querylens_fast.dictionaries.prefetch import ReadAhead, read_ahead
+from querylens_fast.dictionaries.rows import FileRows, MemoryRows, SummedRows
+from querylens_fast.dictionaries.tensor_files import open_tensors
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from querylens_fast.analysis.common import BASELINE_REGISTRY, resolve_baseline
 from querylens_fast.analysis.configuration import CONFIGS, KEYS, compose, config_names
 from querylens_fast.analysis.run import main, run
-from querylens_fast.features import Feature, save_features_json
-from querylens_fast.fitting import fit_transport
-from querylens_fast.models import load_model
-from querylens_fast.signatures import signatures
-from querylens_fast.sources import load_dictionary
-from querylens_fast.store import read_jsonl
-from querylens_fast.tokens import load_tokens
+from querylens_fast.dictionaries.feature_lists import Feature, save_features_json
+from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.lens.compute import signatures
+from querylens_fast.lens.storage import read_jsonl
+from querylens_fast.models.load import load_model
+from querylens_fast.models.tokens import load_tokens
+from querylens_fast.transport.fit import fit_transport
 
 NAMES = [
     "gemma3-1b", "gemma3-270m", "gemma3-4b", "gpt2-small", "qwen3-0.6b", "qwen3-1.7b", "qwen3-1.7b-base", "qwen3-4b"

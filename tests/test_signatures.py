@@ -13,7 +13,7 @@ from golden_cases import golden
 from tiny_models import D_MODEL, LAYERS, VOCAB
 
 import querylens_fast as ql
-from querylens_fast.pipeline import Pipeline
+from querylens_fast.lens.pipeline import Pipeline
 
 K = 4
 
@@ -92,7 +92,7 @@ def test_blocks_do_not_matter(gpt2: ql.Model, neurons: ql.Dictionary, transport:
 
 def test_few_features_walk_and_many_fit(gpt2: ql.Model, neurons: ql.Dictionary, sample: ql.Tokens, monkeypatch) -> None:
     """Without a transport a small selection is walked, a large one fits its own; the answers agree."""
-    import querylens_fast.pipeline as pipeline
+    import querylens_fast.lens.pipeline as pipeline
 
     fits = []
     original = pipeline.fit_transport
@@ -325,7 +325,7 @@ def test_zero_out_of_a_silent_feature_is_exactly_nothing() -> None:
     tokens = ql.load_tokens(case.tokens_path, model=model)
     dictionary = ql.load_dictionary(case.sae_path(1))
     found = ql.signatures(dictionary, model, preset="zero_out", tokens=tokens, k=3)
-    from querylens_fast.ablations import activations
+    from querylens_fast.lens.ablations import activations
 
     silent = activations(model, dictionary, tokens.ids).amax((0, 1)) == 0
     assert silent.any()

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import querylens_fast as ql
-from querylens_fast.tokens import tokenize_and_concatenate
+from querylens_fast.models.tokens import tokenize_and_concatenate
 
 
 def write(path: Path, **tensors: torch.Tensor) -> Path:
@@ -109,7 +109,7 @@ def test_ids_in_memory(gpt2: ql.Model) -> None:
     with pytest.raises(ValueError, match="expected integer token ids"):
         ql.load_tokens(torch.ones(2, 3))
     with pytest.raises(ValueError, match="num_samples is 0"):
-        ql.tokens._draw(torch.ones(2, 2), None, 0, 0)
+        ql.models.tokens._draw(torch.ones(2, 2), None, 0, 0)
 
 
 def test_the_model_says_what_is_padding_where_nobody_has(gpt2: ql.Model, tmp_path: Path) -> None:

@@ -11,8 +11,12 @@ import oracle
 import pytest
 import torch
 
-from querylens_fast import blocked, certified, fused, narrow, ops
-from querylens_fast.ops import TopK, scores_at, streamed_topk
+from querylens_fast.topk import api as ops
+from querylens_fast.topk import bf16_candidates as narrow
+from querylens_fast.topk import certify as certified
+from querylens_fast.topk import torch_backend as blocked
+from querylens_fast.topk import triton_backend as fused
+from querylens_fast.topk.api import TopK, scores_at, streamed_topk
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -270,7 +274,9 @@ def test_scores_at_errors(ids: torch.Tensor, message: str) -> None:
 
 
 def test_import_needs_only_torch() -> None:
-    code = "import sys, querylens_fast.ops; assert 'triton' not in sys.modules or 'torch._inductor' in sys.modules; "
+    code = (
+        "import sys, querylens_fast.topk.api\nassert 'triton' not in sys.modules or 'torch._inductor' in sys.modules; "
+    )
     code += "assert 'csrc_triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

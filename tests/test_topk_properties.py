@@ -15,9 +15,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from querylens_fast import blocked, fused, narrow
-from querylens_fast.blocked import Epilogue, Side
-from querylens_fast.ops import streamed_topk
+from querylens_fast.topk import bf16_candidates as narrow
+from querylens_fast.topk import torch_backend as blocked
+from querylens_fast.topk import triton_backend as fused
+from querylens_fast.topk.api import streamed_topk
+from querylens_fast.topk.torch_backend import Epilogue, Side
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

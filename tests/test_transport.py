@@ -9,8 +9,8 @@ from tiny_models import D_MODEL, LAYERS, VOCAB, save_tiny_model
 from torch import Tensor
 
 import querylens_fast as ql
-from querylens_fast.linearity import walk_features
-from querylens_fast.walks import Budget
+from querylens_fast.transport.jacobians import Budget
+from querylens_fast.transport.per_feature import walk_features
 
 POINTS = 2 * LAYERS + 1
 

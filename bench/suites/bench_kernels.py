@@ -9,7 +9,7 @@ import torch
 
 from bench.cases import Case
 from bench.topk import KINDS, inputs, torch_topk
-from querylens_fast.ops import streamed_topk
+from querylens_fast.topk.api import streamed_topk
 
 CASE = Case("suite", 256, 16384, 1024)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

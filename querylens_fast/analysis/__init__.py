@@ -10,6 +10,6 @@ They take the hooked models and sae-lens objects such a script holds, transforme
 What they compute is the engine's; DIFFERENCES.md, beside this file, lists where the answers differ and why.
 """
 
-from querylens_fast.features import Activation, Feature
+from querylens_fast.dictionaries.feature_lists import Activation, Feature
 
 __all__ = ["Activation", "Feature"]

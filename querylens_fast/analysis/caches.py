@@ -13,9 +13,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from querylens_fast.models import Model, as_model
-from querylens_fast.tokens import as_tokens
-from querylens_fast.transport import Transport
+from querylens_fast.models.load import as_model
+from querylens_fast.models.model import Model
+from querylens_fast.models.tokens import as_tokens
+from querylens_fast.transport.transport import Transport
 
 MODULE_TYPES = ("attn", "mlp", "all")
 

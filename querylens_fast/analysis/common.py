@@ -16,17 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from querylens_fast import blocked, readouts
-from querylens_fast.ablations import ablate
 from querylens_fast.analysis.caches import ResidCache, ResidChunk, VJPResidCache, VJPResidChunk
 from querylens_fast.analysis.lens import dictionary_of, distributed_mean, gathered
-from querylens_fast.blocks import LinearAttention, LinearMLP, Masking
-from querylens_fast.linearity import STATISTICS, linearity
-from querylens_fast.models import Model, as_model
-from querylens_fast.models import load_model as load_engine_model
-from querylens_fast.norms import IDENTITY, at_least_float32
-from querylens_fast.presets import PRESETS, find_preset
-from querylens_fast.tokens import Tokens, as_tokens
+from querylens_fast.lens import readouts
+from querylens_fast.lens.ablations import ablate
+from querylens_fast.lens.presets import PRESETS, find_preset
+from querylens_fast.models.blocks import LinearAttention, LinearMLP, Masking
+from querylens_fast.models.load import as_model
+from querylens_fast.models.load import load_model as load_engine_model
+from querylens_fast.models.model import Model
+from querylens_fast.models.norms import IDENTITY, at_least_float32
+from querylens_fast.models.tokens import Tokens, as_tokens
+from querylens_fast.topk import torch_backend as blocked
+from querylens_fast.transport.per_feature import STATISTICS, linearity
 
 __all__ = [
     "BASELINE_REGISTRY",

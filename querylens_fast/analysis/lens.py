@@ -17,16 +17,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from querylens_fast.analysis.caches import ResidCache, VJPResidCache
-from querylens_fast.dictionaries import Dictionary, neuron_dictionary
-from querylens_fast.linearity import Walked, linearity, walk_features
-from querylens_fast.models import Model, as_model
-from querylens_fast.pipeline import Pipeline, Stats, _Moved, plan
-from querylens_fast.presets import ABLATIONS, Preset, find_preset
-from querylens_fast.readouts import embed_cosine_centered
-from querylens_fast.sources import load_dictionary
-from querylens_fast.tokens import Tokens, as_tokens
-from querylens_fast.transport import Transport
-from querylens_fast.walks import Budget, Submodule, batches, linearise, walk
+from querylens_fast.dictionaries.dictionary import Dictionary, neuron_dictionary
+from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.lens.pipeline import Pipeline, Stats, _Moved, plan
+from querylens_fast.lens.presets import ABLATIONS, Preset, find_preset
+from querylens_fast.lens.readouts import embed_cosine_centered
+from querylens_fast.models.load import as_model
+from querylens_fast.models.model import Model
+from querylens_fast.models.tokens import Tokens, as_tokens
+from querylens_fast.transport.jacobians import Budget, Submodule, batches, linearise, walk
+from querylens_fast.transport.per_feature import Walked, linearity, walk_features
+from querylens_fast.transport.transport import Transport
 
 RESULT_KEYS = (
     "layer",

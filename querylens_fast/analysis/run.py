@@ -29,17 +29,19 @@ from querylens_fast.analysis.lens import (
     preset_of,
     result_row,
 )
-from querylens_fast.files import held, write_whole
-from querylens_fast.fitting import fit_transport
-from querylens_fast.models import Model, as_model, parse_dtype
-from querylens_fast.presets import PRESETS, Preset
-from querylens_fast.signatures import BLOCK_ROWS
-from querylens_fast.store import FORMATS, open_sink
-from querylens_fast.tokens import Tokens, load_tokens
-from querylens_fast.transitions import TunedLens
-from querylens_fast.transport import Transport, load_transport
-from querylens_fast.walks import Order
-from querylens_fast.walks import batches as blocks
+from querylens_fast.lens.compute import BLOCK_ROWS
+from querylens_fast.lens.presets import PRESETS, Preset
+from querylens_fast.lens.storage import FORMATS, open_sink
+from querylens_fast.lens.transitions import TunedLens
+from querylens_fast.models.load import as_model, parse_dtype
+from querylens_fast.models.model import Model
+from querylens_fast.models.tokens import Tokens, load_tokens
+from querylens_fast.runs.atomic_write import write_whole
+from querylens_fast.runs.run_lock import held
+from querylens_fast.transport.fit import fit_transport
+from querylens_fast.transport.jacobians import Order
+from querylens_fast.transport.jacobians import batches as blocks
+from querylens_fast.transport.transport import Transport, load_transport
 
 __all__ = [
     "analyze_identity",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from querylens_fast.analysis.caches import VJPResidCache
 from querylens_fast.analysis.lens import analyze, preset_of
-from querylens_fast.transport import Transport
+from querylens_fast.transport.transport import Transport
 
 
 def analyze_feature(

@@ -22,8 +22,8 @@ def show(
     with reported_errors():
         from rich.table import Table
 
-        from querylens_fast.search import show as rows_of
-        from querylens_fast.store import read_identity
+        from querylens_fast.lens.search import show as rows_of
+        from querylens_fast.lens.storage import read_identity
 
         preset = read_identity(result).get("preset", "")
         rows = rows_of(result, feature, model=model)
@@ -54,9 +54,9 @@ def search(
     with reported_errors():
         from rich.table import Table
 
-        from querylens_fast.search import SIDES, tokens_like
-        from querylens_fast.search import search as find
-        from querylens_fast.search import show as rows_of
+        from querylens_fast.lens.search import SIDES, tokens_like
+        from querylens_fast.lens.search import search as find
+        from querylens_fast.lens.search import show as rows_of
 
         if (id is None) == (token == ""):
             raise ValueError("give a token or --id, one of the two")

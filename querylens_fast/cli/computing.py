@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from querylens_fast import ranks
 from querylens_fast.cli.console import (
     DeviceOption,
     DtypeOption,
@@ -18,7 +17,8 @@ from querylens_fast.cli.console import (
     reported_errors,
     say,
 )
-from querylens_fast.files import held
+from querylens_fast.runs import processes as ranks
+from querylens_fast.runs.run_lock import held
 
 
 def run(
@@ -147,9 +147,9 @@ def topk(
     with reported_errors():
         from safetensors.torch import save_file
 
-        from querylens_fast.files import whole
-        from querylens_fast.models import parse_device
-        from querylens_fast.ops import streamed_topk
+        from querylens_fast.models.load import parse_device
+        from querylens_fast.runs.atomic_write import whole
+        from querylens_fast.topk.api import streamed_topk
 
         a, b = (_read_matrix(spec).to(parse_device(device)) for spec in (rows, columns))
         found = streamed_topk(a, b.to(a.dtype), k, backend=backend)
@@ -181,7 +181,7 @@ def convert_features(
 ) -> None:
     """Turn a pickled feature list into the safe JSON form (only the reference's two data classes are admitted)."""
     with reported_errors():
-        from querylens_fast.features import convert_features as convert
+        from querylens_fast.dictionaries.feature_lists import convert_features as convert
 
         convert(source, target)
     say(f"features: {target.resolve()}")

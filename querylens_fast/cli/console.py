@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from querylens_fast.ranks import RankStopped
+from querylens_fast.runs.processes import RankStopped
 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]

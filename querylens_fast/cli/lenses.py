@@ -18,7 +18,7 @@ def convert_transport(
     """Turn a transport into a Jacobian-lens file, or (with --model) a Jacobian-lens file into a transport."""
     with reported_errors():
         import querylens_fast as ql
-        from querylens_fast.jacobian_lens import export_jacobian_lens, import_jacobian_lens
+        from querylens_fast.transport.jacobian_lens import export_jacobian_lens, import_jacobian_lens
 
         if source.suffix == ".safetensors":
             export_jacobian_lens(ql.load_transport(source), target)

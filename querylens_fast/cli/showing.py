@@ -67,7 +67,7 @@ def evaluate_input(
 
     with reported_errors():
         from querylens_fast.demo.showcase import FIT_SEQUENCES, Example, load_example
-        from querylens_fast.evaluation import as_table, evaluate_presets
+        from querylens_fast.evaluation.input_score import as_table, evaluate_presets
 
         if model is None:
             quiet_loading()

@@ -1,6 +1,6 @@
 """The embedded example: a small trained language model, its sparse dictionaries and a held-out token sample.
 
-`assets/` holds the files; `python -m querylens_fast.demo.train` makes them from the standard library of the Python
+`assets/` holds the files; `python -m examples.demo_model.train` makes them from the standard library of the Python
 that runs it.
 """
 

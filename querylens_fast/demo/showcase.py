@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 
 from querylens_fast.demo import ASSETS
-from querylens_fast.dictionaries import Dictionary
-from querylens_fast.evaluation import MaxActivating, max_activating_tokens
-from querylens_fast.fitting import fit_transport
-from querylens_fast.models import Model, load_model
-from querylens_fast.signatures import Signatures, signatures
-from querylens_fast.sources import load_dictionary
-from querylens_fast.store import StoredSignatures
-from querylens_fast.tokens import Tokens, load_tokens
-from querylens_fast.transport import Transport
+from querylens_fast.dictionaries.dictionary import Dictionary
+from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.evaluation.input_score import MaxActivating, max_activating_tokens
+from querylens_fast.lens.compute import Signatures, signatures
+from querylens_fast.lens.storage import StoredSignatures
+from querylens_fast.models.load import load_model
+from querylens_fast.models.model import Model
+from querylens_fast.models.tokens import Tokens, load_tokens
+from querylens_fast.transport.fit import fit_transport
+from querylens_fast.transport.transport import Transport
 
 PRESETS = ("logit_lens_key", "query_lens_key", "logit_lens_value", "query_lens_value")
 FIT_SEQUENCES = 16

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from querylens_fast.dictionaries import Dictionary
-from querylens_fast.experts import NoSingleWeights
-from querylens_fast.models import Model, as_model
-from querylens_fast.norms import AnyNorm, Norm, at_least_float32
-from querylens_fast.ops import TopK, streamed_topk
+from querylens_fast.dictionaries.dictionary import Dictionary
+from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.models.load import as_model
+from querylens_fast.models.model import Model
+from querylens_fast.models.moe import NoSingleWeights
+from querylens_fast.models.norms import AnyNorm, Norm, at_least_float32
 from querylens_fast.relations.latest import Latest
 from querylens_fast.relations.readers import features_per_block, identity_of_features
 from querylens_fast.relations.tables import (
@@ -38,7 +39,7 @@ from querylens_fast.relations.tables import (
     topk_rows,
 )
 from querylens_fast.relations.weights import fold_in, head_weights
-from querylens_fast.sources import load_dictionary
+from querylens_fast.topk.api import TopK, streamed_topk
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from querylens_fast.dictionaries import Dictionary
+from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.relations.tables import Categories, rows
 
 if TYPE_CHECKING:

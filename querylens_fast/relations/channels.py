@@ -38,12 +38,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from querylens_fast.dictionaries import Dictionary
-from querylens_fast.models import Model, as_model
+from querylens_fast.dictionaries.dictionary import Dictionary
+from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.models.load import as_model
+from querylens_fast.models.model import Model
 from querylens_fast.relations.readers import layers_behind
 from querylens_fast.relations.tables import Block, Categories, RelationTable, identity_of, rows, tabulate
-from querylens_fast.sources import load_dictionary
-from querylens_fast.transport import Transport, load_transport
+from querylens_fast.transport.transport import Transport, load_transport
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from querylens_fast.dictionaries import Dictionary
-from querylens_fast.norms import at_least_float32
-from querylens_fast.ops import TopK, streamed_topk
+from querylens_fast.dictionaries.dictionary import Dictionary
+from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.models.norms import at_least_float32
 from querylens_fast.relations.chains import chain_rows
 from querylens_fast.relations.latest import Latest
 from querylens_fast.relations.readers import features_per_block, identity_of_features
 from querylens_fast.relations.tables import Block, RelationTable, tabulate, topk_rows
-from querylens_fast.sources import load_dictionary
-from querylens_fast.walks import Side
+from querylens_fast.topk.api import TopK, streamed_topk
+from querylens_fast.transport.jacobians import Side
 
 if TYPE_CHECKING:
     import pyarrow as pa

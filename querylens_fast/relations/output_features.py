@@ -26,16 +26,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from querylens_fast.dictionaries import Dictionary
-from querylens_fast.models import Model, as_model
-from querylens_fast.norms import at_least_float32
-from querylens_fast.pipeline import Pipeline, plan
-from querylens_fast.presets import Preset, find_preset
+from querylens_fast.dictionaries.dictionary import Dictionary
+from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.dictionaries.rows import MemoryRows
+from querylens_fast.lens.pipeline import Pipeline, plan
+from querylens_fast.lens.presets import Preset, find_preset
+from querylens_fast.models.load import as_model
+from querylens_fast.models.model import Model
+from querylens_fast.models.norms import at_least_float32
 from querylens_fast.relations.readers import identity_of_features
 from querylens_fast.relations.tables import Block, RelationTable, identity_of, rows, tabulate
-from querylens_fast.rows import MemoryRows
-from querylens_fast.sources import load_dictionary
-from querylens_fast.transport import Transport, load_transport
+from querylens_fast.transport.transport import Transport, load_transport
 
 if TYPE_CHECKING:
     import pyarrow as pa

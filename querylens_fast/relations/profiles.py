@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from querylens_fast.dictionaries import Dictionary
-from querylens_fast.models import Model, as_model
-from querylens_fast.norms import at_least_float32
+from querylens_fast.dictionaries.dictionary import Dictionary
+from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.models.load import as_model
+from querylens_fast.models.model import Model
+from querylens_fast.models.norms import at_least_float32
 from querylens_fast.relations.attention import FEATURES_AT_ONCE, circuit_weights, heads_of
 from querylens_fast.relations.output_features import output_features
 from querylens_fast.relations.readers import layers_behind
 from querylens_fast.relations.tables import Block, Categories, RelationTable, identity_of, rows, tabulate
-from querylens_fast.sources import load_dictionary
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -20,16 +20,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from querylens_fast.dictionaries import Dictionary, directions
-from querylens_fast.models import Model, as_model
-from querylens_fast.ops import TopK
+from querylens_fast.dictionaries.dictionary import Dictionary, directions
+from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.models.load import as_model
+from querylens_fast.models.model import Model
 from querylens_fast.relations.latest import Latest
-from querylens_fast.relations.passage import Passage, find_passage
 from querylens_fast.relations.tables import Block, RelationTable, digest_of, identity_of, tabulate, topk_rows
 from querylens_fast.relations.weights import Search, Target, find_weights, rows_target
-from querylens_fast.sources import load_dictionary
-from querylens_fast.transport import Transport, load_transport
-from querylens_fast.walks import Side
+from querylens_fast.topk.api import TopK
+from querylens_fast.transport.jacobians import Side
+from querylens_fast.transport.partial import Passage, find_passage
+from querylens_fast.transport.transport import Transport, load_transport
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -39,10 +39,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from querylens_fast.files import held, whole, write_whole
-from querylens_fast.models import Model
-from querylens_fast.ops import TopK
-from querylens_fast.store import METADATA_KEY, read_identity
+from querylens_fast.lens.storage import METADATA_KEY, read_identity
+from querylens_fast.models.model import Model
+from querylens_fast.runs.atomic_write import whole, write_whole
+from querylens_fast.runs.run_lock import held
+from querylens_fast.topk.api import TopK
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from querylens_fast.models import Model, as_model
-from querylens_fast.ops import TopK, streamed_topk
-from querylens_fast.pipeline import Pipeline, plan
-from querylens_fast.presets import Preset, find_preset
-from querylens_fast.readouts import Scorer
+from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.lens.pipeline import Pipeline, plan
+from querylens_fast.lens.presets import Preset, find_preset
+from querylens_fast.lens.readouts import Scorer
+from querylens_fast.models.load import as_model
+from querylens_fast.models.model import Model
 from querylens_fast.relations.readers import features_per_block
 from querylens_fast.relations.tables import (
     Block,
@@ -31,8 +32,8 @@ from querylens_fast.relations.tables import (
     tabulate,
     topk_rows,
 )
-from querylens_fast.sources import load_dictionary
-from querylens_fast.transport import Transport, load_transport
+from querylens_fast.topk.api import TopK, streamed_topk
+from querylens_fast.transport.transport import Transport, load_transport
 
 if TYPE_CHECKING:
     import pyarrow as pa

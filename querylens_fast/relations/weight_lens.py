@@ -26,14 +26,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from querylens_fast.ablations import activations
-from querylens_fast.dictionaries import Dictionary
-from querylens_fast.models import Model, as_model
-from querylens_fast.ops import TopK, streamed_topk
-from querylens_fast.readouts import Scorer, embed, unembed
+from querylens_fast.dictionaries.dictionary import Dictionary
+from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.lens.ablations import activations
+from querylens_fast.lens.readouts import Scorer, embed, unembed
+from querylens_fast.models.load import as_model
+from querylens_fast.models.model import Model
 from querylens_fast.relations.readers import identity_of_features
 from querylens_fast.relations.tables import Block, Categories, RelationTable, identity_of, rows, tabulate
-from querylens_fast.sources import load_dictionary
+from querylens_fast.topk.api import TopK, streamed_topk
 
 if TYPE_CHECKING:
     import pyarrow as pa

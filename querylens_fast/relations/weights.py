@@ -29,13 +29,13 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from querylens_fast import readouts
-from querylens_fast.blocks import Attention
-from querylens_fast.experts import NoSingleWeights
-from querylens_fast.models import Model
-from querylens_fast.norms import AnyNorm, Norm, at_least_float32
-from querylens_fast.ops import TopK, streamed_topk
-from querylens_fast.walks import Side
+from querylens_fast.lens import readouts
+from querylens_fast.models.blocks import Attention
+from querylens_fast.models.model import Model
+from querylens_fast.models.moe import NoSingleWeights
+from querylens_fast.models.norms import AnyNorm, Norm, at_least_float32
+from querylens_fast.topk.api import TopK, streamed_topk
+from querylens_fast.transport.jacobians import Side
 
 SCORES_AT_ONCE = 1 << 24
 """Projections held at a time when their norms are taken."""

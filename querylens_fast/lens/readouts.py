@@ -1,0 +1,113 @@
+"""Readouts: from a vector in the residual stream to a score for every token of the vocabulary.
+
+Each readout is a matrix product with a few terms around it, which is all that `streamed_topk` needs: no readout ever
+builds a row of V scores, and the centred cosine never builds a centred copy of the embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from querylens_fast.models.model import Model
+from querylens_fast.models.norms import at_least_float32
+from querylens_fast.topk import api as ops
+
+COSINE_EPS = 1e-8
+ROWS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """score[i, v] = (⟨x_i, W_v⟩ + offset_i) · scale_v + bias_v, with x = factor · vectors (normed for unembed)."""
+
+    model: Model
+    W: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    factor: float = 1.0
+    centre: Tensor | None = None
+    final_norm: bool = False
+
+    def topk(
+        self, vectors: Tensor, k: int, backend: str = "auto", *, bottom: bool = True, statistics: bool = False
+    ) -> ops.TopK:
+        """The k highest and k lowest tokens of each vector [n, D]; scores in raw units of the readout."""
+        x, offset = self.prepare(vectors)
+        return ops.streamed_topk(
+            x,
+            self.W,
+            k,
+            bias=self.bias,
+            scale=self.scale,
+            offset=offset,
+            bottom=bottom,
+            backend=backend,
+            statistics=statistics,
+        )
+
+    def scores_at(self, vectors: Tensor, token_ids: Tensor) -> Tensor:
+        """The scores of given tokens, [n, m], for vectors [n, D] and token_ids [m] or [n, m]."""
+        x, offset = self.prepare(vectors)
+        return ops.scores_at(x, self.W, token_ids.to(x.device), bias=self.bias, scale=self.scale, offset=offset)
+
+    def prepare(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(x [n, D] in W's dtype, offset [n] or None): what stands for vectors [n, D] in the score's formula."""
+        vectors = vectors.to(self.model.device)
+        if self.final_norm:
+            vectors = self.model.final_norm(at_least_float32(vectors))
+        x = (vectors if self.factor == 1.0 else vectors * self.factor).to(self.W.dtype)
+        if self.centre is None:
+            return x, None
+        # Of x as it was rounded: what both terms of ⟨x, w⟩ − ⟨x, c⟩ share then cancels.
+        offset = -(x.to(self.centre) * self.centre).sum(1) / self.factor
+        return x, offset.to(torch.promote_types(self.W.dtype, torch.float32))
+
+
+def unembed(model: Model, final_norm: bool = True) -> Scorer:
+    """The final norm, applied to the vector as a function, then W_U and b_U (paper §3; reference ``apply_unembed``)."""
+    return Scorer(model, model.W_U, bias=_wide(model.b_U), final_norm=final_norm)
+
+
+def logit_difference(model: Model) -> Scorer:
+    """W_U alone, for differences of normed residuals (the ablations)."""
+    return Scorer(model, model.W_U)
+
+
+def embed(model: Model) -> Scorer:
+    """⟨vector, token embedding⟩, with the model's own embedding scale (reference ``apply_embed``)."""
+    return Scorer(model, model.W_E, factor=model.embed_scale)
+
+
+def embed_cosine_centered(model: Model, centre: Tensor | None = None) -> Scorer:
+    """⟨vector, (e − c)/‖e − c‖⟩ for each token embedding e; not divided by the vector's norm.
+
+    ``centre`` c [D] is the mean embedding over the sample's valid tokens where there is a sample (a transport's
+    ``centre``), else, as in the reference, the mean over the vocabulary.
+    """
+    if centre is None:
+        centre = at_least_float32(model.W_E).mean(0) * model.embed_scale
+    centre = at_least_float32(centre.to(model.device))
+    norms = torch.cat(
+        [(at_least_float32(rows) * model.embed_scale - centre).norm(dim=1) for rows in model.W_E.split(ROWS_AT_ONCE)]
+    )
+    # An embedding that is the centre itself has no direction: its score is 0.
+    scale = torch.where(norms > COSINE_EPS, 1 / norms.clamp_min(COSINE_EPS), torch.zeros_like(norms))
+    return Scorer(model, model.W_E, scale=scale, factor=model.embed_scale, centre=centre)
+
+
+def find_readout(model: Model, name: str | None, centre: Tensor | None, final_norm: bool = True) -> Scorer:
+    """The readout of a preset; None is the ablations' own."""
+    if name is None:
+        return logit_difference(model)
+    if name == "unembed":
+        return unembed(model, final_norm)
+    if name == "embed":
+        return embed(model)
+    return embed_cosine_centered(model, centre)
+
+
+def _wide(x: Tensor | None) -> Tensor | None:
+    return None if x is None else at_least_float32(x)

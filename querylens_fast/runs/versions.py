@@ -1,0 +1,10 @@
+"""Versions of the packages that computed a result, for its metadata."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed version of each distribution, by the given names. Raises PackageNotFoundError for an unknown one."""
+    return {name: version(name) for name in packages}

@@ -1,0 +1,172 @@
+"""Passages: the matrices that carry a feature from its own point of the residual stream to another layer's.
+
+A `Transport` leads to the end of the model (or back to its beginning). To meet the weights of a layer in between, a
+value v written at point p must be carried to a later point q only, and a key read at p back to an earlier q:
+
+    M_{p→q} v = (1/N) Σ_s t_q[s]   with t_p = v at every valid position and t walked by Jacobians from p to q,
+
+with the masks, the walk and the average of `walks` (Query Lens, arXiv 2606.07617, §3, stopped at q). Averages of
+products do not factor, M_p ≠ M_q M_{p→q}, so the full order is not contained in a fitted transport: `fit_passage` walks
+the D basis directions from p once and gives every q on the way. First-order terms do add up module by module, so a
+transport fitted with them carries from any point to any other (`passage_of`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from querylens_fast.models.load import as_model
+from querylens_fast.models.model import Model
+from querylens_fast.models.tokens import Tokens, as_tokens
+from querylens_fast.transport.jacobians import (
+    Budget,
+    Linearised,
+    Order,
+    Side,
+    batches,
+    first_order_term,
+    linearise,
+    position_sum,
+)
+from querylens_fast.transport.transport import Transport
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Matrices [D, D] from one point to every point after it (value) or before it (key); a row v moves as v Mᵀ."""
+
+    start: int
+    side: Side
+    matrices: Tensor
+    """[1 + number of points passed, D, D]; the first is the identity."""
+    metadata: dict[str, str]
+
+    def apply(self, vectors: Tensor, point: int) -> Tensor:
+        """Vectors [n, D] carried to ``point``, in their own dtype.
+
+        Raises:
+            ValueError: The point is not on the way.
+        """
+        step = point - self.start if self.side == "value" else self.start - point
+        if not 0 <= step < len(self.matrices):
+            way = "later" if self.side == "value" else "earlier"
+            raise ValueError(f"point {point} is not on the way from point {self.start} to {way} layers")
+        if step == 0:
+            return vectors
+        matrix = self.matrices[step].to(vectors.device)
+        return (vectors.to(matrix) @ matrix.mT).to(vectors)
+
+
+@torch.no_grad()
+def fit_passage(
+    model: Any,
+    tokens: Tokens | Tensor,
+    point: int,
+    *,
+    side: Side = "value",
+    order: Order = "full",
+    max_memory_gib: float = 2.0,
+    progress: bool = True,
+) -> Passage:
+    """Fit the passage from one point over a token sample.
+
+    Args:
+        model: As in `fit_transport`.
+        tokens: As in `fit_transport`.
+        point: Where the features write or read: ``dictionary.point("value")`` or ``dictionary.point("key")``.
+        side: "value": to every later point; "key": back to every earlier one.
+        order: "full", or "first_order".
+        max_memory_gib: Bound on the working memory beside the result (D² numbers a point).
+        progress: Show a progress bar.
+
+    Cost: D walks over the modules on that side of the point.
+
+    Raises:
+        ValueError: A point outside the model, or max_memory_gib too small for one sequence.
+    """
+    model = as_model(model)
+    tokens = as_tokens(tokens, model)
+    last, d = 2 * model.n_layers, model.d_model
+    if not 0 <= point <= last:
+        raise ValueError(f"point is {point}; expected 0 to {last}, as walks numbers them")
+    modules = range(point, last) if side == "value" else range(point - 1, -1, -1)
+    wide = torch.promote_types(model.dtype, torch.float32)
+    total = torch.zeros(len(modules) + 1, d, d, dtype=wide, device=model.device)
+    budget = Budget.plan(model, tokens.ids.shape[1], max_memory_gib)
+    basis = torch.eye(d, dtype=model.dtype, device=model.device)
+    n_batches = -(-len(tokens.ids) // budget.rows)
+    with tqdm(total=n_batches * d, desc=f"passage from point {point}", unit="walk", disable=not progress) as bar:
+        for rows in batches(len(tokens.ids), budget.rows):
+            lin = linearise(model, tokens, rows)
+            for chosen in batches(d, budget.directions):
+                for step, t in enumerate(_steps(lin, basis[chosen], modules, side, order)):
+                    total[step, :, chosen] += position_sum(t).mT
+                bar.update(chosen.stop - chosen.start)
+    metadata = {
+        "order": order,
+        "side": side,
+        "start": str(point),
+        "fingerprint": model.fingerprint,
+        "n_valid": str(tokens.n_valid),
+        "tokens": tokens.source,
+        "tokens_digest": tokens.digest,
+    }
+    return Passage(point, side, total / tokens.n_valid, metadata)
+
+
+def passage_of(transport: Transport, point: int, side: Side) -> Passage:
+    """The first-order passage from a point: I + Σ of the fitted terms of the modules on the way.
+
+    Raises:
+        ValueError: The transport was fitted without that side's first order.
+    """
+    if (side, "first_order") not in transport.matrices:
+        raise ValueError(
+            f"this transport has no first-order terms of the {side} side, which carry to a layer in between: fit it "
+            "with orders=('first_order',), or pass fit_passage(model, tokens, point) for the full order"
+        )
+    terms = transport.matrices[side, "first_order"]
+    on_the_way = terms[point:] if side == "value" else terms[:point].flip(0)
+    identity = torch.eye(terms.shape[-1], dtype=terms.dtype, device=terms.device)[None]
+    matrices = identity + torch.cat([torch.zeros_like(identity), on_the_way.cumsum(0)])
+    return Passage(point, side, matrices, {**transport.metadata, "order": "first_order"})
+
+
+def find_passage(given: Passage | Transport | None, model: Model, point: int, side: Side) -> Passage | None:
+    """What carries the features of a point: the passage given, a transport's first-order one, or None.
+
+    Raises:
+        ValueError: It belongs to another model, point or side.
+    """
+    if given is None:
+        return None
+    if isinstance(given, Transport):
+        given.check_model(model)
+        return passage_of(given, point, side)
+    if given.metadata["fingerprint"] != model.fingerprint:
+        raise ValueError(f"this passage was fitted on another model than {model.name!r}")
+    if (given.start, given.side) != (point, side):
+        raise ValueError(
+            f"this passage is of the {given.side} side from point {given.start}, but the features' {side}s act at "
+            f"point {point}; fit it with fit_passage(model, tokens, {point}, side={side!r})"
+        )
+    return given
+
+
+def _steps(lin: Linearised, directions: Tensor, modules: range, side: Side, order: Order) -> Iterator[Tensor]:
+    """Directions [C, D], put at every valid position, at each point on the way: [C, B, S, D]."""
+    start = lin.everywhere(directions)
+    t = start * lin.mask
+    yield t
+    for i in modules:
+        if order == "full":
+            t = lin.push(i, t) if side == "value" else lin.pull(i, t)
+        else:
+            t = t + first_order_term(lin, start, i, side)
+        yield t

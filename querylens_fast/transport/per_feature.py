@@ -1,0 +1,155 @@
+"""Linearity: how much of a transported direction depends on context, exactly, for chosen features.
+
+`walk_features` carries given vectors through the model one by one (batched), which is what the reference does for each
+feature; it gives the mean vector, the statistics of Table 8 and the first order's layer means without a fitted
+transport. For whole dictionaries `Transport.rel_var` gives the same rel_var from a quadratic form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from querylens_fast.models.model import Model
+from querylens_fast.models.norms import at_least_float32
+from querylens_fast.models.tokens import Tokens
+from querylens_fast.transport.jacobians import (
+    Budget,
+    Order,
+    Side,
+    Submodule,
+    batches,
+    linearise,
+    position_sum,
+    walk_terms,
+)
+
+STATISTICS = ("N", "N_used", "E_mu", "sum_energy", "mean_energy", "sum_parallel2", "EV_mu", "perp_EV", "rel_var")
+
+
+@dataclass(frozen=True)
+class Walked:
+    """What walking n vectors gives: mean [n, D], statistics [n] each, and (first order) each layer's mean [n, D]."""
+
+    mean: Tensor
+    stats: dict[str, Tensor]
+    layer_means: list[tuple[int, Tensor]]
+
+
+def linearity(vectors: Tensor, eps: float = 1e-12, energy_eps: float = 1e-12) -> dict[str, Tensor]:
+    """The reference's statistics of n bundles of N vectors, [n, N, D] → [n] each.
+
+    mu = E[v]; EV_mu = Σ (v·mu/‖mu‖)² / Σ ‖v‖², over the vectors with ‖v‖² > energy_eps; rel_var = 1 − ‖mu‖²/E‖v‖².
+    """
+    vectors = at_least_float32(vectors)
+    n = torch.full(vectors.shape[:1], float(vectors.shape[1]), dtype=vectors.dtype, device=vectors.device)
+    mu = vectors.mean(1)
+    norm = mu.norm(dim=-1).clamp_min(eps)
+    squares = vectors.square().sum(-1)
+    used = squares > energy_eps
+    along = torch.einsum("nsd,nd->ns", vectors, mu / norm[:, None])
+    sum_energy = (squares * used).sum(1)
+    sum_parallel2 = (along.square() * used).sum(1)
+    n_used = used.sum(1).to(vectors.dtype)
+    explained = (sum_parallel2 / (sum_energy + eps)).clamp(0, 1)
+    mean_energy = sum_energy / n_used.clamp_min(1)
+    alive = n_used > 0
+    stats = {
+        "N": n,
+        "N_used": n_used,
+        "E_mu": norm.square(),
+        "sum_energy": sum_energy,
+        "mean_energy": mean_energy,
+        "sum_parallel2": sum_parallel2,
+        "EV_mu": explained,
+        "perp_EV": (1 - explained) * alive,
+        "rel_var": (1 - norm.square() / (mean_energy + eps)).clamp(0, 1) * alive,
+    }
+    return stats
+
+
+@torch.no_grad()
+def walk_features(
+    model: Model,
+    tokens: Tokens,
+    vectors: Tensor,
+    point: int,
+    side: Side,
+    order: Order,
+    *,
+    layer: int | None = None,
+    submodule: Submodule = "both",
+    through_norms: bool = True,
+    max_memory_gib: float = 2.0,
+) -> Walked:
+    """Carry vectors [n, D] through the model over every valid position of the sample.
+
+    Args:
+        model: The model.
+        tokens: The sample.
+        vectors: [n, D].
+        point: Where they act (`Dictionary.point`).
+        side: "value" walks to the end, "key" back to the embedding.
+        order: "full" or "first_order".
+        layer: The features' layer, to have the first order's layer means in the reference's order.
+        submodule: As in `fit_transport`.
+        through_norms: As in `fit_transport`.
+        max_memory_gib: Bound on the working memory.
+    """
+    budget = Budget.plan(model, tokens.ids.shape[1], max_memory_gib)
+    item = torch.finfo(torch.promote_types(model.dtype, torch.float32)).bits // 8
+    held = tokens.ids.numel() * model.d_model * item
+    size = max(1, min(int(max_memory_gib * 2**30 / 2 // held), budget.directions))
+    chunks = [
+        _walk_chunk(model, tokens, vectors[c], point, side, order, layer, submodule, through_norms, budget.rows)
+        for c in batches(len(vectors), size)
+    ]
+    if not chunks:
+        empty = vectors.new_zeros(0, model.d_model)
+        return Walked(empty, {name: vectors.new_zeros(0) for name in STATISTICS}, [])
+    labels = [label for label, _ in chunks[0].layer_means]
+    return Walked(
+        torch.cat([c.mean for c in chunks]),
+        {name: torch.cat([c.stats[name] for c in chunks]) for name in STATISTICS},
+        [(label, torch.cat([c.layer_means[i][1] for c in chunks])) for i, label in enumerate(labels)],
+    )
+
+
+def _walk_chunk(
+    model: Model,
+    tokens: Tokens,
+    vectors: Tensor,
+    point: int,
+    side: Side,
+    order: Order,
+    layer: int | None,
+    submodule: Submodule,
+    through_norms: bool,
+    rows_at_once: int,
+) -> Walked:
+    vectors = vectors.to(model.device, model.dtype)
+    valid = tokens.valid_mask.to(model.device)
+    moved, layer_sums = [], {}
+    for rows in batches(len(tokens.ids), rows_at_once):
+        lin = linearise(model, tokens, rows, submodule, through_norms)
+        t = previous = None
+        for i, t in walk_terms(lin, lin.everywhere(vectors), point, side, order):
+            if layer is not None and order == "first_order":
+                label = _layer_label(i, layer, side)
+                term = position_sum(t if previous is None else t - previous)
+                layer_sums[label] = layer_sums[label] + term if label in layer_sums else term
+                previous = t
+        if t is not None:
+            moved.append(at_least_float32(t)[:, valid[rows]])
+    bundle = torch.cat(moved, dim=1)
+    means = [(label, total / tokens.n_valid) for label, total in layer_sums.items()]
+    return Walked(bundle.mean(1), linearity(bundle), means)
+
+
+def _layer_label(module: int | None, layer: int, side: Side) -> int:
+    """The reference's label of a first-order term: its layer; for the identity, layer (value) or layer + 1 (key)."""
+    if module is None:
+        return layer if side == "value" else layer + 1
+    return module // 2
