@@ -6,5 +6,5 @@ from importlib.metadata import version
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The installed version of each distribution, by the given names. Raises PackageNotFoundError for an unknown one."""
+    """The installed version of each distribution, by name; raises PackageNotFoundError for an unknown one."""
     return {name: version(name) for name in packages}
