@@ -1,4 +1,4 @@
-"""WeightLens: what activates a feature and what it promotes, as outliers among its products with other weights.
+"""WeightLens: a feature described by the outliers among its products with other weights.
 
 Golimblevskaia et al. (arXiv 2510.14936) describe a transcoder's feature without data. A few of its products with the
 embedding, the unembedding and the decoders of earlier features stand out from the rest:
