@@ -120,7 +120,7 @@ def _sweep_rows(found: RelationTable, n_permutations: int, seed: int) -> list[di
     import pyarrow.compute as pc
 
     own = found.table().filter((pc.field("shares") == "both") & (pc.field("space") == SPACES[0]))
-    means = {name: pc.mean(own[name]).as_py() for name in ("explained", *FitErrors._fields)}
+    means = {name: sum(own[name].to_pylist()) / len(own) for name in ("explained", *FitErrors._fields)}
     lines = []
     for space in SPACES:
         maps = channel_maps(found, space)
