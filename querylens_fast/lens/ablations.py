@@ -100,6 +100,39 @@ def _finish_many(model: Model, x: Tensor, point: int) -> Tensor:
     return _finish(model, x.flatten(0, 1), point).unflatten(0, x.shape[:2])
 
 
+def finish_many(model: Model, x: Tensor, point: int, last_only: bool = False) -> Tensor:
+    """TEMP"""
+    shape = x.shape
+    x = x.flatten(0, 1)
+    masking = Masking(None, (x.shape[0], x.shape[1]), x.device)
+    end = 2 * model.n_layers
+    for i in range(point, end):
+        block = model.blocks[i // 2]
+        if i == end - 1 and last_only:
+            x = x[:, -1:]
+        x = x + (block.mlp(x) if i % 2 else block.attention(x, masking))
+    x = x[:, -1] if last_only else x
+    return x.unflatten(0, shape[:2])
+
+
+class Spliced:
+    def __init__(self, s, true):
+        self.s, self.point, self.clean, self.acts = s, s.point, true, s.acts
+
+    def changed(self, features, alphas):
+        if features is None:
+            return self.s.finish(self.clean[None])
+        delta = alphas[:, None, None, None] - self.acts[..., features].movedim(-1, 0)[..., None]
+        return self.s.finish(self.clean + delta * self.s.direction(features))
+
+
+def splice(model, dictionary, ids, error_term=True):
+    s = _splice(model, dictionary, ids)
+    pre, mid, final = model.residuals(ids)
+    points = [x for pair in zip(pre, mid) for x in pair] + [final]
+    return Spliced(s, points[s.point] if error_term and dictionary.kind != "neurons" else s.clean)
+
+
 class _Splice:
     """The clean pass up to a dictionary, and what changing a feature does to the residual stream at ``point``."""
 

@@ -1,0 +1,229 @@
+"""Output score O(T): which tokens rise when a feature is steered, and how many of them a signature holds (paper §5.2).
+
+For prefixes P and activations α that reach KL targets, with r the rank of a token in the next-token distribution,
+
+    Δ(t) = mean over α and P of (r_clean(t) − r_steered(t)) / V,    S = the n tokens with the largest Δ,
+    O(T) = |S ∩ T| / |S|,    ties in Δ and in ranks by the lower id.
+
+S belongs to the feature alone, so it is computed and stored once (`promoted_tokens`); the score of any signature,
+preset or k is then a set intersection (`output_scores`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.evaluation.steering import HIGHEST_ALPHA, KL_TOLERANCE, Calibrated, Steered, calibrate
+from querylens_fast.models.load import as_model
+from querylens_fast.models.model import Model
+from querylens_fast.transport.jacobians import batches
+
+KL_TARGETS = (0.25, 0.5)
+"""The paper's."""
+N_PROMOTED = 100
+"""Tokens of S that are stored; a score of a signature of k tokens uses the first k."""
+START_ALPHA = 5.0
+"""First guess of the first features' α, in units of activation."""
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """The tokens that rise most under steering.
+
+    Attributes:
+        features: [n] ids.
+        token_ids: S, [n, m] int64, by descending Δ.
+        delta: Their Δ, [n, m] float32, as a share of the vocabulary.
+        alphas: Activation for each KL target, [n, targets].
+        kl: KL reached, [n, targets] nats.
+        evaluations: KL evaluations spent on each feature, [n].
+    """
+
+    features: Tensor
+    token_ids: Tensor
+    delta: Tensor
+    alphas: Tensor
+    kl: Tensor
+    evaluations: Tensor
+
+
+def neutral_prefixes() -> list[str]:
+    """The 100 neutral English prefixes that come with the package."""
+    text = files("querylens_fast.evaluation").joinpath("prefixes.txt").read_text(encoding="utf-8")
+    return text.splitlines()
+
+
+def prefix_ids(model: Model, prefixes: Sequence[str] | Tensor | None) -> list[Tensor]:
+    """Prefixes as token ids, those of one length together: tensors [B, S] without padding.
+
+    Args:
+        model: With a tokenizer, unless ids are given.
+        prefixes: Strings, ids [B, S], or None for `neutral_prefixes`.
+
+    Raises:
+        ValueError: No tokenizer, no prefix, or a prefix without a token.
+    """
+    if isinstance(prefixes, Tensor):
+        if prefixes.ndim != 2 or not prefixes.numel():
+            raise ValueError(f"prefixes are {list(prefixes.shape)}; expected token ids [B, S]")
+        return [prefixes.long()]
+    if model.tokenizer is None:
+        raise ValueError(f"model {model.name!r} has no tokenizer for the prefixes: pass token ids [B, S]")
+    texts = neutral_prefixes() if prefixes is None else list(prefixes)
+    by_length: dict[int, list[list[int]]] = {}
+    for text in texts:
+        ids = model.tokenizer(text)["input_ids"]
+        if not ids:
+            raise ValueError(f"prefix {text!r} has no tokens")
+        by_length.setdefault(len(ids), []).append(ids)
+    if not by_length:
+        raise ValueError("prefixes is an empty list; expected at least one")
+    return [torch.tensor(ids) for _, ids in sorted(by_length.items())]
+
+
+@torch.no_grad()
+def promoted_tokens(
+    dictionary: Any,
+    model: Any,
+    features: Any,
+    *,
+    prefixes: Sequence[str] | Tensor | None = None,
+    kl_targets: Sequence[float] = KL_TARGETS,
+    n_tokens: int = N_PROMOTED,
+    progress: bool = True,
+) -> Promoted:
+    """The tokens whose rank rises most when each feature is steered to the KL targets.
+
+    Args:
+        dictionary: As in `signatures`; one that can be run.
+        model: As in `signatures`.
+        features: Feature ids, as in `signatures`.
+        prefixes: What the model reads before the token that is ranked; see `prefix_ids`.
+        kl_targets: In nats.
+        n_tokens: Size of S.
+        progress: Show a progress bar.
+
+    Cost: for each feature some four KL evaluations per target, each a pass of the prefixes through the layers above
+    the dictionary, and one ranking per target. The clean pass runs once.
+
+    Raises:
+        ValueError: A dictionary that cannot be run, no features, or n_tokens outside the vocabulary.
+    """
+    model, dictionary = as_model(model), load_dictionary(dictionary)
+    dictionary.check_model(model)
+    chosen = dictionary.select(features)
+    if not len(chosen):
+        raise ValueError(f"features={features!r} chooses none of {dictionary.n_features}")
+    if not 1 <= n_tokens <= model.vocab_size:
+        raise ValueError(f"n_tokens is {n_tokens}; expected 1 to the vocabulary's {model.vocab_size}")
+    steered = [Steered(model, dictionary, ids, chosen) for ids in prefix_ids(model, prefixes)]
+    several = _Prefixes(model, steered)
+    guess = torch.full((len(kl_targets),), START_ALPHA).double()
+    found = []
+    with tqdm(total=len(chosen), desc="output score", unit="feature", disable=not progress) as bar:
+        for part in batches(len(chosen), several.features_at_once):
+            index = torch.arange(part.start, part.stop)
+            delta, calibrated = torch.zeros(len(index), model.vocab_size, dtype=torch.float64), []
+            for i, target in enumerate(kl_targets):
+                start = guess[i].expand(len(index))
+                if calibrated:
+                    # KL grows with α² at first order.
+                    ratio = target / calibrated[-1].kl.clamp_min(1e-6)
+                    start = calibrated[-1].alphas * ratio.sqrt().clamp(0.1, 10)
+                reached, ranks = several.steer(index, target, start)
+                calibrated.append(reached)
+                delta += several.clean - ranks
+            guess = torch.stack([c.alphas.log().median().exp() for c in calibrated])
+            delta /= len(kl_targets) * several.n_prefixes * model.vocab_size
+            order = delta.argsort(dim=1, descending=True, stable=True)[:, :n_tokens]
+            found.append((order, delta.gather(1, order).float(), calibrated))
+            bar.update(len(index))
+    return Promoted(
+        chosen,
+        torch.cat([order for order, _, _ in found]),
+        torch.cat([delta for _, delta, _ in found]),
+        torch.cat([torch.stack([c.alphas for c in all_targets], 1) for _, _, all_targets in found]),
+        torch.cat([torch.stack([c.kl for c in all_targets], 1) for _, _, all_targets in found]),
+        torch.cat([torch.stack([c.evaluations for c in all_targets]).sum(0) for _, _, all_targets in found]),
+    )
+
+
+def output_scores(promoted: Promoted, signature_ids: Tensor) -> Tensor:
+    """O(T) of each feature, [n], for signature token ids [n, k]: |S ∩ T| / |S| with the k first tokens of S.
+
+    Raises:
+        ValueError: Other features' signatures, or k larger than the stored S.
+    """
+    n, k = signature_ids.shape
+    if n != len(promoted.features):
+        raise ValueError(f"signature_ids are of {n} features, but promoted is of {len(promoted.features)}")
+    if k > promoted.token_ids.shape[1]:
+        raise ValueError(
+            f"k is {k}, but only {promoted.token_ids.shape[1]} promoted tokens are stored; use n_tokens={k}"
+        )
+    chosen = promoted.token_ids[:, :k]
+    return (chosen[:, :, None] == signature_ids.cpu()[:, None, :]).any(-1).float().mean(1)
+
+
+class _Prefixes:
+    """The prefixes, those of one length together: KL and ranks over all of them."""
+
+    def __init__(self, model: Model, groups: Sequence[Steered]) -> None:
+        self.groups = groups
+        self.n_prefixes = sum(len(g.ids) for g in groups)
+        self.features_at_once = max(1, min(g.features_at_once for g in groups))
+        self.clean = torch.stack([rank_sums(g.clean[None])[0] for g in groups]).sum(0)
+        """Σ over prefixes of the clean ranks, [V] float64."""
+
+    def steer(self, index: Tensor, target: float, start: Tensor) -> tuple[Calibrated, Tensor]:
+        """α of the features ``index`` [C] for a KL target, and Σ over prefixes of the ranks there, [C, V] float64."""
+        ranks = torch.zeros(len(index), len(self.clean), dtype=torch.float64)
+
+        def kl(some: Tensor, alphas: Tensor) -> Tensor:
+            logits = [g.logits(index[some], alphas) for g in self.groups]
+            means = [g.kl(steered) for g, steered in zip(self.groups, logits, strict=True)]
+            found = torch.stack(means).sum(0) / self.n_prefixes
+            # Ranks only where this evaluation can be the last; the others are overwritten.
+            near = ((found - target).abs() <= KL_TOLERANCE) | (alphas >= HIGHEST_ALPHA)
+            if bool(near.any()):
+                parts = [rank_sums(steered[near.to(steered.device)]) for steered in logits]
+                ranks[some[near]] = torch.stack(parts).sum(0)
+            return found
+
+        calibrated = calibrate(kl, start, target)
+        missed = ((calibrated.kl - target).abs() > KL_TOLERANCE).nonzero()[:, 0]
+        if len(missed):
+            logits = [g.logits(index[missed], calibrated.alphas[missed]) for g in self.groups]
+            ranks[missed] = torch.stack([rank_sums(steered) for steered in logits]).sum(0)
+        return calibrated, ranks
+
+
+def rank_sums(logits: Tensor) -> Tensor:
+    """Σ over B of the rank of each token (0: the most likely; equal logits by the lower id), [C, V] float64.
+
+    Args:
+        logits: [C, B, V], finite.
+    """
+    C, B, V = logits.shape
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        order = logits.sort(dim=-1, descending=True, stable=True).indices
+    else:
+        # One int64 per token, its logit's bits in descending order above its id: numpy sorts these with SIMD.
+        bits = logits.contiguous().add(0.0).view(torch.int32)  # + 0.0: −0 and 0 tie
+        descending = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+        keys = (descending.long() << 32) | torch.arange(V)
+        order = torch.from_numpy(np.sort(keys.numpy(), axis=-1)) & 0xFFFFFFFF
+    ranks = torch.arange(V, dtype=torch.float64, device=logits.device).repeat(B)
+    total = torch.zeros(C, V, dtype=torch.float64, device=logits.device)
+    for c in range(C):
+        total[c].index_add_(0, order[c].flatten(), ranks)
+    return total.cpu()
