@@ -12,27 +12,35 @@ preset or k is then a set intersection (`output_scores`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from importlib.resources import files
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.evaluation.steering import HIGHEST_ALPHA, KL_TOLERANCE, Calibrated, Steered, calibrate
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
+from querylens_fast.relations.tables import Block, digest_of, identity_of, read_table, tabulate
 from querylens_fast.transport.jacobians import batches
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 KL_TARGETS = (0.25, 0.5)
 """The paper's."""
 N_PROMOTED = 100
 """Tokens of S that are stored; a score of a signature of k tokens uses the first k."""
 START_ALPHA = 5.0
-"""First guess of the first features' α, in units of activation."""
+"""First guess of a block's first features' α, in units of activation."""
+FEATURES_A_BLOCK = 128
+"""Features computed and written together."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,33 @@ class Promoted:
     alphas: Tensor
     kl: Tensor
     evaluations: Tensor
+
+    def at(self, places: Tensor) -> Promoted:
+        """The rows at some places."""
+        return Promoted(*(getattr(self, f.name)[places] for f in fields(self)))
+
+    def table(self) -> pa.Table:
+        """One row per feature; `read_promoted` reads it back."""
+        import pyarrow as pa
+
+        def lists(values: Tensor) -> pa.Array:
+            flat = pa.array(values.flatten().numpy())
+            return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return pa.table({n: lists(v) if v.ndim == 2 else pa.array(v.numpy()) for n, v in columns.items()})
+
+    @classmethod
+    def of(cls, table: pa.Table) -> Promoted:
+        """From `table`'s columns."""
+        columns = {}
+        for f in fields(cls):
+            column = table[f.name].combine_chunks()
+            width = getattr(column.type, "list_size", None)
+            values = column if width is None else column.flatten()
+            tensor = torch.from_numpy(values.to_numpy(zero_copy_only=False).copy())
+            columns[f.name] = tensor if width is None else tensor.view(-1, width)
+        return cls(**columns)
 
 
 def neutral_prefixes() -> list[str]:
@@ -99,7 +134,9 @@ def promoted_tokens(
     prefixes: Sequence[str] | Tensor | None = None,
     kl_targets: Sequence[float] = KL_TARGETS,
     n_tokens: int = N_PROMOTED,
-    progress: bool = True,
+    out: str | Path | None = None,
+    resume: bool = True,
+    progress: bool | None = None,
 ) -> Promoted:
     """The tokens whose rank rises most when each feature is steered to the KL targets.
 
@@ -110,7 +147,9 @@ def promoted_tokens(
         prefixes: What the model reads before the token that is ranked; see `prefix_ids`.
         kl_targets: In nats.
         n_tokens: Size of S.
-        progress: Show a progress bar.
+        out: A ``.parquet`` file to stream to, one row per feature; a killed run resumes. `read_promoted` reads it.
+        resume: As in `signatures`.
+        progress: As in `signatures`.
 
     Cost: for each feature some four KL evaluations per target, each a pass of the prefixes through the layers above
     the dictionary, and one ranking per target. The clean pass runs once.
@@ -125,36 +164,70 @@ def promoted_tokens(
         raise ValueError(f"features={features!r} chooses none of {dictionary.n_features}")
     if not 1 <= n_tokens <= model.vocab_size:
         raise ValueError(f"n_tokens is {n_tokens}; expected 1 to the vocabulary's {model.vocab_size}")
-    steered = [Steered(model, dictionary, ids, chosen) for ids in prefix_ids(model, prefixes)]
-    several = _Prefixes(model, steered)
-    guess = torch.full((len(kl_targets),), START_ALPHA).double()
-    found = []
-    with tqdm(total=len(chosen), desc="output score", unit="feature", disable=not progress) as bar:
-        for part in batches(len(chosen), several.features_at_once):
-            index = torch.arange(part.start, part.stop)
-            delta, calibrated = torch.zeros(len(index), model.vocab_size, dtype=torch.float64), []
-            for i, target in enumerate(kl_targets):
-                start = guess[i].expand(len(index))
-                if calibrated:
-                    # KL grows with α² at first order.
-                    ratio = target / calibrated[-1].kl.clamp_min(1e-6)
-                    start = calibrated[-1].alphas * ratio.sqrt().clamp(0.1, 10)
-                reached, ranks = several.steer(index, target, start)
-                calibrated.append(reached)
-                delta += several.clean - ranks
-            guess = torch.stack([c.alphas.log().median().exp() for c in calibrated])
-            delta /= len(kl_targets) * several.n_prefixes * model.vocab_size
-            order = delta.argsort(dim=1, descending=True, stable=True)[:, :n_tokens]
-            found.append((order, delta.gather(1, order).float(), calibrated))
-            bar.update(len(index))
-    return Promoted(
-        chosen,
-        torch.cat([order for order, _, _ in found]),
-        torch.cat([delta for _, delta, _ in found]),
-        torch.cat([torch.stack([c.alphas for c in all_targets], 1) for _, _, all_targets in found]),
-        torch.cat([torch.stack([c.kl for c in all_targets], 1) for _, _, all_targets in found]),
-        torch.cat([torch.stack([c.evaluations for c in all_targets]).sum(0) for _, _, all_targets in found]),
+    groups = prefix_ids(model, prefixes)
+    metadata = identity_of(
+        model,
+        what="promoted tokens",
+        dictionary=dictionary.name,
+        dictionary_fingerprint=dictionary.fingerprint,
+        layer=dictionary.layer,
+        features=digest_of(chosen),
+        n_features=len(chosen),
+        prefixes=digest_of(torch.cat([ids.flatten() for ids in groups])),
+        n_prefixes=sum(map(len, groups)),
+        kl_targets=list(kl_targets),
+        n_tokens=n_tokens,
     )
+    search = _Search(model, dictionary, groups, kl_targets, n_tokens)
+    blocks = [Block(len(ids), partial(search.rows, ids)) for ids in chosen.split(FEATURES_A_BLOCK)]
+    return Promoted.of(tabulate(blocks, metadata, out=out, resume=resume, progress=progress).table())
+
+
+def read_promoted(path: str | Path) -> Promoted:
+    """What `promoted_tokens` wrote.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: It holds something else.
+    """
+    found = read_table(path)
+    if found.metadata.get("what") != "promoted tokens":
+        raise ValueError(f"{str(path)!r} holds {found.metadata.get('what')!r}; expected promoted tokens")
+    return Promoted.of(found.table())
+
+
+class _Search:
+    """The promoted tokens of a block of features. The first guess of α is the same for every block, so that a result
+    does not depend on where a run was interrupted."""
+
+    def __init__(
+        self, model: Model, dictionary: Dictionary, groups: Sequence[Tensor], targets: Sequence[float], n_tokens: int
+    ) -> None:
+        self.model, self.dictionary, self.groups = model, dictionary, groups
+        self.targets, self.n_tokens = targets, n_tokens
+
+    @torch.no_grad()
+    def rows(self, features: Tensor) -> pa.Table:
+        """One row for each of the features [n]."""
+        prefixes = _Prefixes([Steered(self.model, self.dictionary, ids, features) for ids in self.groups])
+        guess = torch.full((len(self.targets),), START_ALPHA).double()
+        found = []
+        for part in batches(len(features), prefixes.features_at_once):
+            index = torch.arange(part.start, part.stop)
+            delta, calibrated = prefixes.rise(index, self.targets, guess)
+            guess = torch.stack([c.alphas.log().median().exp() for c in calibrated])
+            order = delta.argsort(dim=1, descending=True, stable=True)[:, : self.n_tokens]
+            found.append(
+                Promoted(
+                    features[index],
+                    order,
+                    delta.gather(1, order).float(),
+                    torch.stack([c.alphas for c in calibrated], 1),
+                    torch.stack([c.kl for c in calibrated], 1),
+                    torch.stack([c.evaluations for c in calibrated]).sum(0),
+                )
+            )
+        return Promoted(*(torch.cat([getattr(p, f.name) for p in found]) for f in fields(Promoted))).table()
 
 
 def output_scores(promoted: Promoted, signature_ids: Tensor) -> Tensor:
@@ -177,12 +250,26 @@ def output_scores(promoted: Promoted, signature_ids: Tensor) -> Tensor:
 class _Prefixes:
     """The prefixes, those of one length together: KL and ranks over all of them."""
 
-    def __init__(self, model: Model, groups: Sequence[Steered]) -> None:
+    def __init__(self, groups: Sequence[Steered]) -> None:
         self.groups = groups
         self.n_prefixes = sum(len(g.ids) for g in groups)
         self.features_at_once = max(1, min(g.features_at_once for g in groups))
         self.clean = torch.stack([rank_sums(g.clean[None])[0] for g in groups]).sum(0)
         """Σ over prefixes of the clean ranks, [V] float64."""
+
+    def rise(self, index: Tensor, targets: Sequence[float], guess: Tensor) -> tuple[Tensor, list[Calibrated]]:
+        """Δ of every token for the features ``index`` [C], [C, V] float64, and the calibration for each target."""
+        delta, calibrated = torch.zeros(len(index), len(self.clean), dtype=torch.float64), []
+        for i, target in enumerate(targets):
+            start = guess[i].expand(len(index))
+            if calibrated:
+                # KL grows with α² at first order.
+                ratio = target / calibrated[-1].kl.clamp_min(1e-6)
+                start = calibrated[-1].alphas * ratio.sqrt().clamp(0.1, 10)
+            reached, ranks = self.steer(index, target, start)
+            calibrated.append(reached)
+            delta += self.clean - ranks
+        return delta / (len(targets) * self.n_prefixes * len(self.clean)), calibrated
 
     def steer(self, index: Tensor, target: float, start: Tensor) -> tuple[Calibrated, Tensor]:
         """α of the features ``index`` [C] for a KL target, and Σ over prefixes of the ranks there, [C, V] float64."""
