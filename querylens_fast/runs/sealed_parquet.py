@@ -67,7 +67,7 @@ def opened(path: Path, *, rewritten: bool = False, **options: Any) -> Iterator[p
 
     Raises:
         FileNotFoundError: No such file.
-        DamagedFile: Now, or while the caller reads: the file is not what was written, or no Parquet file.
+        DamagedFile: Now, or while the caller reads: the file is not what was written, or none of this package.
     """
     import pyarrow.parquet as pq
 
@@ -75,6 +75,8 @@ def opened(path: Path, *, rewritten: bool = False, **options: Any) -> Iterator[p
         with open(path, "rb") as raw:
             raw.seek(_footer_start(raw))
             metadata = _parsed(path, raw.read(), rewritten)
+        if not any(key.startswith(METADATA_KEY) for key in metadata.metadata or {}):
+            raise DamagedFile(f"{str(path)!r} was not written by querylens_fast, or its footer is damaged")
         with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True, **options) as file:
             yield file
 
@@ -84,8 +86,7 @@ def read_identity(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: No such file.
-        DamagedFile: It is no whole Parquet file, or its footer has been changed.
-        ValueError: It was not written by this package.
+        DamagedFile: It is no whole Parquet file, its footer has been changed, or it was not written by this package.
     """
     path = Path(path)
     if not path.is_file():
@@ -94,7 +95,7 @@ def read_identity(path: str | Path) -> dict[str, Any]:
         text = (file.metadata.metadata or {}).get(METADATA_KEY)
         found = None if text is None else json.loads(text)
     if not isinstance(found, dict):
-        raise ValueError(f"{str(path)!r} was not written by querylens_fast")
+        raise DamagedFile(f"{str(path)!r} is no result of querylens_fast, or its footer is damaged")
     return found
 
 
