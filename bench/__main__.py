@@ -12,6 +12,7 @@ COMMANDS = {
     "relations": "features against features, both sides, to Parquet: time, memory, ratio to chunked torch",
     "compile_check": "every kernel variant compiled for every target: registers, spills, shared memory, instructions",
     "gpu_check": "everything on a GPU machine: correctness, ceilings, peers, the goals",
+    "picture": "the README's picture, from the demo's results",
     "report": "pictures and tables of the committed results",
 }
 
