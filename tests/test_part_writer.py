@@ -19,7 +19,8 @@ from querylens_fast.relations.tables import Block, tabulate
 from querylens_fast.runs.atomic_write import whole, write_whole
 from querylens_fast.runs.part_writer import PartWriter, read_identity, verify
 from querylens_fast.runs.run_lock import held
-from querylens_fast.runs.sealed_parquet import DamagedFile, opened, read_sealed
+from querylens_fast.runs.run_record import DamagedFile, read_record
+from querylens_fast.runs.sealed_parquet import opened, read_sealed
 
 EARLIER = Path(__file__).parent / "earlier"
 """Results and half-finished runs written by the version before parts had digests."""
@@ -157,7 +158,7 @@ def test_a_part_damaged_after_it_was_checked(finished: Path, tmp_path: Path) -> 
     assert out.read_bytes() == finished.read_bytes()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"format": "querylens_fast.parts/2"}', "flipped", "gone"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"k": 3}', "flipped", "gone"])
 def test_a_damaged_record_of_the_run(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The parts say what run they are of; with none that can be read it is an error that names the record."""
     out = tmp_path / "out.parquet"
@@ -167,12 +168,15 @@ def test_a_damaged_record_of_the_run(text: str, tmp_path: Path, caplog: pytest.L
     record.unlink() if text == "gone" else record.write_text(text)
     with caplog.at_level(logging.WARNING):
         assert write(out, STARTS)[1] == STARTS[2:]
-    assert "run.json' is damaged" in caplog.text
-    assert json.loads(record.read_text())["identity"] == IDENTITY
+    assert "run.json" in caplog.text and "the parts say that they are of this run" in caplog.text
+    assert read_record(record) == (IDENTITY, True)
     record.unlink() if text == "gone" else record.write_text(text)
     for part in writer.parts.glob("part-*"):
         part.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"run.json' is missing or damaged .* delete .*parts' or choose another out"):
+    error, message = (DamagedFile, r"run.json' is .*; delete .*parts' or choose another out")
+    if text == '{"k": 3}':
+        error, message = FileExistsError, "another run"
+    with pytest.raises(error, match=message):
         write(out, STARTS)
 
 

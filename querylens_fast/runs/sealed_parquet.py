@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from querylens_fast.runs.run_record import DamagedFile
+
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -29,10 +31,6 @@ SEALED_KEY = b"querylens_fast.sealed"
 _UNSEALED = b"0" * 64
 _TAIL = 8  # length of the footer, little endian, and "PAR1"
 _CHUNK = 1 << 22
-
-
-class DamagedFile(ValueError):
-    """A file's bytes are not those that were written."""
 
 
 def write_sealed(
