@@ -173,6 +173,11 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return list(_result_rows(Path(path)))
 
 
+def has_checksums(path: Path) -> bool:
+    """Were the result's rows written with checksums?"""
+    return _read_record(path)[1]
+
+
 def jsonl_problems(path: Path) -> list[str]:
     """What is wrong with a JSONL result: nothing, or the first thing, or that rows are missing at its end."""
     try:
