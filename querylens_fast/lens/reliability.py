@@ -94,9 +94,10 @@ def jackknife_se(whole: Tensor, without: Sequence[Tensor], sizes: Tensor) -> Ten
         without: The estimates without each of G groups, each of that shape.
         sizes: The sizes of the groups, [G].
     """
-    h = (sizes.sum() / sizes).tolist()
-    mean = len(h) * whole - sum((1 - 1 / h_j) * theta for h_j, theta in zip(h, without, strict=True))
-    pseudo = (
-        (h_j * whole - (h_j - 1) * theta - mean).square() / (h_j - 1) for h_j, theta in zip(h, without, strict=True)
-    )
-    return (sum(pseudo) / len(h)).sqrt()
+    mean = len(without) * whole
+    pseudo, h = torch.zeros_like(whole), (sizes.sum() / sizes).tolist()
+    for h_j, theta in zip(h, without, strict=True):
+        mean = mean - (1 - 1 / h_j) * theta
+    for h_j, theta in zip(h, without, strict=True):
+        pseudo += (h_j * whole - (h_j - 1) * theta - mean).square() / (h_j - 1)
+    return (pseudo / len(h)).sqrt()
