@@ -25,7 +25,8 @@ from querylens_fast.models.load import as_model, load_model
 from querylens_fast.models.model import Model, UnsupportedModelError
 from querylens_fast.models.tokens import Tokens, load_tokens
 from querylens_fast.relations.attention import attention_pairs
-from querylens_fast.relations.channels import ChannelTest, channel_test, subspace_channels
+from querylens_fast.relations.channel_statistics import ChannelTest, channel_sweep, channel_test
+from querylens_fast.relations.channels import subspace_channels
 from querylens_fast.relations.flow import feature_chains, feature_flow, neighbours
 from querylens_fast.relations.output_features import output_features
 from querylens_fast.relations.profiles import attention_profiles
@@ -63,6 +64,7 @@ __all__ = [
     "as_model",
     "attention_pairs",
     "attention_profiles",
+    "channel_sweep",
     "channel_test",
     "weight_descriptions",
     "directions",

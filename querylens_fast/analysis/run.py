@@ -37,7 +37,7 @@ from querylens_fast.models.load import as_model, parse_dtype
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, load_tokens
 from querylens_fast.runs.atomic_write import write_whole
-from querylens_fast.runs.run_lock import held
+from querylens_fast.runs.run_lock import held, resumable
 from querylens_fast.transport.fit import fit_transport
 from querylens_fast.transport.jacobians import Order
 from querylens_fast.transport.jacobians import batches as blocks
@@ -304,7 +304,8 @@ def _write(cfg: DictConfig, selection: Selection, found: list[Batch], plans: Map
     first = plans[id(found[0].dictionary)]
     identity = _identity(found, plans)
     n = len(torch.cat([batch.ids for batch in found]))
-    with held(path), open_sink(path, cfg.format, identity, resume=True, token_strings=True, model=first.model) as sink:
+    with held(path), resumable(path):
+        sink = open_sink(path, cfg.format, identity, resume=True, token_strings=True, model=first.model)
         write_whole(path.with_name("config.yaml"), OmegaConf.to_yaml(cfg))
         if first.tokens is not None:
             first.tokens.save(path.with_name("tokens.safetensors"))
@@ -318,7 +319,8 @@ def _write(cfg: DictConfig, selection: Selection, found: list[Batch], plans: Map
                         names = None if batch.names is None else [batch.names[i] for i in rows]
                         sink.write(pipeline(batch.ids[rows]), pending, names)
                     bar.update(block.stop - block.start)
-        return sink.finish(n).path
+        sink.finish(n)
+    return path
 
 
 def _result_path(cfg: DictConfig, selection: Selection) -> Path:

@@ -23,10 +23,10 @@ from querylens_fast.dictionaries.prefetch import read_ahead
 from querylens_fast.lens.pipeline import Pipeline, Stats, plan
 from querylens_fast.lens.presets import Preset
 from querylens_fast.lens.results import Signatures, concatenate
-from querylens_fast.lens.storage import FORMATS, StoredSignatures, open_sink
+from querylens_fast.lens.storage import StoredSignatures, format_of, open_sink
 from querylens_fast.models.tokens import Tokens
 from querylens_fast.runs import processes as ranks
-from querylens_fast.runs.run_lock import held
+from querylens_fast.runs.run_lock import held, resumable
 from querylens_fast.transport.jacobians import batches
 from querylens_fast.transport.transport import Transport
 
@@ -147,8 +147,8 @@ def signatures(
         "dictionary_fingerprint": dictionary.fingerprint,
         "block_rows": block_rows,
     }
-    group = ranks.current()
-    if group.size > 1 and (format or FORMATS.get(Path(out).suffix)) != "parquet":
+    group, format = ranks.current(), format_of(out, format)
+    if group.size > 1 and format != "parquet":
         raise ValueError(f"out is {str(out)!r}: several processes write Parquet alone; choose a .parquet file")
     if not len(chosen):
         raise ValueError(f"features={features!r} chooses none of {dictionary.n_features}: nothing to write")
@@ -158,7 +158,7 @@ def signatures(
             stack.enter_context(held(Path(out)))
         with group.in_turn("open"):
             sink = open_sink(out, format, identity, resume=resume, token_strings=token_strings, model=pipeline.model)
-        stack.enter_context(sink)
+        stack.enter_context(resumable(Path(out)))
         if pipeline.tokens is not None and group.leads:
             pipeline.tokens.save(Path(f"{out}.tokens.safetensors"))
         blocks = group.share(list(batches(len(chosen), block_rows)))
@@ -174,7 +174,7 @@ def signatures(
         if group.leads:
             sink.finish(len(chosen))
         group.wait("finished")
-        return StoredSignatures(sink.path, len(chosen), sink.format)
+        return StoredSignatures(Path(out), len(chosen), format)
 
 
 def _computed(pipeline: Pipeline, blocks: Sequence[Tensor]) -> Iterator[Signatures]:

@@ -1,4 +1,4 @@
-"""Attention: which features a head's circuits join.
+"""The pairs of features that a head's QK and OV circuits connect.
 
 Out-of-context circuits of features (Liu & Deng, arXiv 2601.22447; Elhage et al. 2021 for the circuits): with head h's
 weights behind the layer's folded norm (`weights`), E its width and s its scale,

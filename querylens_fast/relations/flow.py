@@ -1,4 +1,4 @@
-"""Feature flow: which features of one dictionary point the way features of another do, layer by layer.
+"""Feature flow: features of neighbouring dictionaries matched by the cosine of their decoder rows.
 
 Laptev et al., "Analyze Feature Flow" (arXiv 2502.03032): a feature of the residual stream is compared, by the cosine of
 decoder columns, with every feature of the residual stream before the layer and of the layer's attention and MLP; the

@@ -1,4 +1,4 @@
-"""Output features: which features predict tokens, from the distribution of their logits alone.
+"""Which features predict output tokens, from the distribution of their logits alone.
 
 Liu & Deng (arXiv 2601.22447) explain features out of context: a feature that predicts output tokens has a few logits
 far above the rest, and the tokens at the top are alike. For every feature here

@@ -1,8 +1,8 @@
-"""Readers and writers: which weights or features read what a feature writes, and which write what it reads.
+"""Which weights or features read what a feature writes (downstream), and which write what it reads (upstream).
 
 Downstream, for a feature's value v (its decoder row) and every row w of a target that reads the stream later:
 
-    score = ⟨C v, w⟩,   C = I by the direct path, or the passage from the feature's point to the target's
+    score = ⟨C v, w⟩,   C = I (the direct path), or the partial transport from the feature's point to the target's
 
 and upstream the same for its key u (its encoder column) and targets that write earlier, score = ⟨C u, w⟩. `weights`
 lists the targets and their scores. A target that is a dictionary gives virtual weights: f_dec · f_enc. Signs are kept:
