@@ -16,6 +16,7 @@ Data goes one way: sources (`models`, `dictionaries`, `tokens`) → vectors → 
 from querylens_fast.dictionaries.dictionary import Dictionary, directions, neuron_dictionary
 from querylens_fast.dictionaries.feature_lists import Activation, Feature
 from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.evaluation.stability import Stability, stability
 from querylens_fast.lens.compute import Signatures, scores_at, signatures
 from querylens_fast.lens.presets import PRESETS, Preset, find_preset
 from querylens_fast.lens.search import Hits, search, show
@@ -53,6 +54,7 @@ __all__ = [
     "Preset",
     "RelationTable",
     "Signatures",
+    "Stability",
     "StoredSignatures",
     "TopK",
     "WeightLensThresholds",
@@ -86,6 +88,7 @@ __all__ = [
     "search",
     "show",
     "signatures",
+    "stability",
     "streamed_topk",
     "subspace_channels",
     "token_features",

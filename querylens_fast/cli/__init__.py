@@ -10,7 +10,7 @@ import logging
 
 import typer
 
-from querylens_fast.cli import browsing, computing, explaining, lenses, relating, showing
+from querylens_fast.cli import browsing, computing, explaining, lenses, relating, reliability, showing
 
 app = typer.Typer(
     help="Token signatures for every feature of sparse autoencoders and transcoders.",
@@ -48,6 +48,7 @@ app.command("attention-pairs")(explaining.attention_pairs)
 app.command("attention-profiles")(explaining.attention_profiles)
 app.command()(explaining.channels)
 app.add_typer(evaluate, name="evaluate")
+app.command()(reliability.stability)
 evaluate.command("input")(showing.evaluate_input)
 app.command()(computing.topk)
 app.command("convert-transport")(lenses.convert_transport)
