@@ -16,10 +16,11 @@ Data goes one way: sources (`models`, `dictionaries`, `tokens`) → vectors → 
 from querylens_fast.dictionaries.dictionary import Dictionary, directions, neuron_dictionary
 from querylens_fast.dictionaries.feature_lists import Activation, Feature
 from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.evaluation.stability import Stability, stability
 from querylens_fast.lens.compute import Signatures, scores_at, signatures
 from querylens_fast.lens.presets import PRESETS, Preset, find_preset
 from querylens_fast.lens.search import Hits, search, show
-from querylens_fast.lens.storage import StoredSignatures
+from querylens_fast.lens.storage import StoredSignatures, verify
 from querylens_fast.models.load import as_model, load_model
 from querylens_fast.models.model import Model, UnsupportedModelError
 from querylens_fast.models.tokens import Tokens, load_tokens
@@ -53,6 +54,7 @@ __all__ = [
     "Preset",
     "RelationTable",
     "Signatures",
+    "Stability",
     "StoredSignatures",
     "TopK",
     "WeightLensThresholds",
@@ -86,9 +88,11 @@ __all__ = [
     "search",
     "show",
     "signatures",
+    "stability",
     "streamed_topk",
     "subspace_channels",
     "token_features",
     "upstream",
+    "verify",
     "weight_lens",
 ]

@@ -201,26 +201,20 @@ def mean_scores(found: RelationTable, score: str = "input_score") -> list[MeanSc
     table = found.table([*keys, score])
     for name in ("method", "source"):
         table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
-    spread = pc.VarianceOptions(ddof=1)
     grouped = table.group_by(keys, use_threads=False)
-    measures = [(score, "mean"), (score, "stddev", spread), (score, "count")]
+    measures = [(score, "mean"), (score, "stddev", pc.VarianceOptions(ddof=1)), (score, "count")]
     own = []
     for row in grouped.aggregate(measures).to_pylist():
-        where = [row[key] for key in keys]
-        own.append(_mean(score, *where, row[f"{score}_mean"], row[f"{score}_stddev"], row[f"{score}_count"]))
+        method, k, label, layer = (row[key] for key in keys)
+        mean, spread, n = (row[f"{score}_{measure}"] for measure in ("mean", "stddev", "count"))
+        error = spread / n**0.5 if n > 1 else math.nan
+        if n:
+            low, high = mean - Z_95 * error, mean + Z_95 * error
+            own.append(MeanScore(score, method, k, label, layer, mean, low, high, n))
     together: dict[tuple[str, int], list[MeanScore]] = {}
     for mean in own:
-        if mean.n_features:
-            together.setdefault((mean.method, mean.k), []).append(mean)
+        together.setdefault((mean.method, mean.k), []).append(mean)
     return [mean for several in together.values() for mean in (*several, _over_dictionaries(several))]
-
-
-def _mean(
-    score: str, method: str, k: int, label: str, layer: int, mean: float | None, spread: float | None, n: int
-) -> MeanScore:
-    mean = math.nan if mean is None else mean
-    error = math.nan if spread is None or n < 2 else spread / n**0.5
-    return MeanScore(score, method, k, label, layer, mean, mean - Z_95 * error, mean + Z_95 * error, n)
 
 
 def _over_dictionaries(own: Sequence[MeanScore]) -> MeanScore:

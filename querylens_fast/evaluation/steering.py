@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from querylens_fast.dictionaries.dictionary import Dictionary
-from querylens_fast.lens.ablations import finish_many, splice
+from querylens_fast.lens.splice import run_from, splice
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import at_least_float32
 
@@ -58,12 +58,12 @@ class Steered:
     @cached_property
     def clean(self) -> Tensor:
         """Clean next-token logits of every sequence, [B, V] float32 or wider."""
-        return self._logits(self.splice.changed(None, torch.zeros(0)))[0]
+        return self._logits(self.splice.clean())[0]
 
     @torch.no_grad()
     def logits(self, chosen: Tensor, alphas: Tensor) -> Tensor:
         """Next-token logits [C, B, V] with feature ``features[chosen[c]]`` at alphas[c]; chosen, alphas [C]."""
-        return self._logits(self.splice.changed(self.features[chosen], alphas.to(self.splice.clean)))
+        return self._logits(self.splice.changed(self.features[chosen], alphas))
 
     def kl(self, steered: Tensor) -> Tensor:
         """Σ over the sequences of KL(clean ‖ steered) in nats, [C] float64, for logits [C, B, V]."""
@@ -75,7 +75,7 @@ class Steered:
 
     def _logits(self, stream: Tensor) -> Tensor:
         """Logits after the last position for streams [C, B, S, D] at the splice's point."""
-        final = finish_many(self.model, stream, self.splice.point, last_only=True)
+        final = run_from(self.model, stream, self.splice.point, last_only=True)
         return at_least_float32(self.model.logits(final))
 
 
