@@ -16,6 +16,9 @@ Data goes one way: sources (`models`, `dictionaries`, `tokens`) → vectors → 
 from querylens_fast.dictionaries.dictionary import Dictionary, directions, neuron_dictionary
 from querylens_fast.dictionaries.feature_lists import Activation, Feature
 from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample, load_feature_sample
+from querylens_fast.evaluation.generation import SteeredText, steer
+from querylens_fast.evaluation.output_score import Promoted, output_scores, promoted_tokens
 from querylens_fast.evaluation.stability import Stability, stability
 from querylens_fast.lens.compute import Signatures, scores_at, signatures
 from querylens_fast.lens.presets import PRESETS, Preset, find_preset
@@ -48,6 +51,9 @@ __all__ = [
     "ChannelTest",
     "Dictionary",
     "Feature",
+    "FeatureSample",
+    "Promoted",
+    "SteeredText",
     "Hits",
     "Model",
     "Passage",
@@ -72,6 +78,11 @@ __all__ = [
     "export_jacobian_lens",
     "feature_chains",
     "feature_flow",
+    "feature_sample",
+    "load_feature_sample",
+    "output_scores",
+    "promoted_tokens",
+    "steer",
     "find_preset",
     "fit_passage",
     "fit_transport",

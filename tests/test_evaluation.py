@@ -16,9 +16,9 @@ from querylens_fast.evaluation.output_score import (
     output_scores,
     prefix_ids,
     promoted_tokens,
-    rank_sums,
     read_promoted,
 )
+from querylens_fast.evaluation.ranking import rank_sums
 from querylens_fast.evaluation.scores import Case, input_scores, mean_scores, score_methods
 from querylens_fast.evaluation.steering import KL_TOLERANCE, Steered, calibrate
 from querylens_fast.lens.ablations import activations
@@ -187,6 +187,32 @@ def test_promoted_tokens_by_plain_ranks(example: Example, prefixes: torch.Tensor
             assert kl == pytest.approx(float(promoted.kl[place, target]), abs=1e-4)
         assert torch.allclose(promoted.delta[place].double(), delta[promoted.token_ids[place]], atol=2e-4)
         assert promoted.delta[place, -1] >= delta.sort(descending=True).values[39] - 2e-4
+
+
+@pytest.mark.parametrize("positions", ("forced", "generate"))
+def test_other_positions(example: Example, prefixes: torch.Tensor, promoted: Promoted, positions: str) -> None:
+    """Along continuations: seeded, and near the ranking at the prefixes alone (its S shares more than half)."""
+    arguments = {"prefixes": prefixes[:6], "n_tokens": 25, "positions": positions, "seed": 1, "progress": False}
+    found = promoted_tokens(example.dictionaries[1], example.model, FEATURES[:2], **arguments)
+    again = promoted_tokens(example.dictionaries[1], example.model, FEATURES[:2], **arguments)
+    assert torch.equal(found.token_ids, again.token_ids)
+    assert output_scores(found, promoted.token_ids[:2, :25]).mean() > 0.4
+    if positions == "generate":
+        low, high = torch.tensor([[0.25, 0.5]]), torch.tensor([[0.35, 0.6]])
+        narrow = found.alphas.frac() == 0
+        assert bool(narrow.all()) and bool(((found.kl >= low) & (found.kl <= high)).any())
+
+
+def test_steered_text(example: Example) -> None:
+    arguments = {"n_tokens": 8, "seed": 3}
+    text = ql.steer(example.dictionaries[0], example.model, 2035, 20.0, "def parse(self):", **arguments)
+    assert text.clean != text.steered and text == ql.steer(
+        example.dictionaries[0], example.model, 2035, 20.0, "def parse(self):", **arguments
+    )
+    with pytest.raises(ValueError, match="prompt is ''; expected at least one token"):
+        ql.steer(example.dictionaries[0], example.model, 2035, 20.0, "")
+    with pytest.raises(ValueError, match="strength is nan"):
+        ql.steer(example.dictionaries[0], example.model, 2035, float("nan"), "x")
 
 
 def test_output_scores(promoted: Promoted) -> None:

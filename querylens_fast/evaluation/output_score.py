@@ -11,20 +11,18 @@ preset or k is then a set intersection (`output_scores`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
-from querylens_fast.evaluation.steering import HIGHEST_ALPHA, KL_TOLERANCE, Calibrated, Steered, calibrate
+from querylens_fast.evaluation.ranking import POSITIONS, Positions, Ranking, generated_ranking, prefix_ranking
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.relations.tables import Block, digest_of, identity_of, read_table, tabulate
@@ -134,6 +132,8 @@ def promoted_tokens(
     prefixes: Sequence[str] | Tensor | None = None,
     kl_targets: Sequence[float] = KL_TARGETS,
     n_tokens: int = N_PROMOTED,
+    positions: Positions = "prefix",
+    seed: int = 0,
     out: str | Path | None = None,
     resume: bool = True,
     progress: bool | None = None,
@@ -147,15 +147,19 @@ def promoted_tokens(
         prefixes: What the model reads before the token that is ranked; see `prefix_ids`.
         kl_targets: In nats.
         n_tokens: Size of S.
+        positions: Where tokens are ranked: "prefix" (the next token of each prefix, as the paper), "forced" (along a
+            clean continuation of each prefix) or "generate" (along sampled text, as the reference's code); `ranking`.
+        seed: Of the sampling of "forced" and "generate".
         out: A ``.parquet`` file to stream to, one row per feature; a killed run resumes. `read_promoted` reads it.
         resume: As in `signatures`.
         progress: As in `signatures`.
 
-    Cost: for each feature some four KL evaluations per target, each a pass of the prefixes through the layers above
-    the dictionary, and one ranking per target. The clean pass runs once.
+    Cost: for each feature some two KL evaluations per target, each a pass of the prefixes through the layers above
+    the dictionary, and one ranking per target. The clean pass runs once a block of features.
 
     Raises:
-        ValueError: A dictionary that cannot be run, no features, or n_tokens outside the vocabulary.
+        ValueError: A dictionary that cannot be run, no features, n_tokens outside the vocabulary, unknown positions, or
+            KL targets that are not positive.
     """
     model, dictionary = as_model(model), load_dictionary(dictionary)
     dictionary.check_model(model)
@@ -164,6 +168,10 @@ def promoted_tokens(
         raise ValueError(f"features={features!r} chooses none of {dictionary.n_features}")
     if not 1 <= n_tokens <= model.vocab_size:
         raise ValueError(f"n_tokens is {n_tokens}; expected 1 to the vocabulary's {model.vocab_size}")
+    if positions not in POSITIONS:
+        raise ValueError(f"positions is {positions!r}; expected one of {', '.join(POSITIONS)}")
+    if not kl_targets or min(kl_targets) <= 0:
+        raise ValueError(f"kl_targets are {list(kl_targets)}; expected positive numbers of nats")
     groups = prefix_ids(model, prefixes)
     metadata = identity_of(
         model,
@@ -177,8 +185,11 @@ def promoted_tokens(
         n_prefixes=sum(map(len, groups)),
         kl_targets=list(kl_targets),
         n_tokens=n_tokens,
+        positions=positions,
+        seed=None if positions == "prefix" else seed,
     )
-    search = _Search(model, dictionary, groups, kl_targets, n_tokens)
+    ranking = generated_ranking if positions == "generate" else partial(prefix_ranking, forced=positions == "forced")
+    search = _Search(partial(ranking, model, dictionary, groups, seed), kl_targets, n_tokens)
     blocks = [Block(len(ids), partial(search.rows, ids)) for ids in chosen.split(FEATURES_A_BLOCK)]
     return Promoted.of(tabulate(blocks, metadata, out=out, resume=resume, progress=progress).table())
 
@@ -200,21 +211,18 @@ class _Search:
     """The promoted tokens of a block of features. The first guess of α is the same for every block, so that a result
     does not depend on where a run was interrupted."""
 
-    def __init__(
-        self, model: Model, dictionary: Dictionary, groups: Sequence[Tensor], targets: Sequence[float], n_tokens: int
-    ) -> None:
-        self.model, self.dictionary, self.groups = model, dictionary, groups
-        self.targets, self.n_tokens = targets, n_tokens
+    def __init__(self, ranking: Callable[[Tensor], Ranking], targets: Sequence[float], n_tokens: int) -> None:
+        self.ranking, self.targets, self.n_tokens = ranking, targets, n_tokens
 
     @torch.no_grad()
     def rows(self, features: Tensor) -> pa.Table:
         """One row for each of the features [n]."""
-        prefixes = _Prefixes([Steered(self.model, self.dictionary, ids, features) for ids in self.groups])
+        ranking = self.ranking(features)
         guess = torch.full((len(self.targets),), START_ALPHA).double()
         found = []
-        for part in batches(len(features), prefixes.features_at_once):
+        for part in batches(len(features), ranking.features_at_once):
             index = torch.arange(part.start, part.stop)
-            delta, calibrated = prefixes.rise(index, self.targets, guess)
+            delta, calibrated = ranking.rise(index, self.targets, guess)
             guess = torch.stack([c.alphas.log().median().exp() for c in calibrated])
             order = delta.argsort(dim=1, descending=True, stable=True)[:, : self.n_tokens]
             found.append(
@@ -245,72 +253,3 @@ def output_scores(promoted: Promoted, signature_ids: Tensor) -> Tensor:
         )
     chosen = promoted.token_ids[:, :k]
     return (chosen[:, :, None] == signature_ids.cpu()[:, None, :]).any(-1).float().mean(1)
-
-
-class _Prefixes:
-    """The prefixes, those of one length together: KL and ranks over all of them."""
-
-    def __init__(self, groups: Sequence[Steered]) -> None:
-        self.groups = groups
-        self.n_prefixes = sum(len(g.ids) for g in groups)
-        self.features_at_once = max(1, min(g.features_at_once for g in groups))
-        self.clean = torch.stack([rank_sums(g.clean[None])[0] for g in groups]).sum(0)
-        """Σ over prefixes of the clean ranks, [V] float64."""
-
-    def rise(self, index: Tensor, targets: Sequence[float], guess: Tensor) -> tuple[Tensor, list[Calibrated]]:
-        """Δ of every token for the features ``index`` [C], [C, V] float64, and the calibration for each target."""
-        delta, calibrated = torch.zeros(len(index), len(self.clean), dtype=torch.float64), []
-        for i, target in enumerate(targets):
-            start = guess[i].expand(len(index))
-            if calibrated:
-                # KL grows with α² at first order.
-                ratio = target / calibrated[-1].kl.clamp_min(1e-6)
-                start = calibrated[-1].alphas * ratio.sqrt().clamp(0.1, 10)
-            reached, ranks = self.steer(index, target, start)
-            calibrated.append(reached)
-            delta += self.clean - ranks
-        return delta / (len(targets) * self.n_prefixes * len(self.clean)), calibrated
-
-    def steer(self, index: Tensor, target: float, start: Tensor) -> tuple[Calibrated, Tensor]:
-        """α of the features ``index`` [C] for a KL target, and Σ over prefixes of the ranks there, [C, V] float64."""
-        ranks = torch.zeros(len(index), len(self.clean), dtype=torch.float64)
-
-        def kl(some: Tensor, alphas: Tensor) -> Tensor:
-            logits = [g.logits(index[some], alphas) for g in self.groups]
-            means = [g.kl(steered) for g, steered in zip(self.groups, logits, strict=True)]
-            found = torch.stack(means).sum(0) / self.n_prefixes
-            # Ranks only where this evaluation can be the last; the others are overwritten.
-            near = ((found - target).abs() <= KL_TOLERANCE) | (alphas >= HIGHEST_ALPHA)
-            if bool(near.any()):
-                parts = [rank_sums(steered[near.to(steered.device)]) for steered in logits]
-                ranks[some[near]] = torch.stack(parts).sum(0)
-            return found
-
-        calibrated = calibrate(kl, start, target)
-        missed = ((calibrated.kl - target).abs() > KL_TOLERANCE).nonzero()[:, 0]
-        if len(missed):
-            logits = [g.logits(index[missed], calibrated.alphas[missed]) for g in self.groups]
-            ranks[missed] = torch.stack([rank_sums(steered) for steered in logits]).sum(0)
-        return calibrated, ranks
-
-
-def rank_sums(logits: Tensor) -> Tensor:
-    """Σ over B of the rank of each token (0: the most likely; equal logits by the lower id), [C, V] float64.
-
-    Args:
-        logits: [C, B, V], finite.
-    """
-    C, B, V = logits.shape
-    if logits.device.type != "cpu" or logits.dtype != torch.float32:
-        order = logits.sort(dim=-1, descending=True, stable=True).indices
-    else:
-        # One int64 per token, its logit's bits in descending order above its id: numpy sorts these with SIMD.
-        bits = logits.contiguous().add(0.0).view(torch.int32)  # + 0.0: −0 and 0 tie
-        descending = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
-        keys = (descending.long() << 32) | torch.arange(V)
-        order = torch.from_numpy(np.sort(keys.numpy(), axis=-1)) & 0xFFFFFFFF
-    ranks = torch.arange(V, dtype=torch.float64, device=logits.device).repeat(B)
-    total = torch.zeros(C, V, dtype=torch.float64, device=logits.device)
-    for c in range(C):
-        total[c].index_add_(0, order[c].flatten(), ranks)
-    return total.cpu()

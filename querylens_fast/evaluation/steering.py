@@ -41,32 +41,32 @@ class Steered:
         dictionary: One that can be run.
         ids: Token ids [B, S] without padding.
         features: The feature ids [n] that will be steered; their activations are kept, [n, B, S].
-        error_term: Keep the dictionary's reconstruction error in the stream.
+        n_predicted: How many positions, the last ones, are looked at: what follows each of them is predicted.
     """
 
     @torch.no_grad()
     def __init__(
-        self, model: Model, dictionary: Dictionary, ids: Tensor, features: Tensor, error_term: bool = True
+        self, model: Model, dictionary: Dictionary, ids: Tensor, features: Tensor, n_predicted: int = 1
     ) -> None:
-        self.model, self.ids = model, ids.to(model.device)
-        self.splice = splice(model, dictionary, self.ids, error_term=error_term)
+        self.model, self.ids, self.n_predicted = model, ids.to(model.device), n_predicted
+        self.splice = splice(model, dictionary, self.ids, error_term=True)
         self.features = features.to(model.device)
         rows = ROWS_AT_ONCE.get(model.device.type, ROWS_AT_ONCE["cuda"])
-        vocabulary = max(1, LOGITS_AT_ONCE // (len(ids) * model.vocab_size))
+        vocabulary = max(1, LOGITS_AT_ONCE // (len(ids) * n_predicted * model.vocab_size))
         self.features_at_once = max(1, min(rows // ids.numel(), vocabulary))
 
     @cached_property
     def clean(self) -> Tensor:
-        """Clean next-token logits of every sequence, [B, V] float32 or wider."""
+        """Clean next-token logits at every position looked at, [B · n_predicted, V] float32 or wider."""
         return self._logits(self.splice.clean())[0]
 
     @torch.no_grad()
     def logits(self, chosen: Tensor, alphas: Tensor) -> Tensor:
-        """Next-token logits [C, B, V] with feature ``features[chosen[c]]`` at alphas[c]; chosen, alphas [C]."""
+        """Logits [C, B · n_predicted, V] with feature ``features[chosen[c]]`` at alphas[c]; chosen, alphas [C]."""
         return self._logits(self.splice.changed(self.features[chosen], alphas))
 
     def kl(self, steered: Tensor) -> Tensor:
-        """Σ over the sequences of KL(clean ‖ steered) in nats, [C] float64, for logits [C, B, V]."""
+        """Σ over the positions of KL(clean ‖ steered) in nats, [C] float64, for `logits`."""
         clean = self.clean.log_softmax(-1)
         p = clean.exp()
         # Σ p log q = Σ p z − logsumexp(z): no second [C, B, V] of log-probabilities.
@@ -74,9 +74,9 @@ class Steered:
         return ((p * clean).sum(-1) - cross).clamp_min(0).sum(-1, dtype=torch.float64).cpu()
 
     def _logits(self, stream: Tensor) -> Tensor:
-        """Logits after the last position for streams [C, B, S, D] at the splice's point."""
-        final = run_from(self.model, stream, self.splice.point, last_only=True)
-        return at_least_float32(self.model.logits(final))
+        """Logits at the positions looked at for streams [C, B, S, D] at the splice's point."""
+        final = run_from(self.model, stream, self.splice.point, last=self.n_predicted)
+        return at_least_float32(self.model.logits(final)).flatten(1, 2)
 
 
 @dataclass(frozen=True)

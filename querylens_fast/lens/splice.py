@@ -22,21 +22,21 @@ from querylens_fast.models.model import Model
 from querylens_fast.models.norms import AnyNorm, Norm
 
 
-def run_from(model: Model, x: Tensor, point: int, *, last_only: bool = False) -> Tensor:
+def run_from(model: Model, x: Tensor, point: int, *, last: int | None = None) -> Tensor:
     """Run the modules from a point of the residual stream to the end, on x [C, B, S, D].
 
-    Returns the final residuals [C, B, S, D]; with ``last_only`` those of the last position, [C, B, D].
+    Returns the final residuals [C, B, S, D], or of the ``last`` positions only, [C, B, last, D].
     """
-    C, B = x.shape[:2]
+    C, B, S = x.shape[:3]
     x = x.flatten(0, 1)
     masking = Masking(None, (x.shape[0], x.shape[1]), x.device)
-    modules = 2 * model.n_layers
+    modules, wanted = 2 * model.n_layers, slice(0 if last is None else S - last, None)
     for i in range(point, modules):
         block = model.blocks[i // 2]
-        if last_only and i == modules - 1:
-            x = x[:, -1:]
+        if i == modules - 1:
+            x = x[:, wanted]  # an MLP sees one position at a time
         x = x + (block.mlp(x) if i % 2 else block.attention(x, masking))
-    return (x[:, -1] if last_only else x).unflatten(0, (C, B))
+    return (x if point < modules else x[:, wanted]).unflatten(0, (C, B))
 
 
 @dataclass(frozen=True)
