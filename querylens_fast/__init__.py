@@ -20,7 +20,7 @@ from querylens_fast.evaluation.stability import Stability, stability
 from querylens_fast.lens.compute import Signatures, scores_at, signatures
 from querylens_fast.lens.presets import PRESETS, Preset, find_preset
 from querylens_fast.lens.search import Hits, search, show
-from querylens_fast.lens.storage import StoredSignatures
+from querylens_fast.lens.storage import StoredSignatures, verify
 from querylens_fast.models.load import as_model, load_model
 from querylens_fast.models.model import Model, UnsupportedModelError
 from querylens_fast.models.tokens import Tokens, load_tokens
@@ -93,5 +93,6 @@ __all__ = [
     "subspace_channels",
     "token_features",
     "upstream",
+    "verify",
     "weight_lens",
 ]

@@ -94,7 +94,7 @@ class Selection:
             if source == NEURONS and layer is not None:
                 dictionary = neuron_dictionary(model, layer)
             else:
-                dictionary = load_dictionary(source, sae_id, layer)
+                dictionary = load_dictionary(source, sae_id, layer).on(model)
             ids = dictionary.select(self.ids)
             found.append(Batch(dictionary, ids, None, start))
             start += len(ids)
@@ -128,8 +128,8 @@ def _named_dictionary(model: Model, release: str | None, sae_id: str | None, lay
     if release is None:
         raise ValueError(f"a feature has sae_id {sae_id!r} but no sae_release; neurons have neither")
     if sae_id is not None and (Path(release) / sae_id).exists():
-        return load_dictionary(Path(release) / sae_id, layer=layer)
-    return load_dictionary(release, sae_id, layer)
+        return load_dictionary(Path(release) / sae_id, layer=layer).on(model)
+    return load_dictionary(release, sae_id, layer).on(model)
 
 
 def _with_rows_only(dictionary: Dictionary, side: str, ids: Tensor) -> Dictionary:

@@ -219,8 +219,7 @@ def _coder_weights(
         weights["W_dec"] = values.read(slice(None))
     if keys is not None:
         weights["W_enc"] = keys.read(slice(None)).T.contiguous()
-    if "log_jumprelu_threshold" in weights:
-        weights["threshold"] = weights["log_jumprelu_threshold"].exp()
+    weights |= {name: tensor.read() for name, tensor in tensors.items() if name.startswith("attn_layers.")}
     if "W_skip" in tensors:
         weights["W_skip"] = tensors["W_skip"].read()
     if "affine_skip_connection" in tensors:
@@ -364,33 +363,21 @@ def _assemble(
         )
     if values is not None and keys is not None and values.shape[0] != keys.shape[0]:
         raise ValueError(f"dictionary {name!r} has {values.shape[0]} values but {keys.shape[0]} keys")
-    n, d = (values or keys).shape  # type: ignore[union-attr]
-    if architecture == "matching_pursuit" and keys is None:
+    tied = architecture == "temporal" and cfg.get("tied_weights", True)
+    if keys is None and (tied or architecture == "matching_pursuit"):
         keys = values
-    layer, kind, points, refusals = place(name, hook_name, hook_name_out, layer, kind)
+    layer, kind, reads, writes = place(name, hook_name, hook_name_out, layer, kind)
+    dictionary = Dictionary.at(name, kind, layer, (values, keys), (reads, writes))
+    dictionary.load_coder = coder
+    dictionary.details = {
+        "architecture": architecture,
+        "model_name": str(metadata.get("model_name") or cfg.get("model_name") or ""),
+        "normalize_activations": str(cfg.get("normalize_activations") or "none"),
+    }
     if isinstance(values, SummedRows):
-        points["value"] = None
-        refusals["value"] = (
+        dictionary.value_point = None
+        dictionary.refusals["value"] = (
             f"its features write to {values.m} layers, so no single transport carries them; "
             "logit_lens_value reads the sum of what they write"
         )
-    return Dictionary(
-        name,
-        kind,
-        layer,
-        n,
-        d,
-        values,
-        keys,
-        points["value"],
-        points["key"],
-        hook_name,
-        hook_name_out or hook_name,
-        details={
-            "architecture": architecture,
-            "model_name": str(metadata.get("model_name") or cfg.get("model_name") or ""),
-            "normalize_activations": str(cfg.get("normalize_activations") or "none"),
-        },
-        refusals=refusals,
-        load_coder=coder,
-    )
+    return dictionary

@@ -102,7 +102,7 @@ def signatures(
         FileExistsError: ``out`` holds the result of another run.
         OSError: The disk is full; what was written stays and the run resumes.
 
-    Within `ranks.joined` the blocks of a Parquet result are dealt out to the processes, on any number of which it
+    Within `ranks.joined` the blocks of a result are dealt out to the processes, on any number of which it
     resumes; the file is byte for byte that of one process. It has to lie where all of them can write.
 
     Memory: the model, a bfloat16 copy of its unembedding on processors that multiply in it, and some 0.6 GiB, whatever
@@ -148,8 +148,6 @@ def signatures(
         "block_rows": block_rows,
     }
     group, format = ranks.current(), format_of(out, format)
-    if group.size > 1 and format != "parquet":
-        raise ValueError(f"out is {str(out)!r}: several processes write Parquet alone; choose a .parquet file")
     if not len(chosen):
         raise ValueError(f"features={features!r} chooses none of {dictionary.n_features}: nothing to write")
     group.agree("the run", identity)

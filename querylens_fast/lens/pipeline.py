@@ -238,8 +238,9 @@ def plan(
 ) -> Pipeline:
     """Check everything a run needs and put it together. Arguments and errors as in `signatures`."""
     model, lens = as_model(model), find_preset(preset)
-    dictionary = load_dictionary(dictionary)
-    dictionary.check_model(model)
+    dictionary = load_dictionary(dictionary).on(model)
+    if not lens.is_ablation:
+        dictionary.check_direction(lens.feature_vector)
     if not 1 <= k <= model.vocab_size:
         raise ValueError(f"k is {k}; expected 1 to the vocabulary's {model.vocab_size}")
     if stats not in ("auto", "none", "rel_var", "exact"):
