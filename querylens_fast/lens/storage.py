@@ -122,12 +122,6 @@ class Sink:
         raise NotImplementedError
 
 
-def feature_name(found: Signatures, feature: int) -> str:
-    """The reference's feature_str, "Feature type-size/layer/feature"."""
-    dictionary = found.pipeline.dictionary
-    return f"Feature {dictionary.kind}-{dictionary.n_features}/{dictionary.layer}/{feature}"
-
-
 class JsonlSink(Sink):
     """One JSON object a line, in the reference's row format; resumes by feature_index."""
 
@@ -142,7 +136,7 @@ class JsonlSink(Sink):
         return [i for i in range(block.start, block.stop) if i not in self.done]
 
     def write(self, found: Signatures, indices: Sequence[int], names: Sequence[str] | None = None) -> None:
-        names = names or [feature_name(found, f) for f in found.features.tolist()]
+        names = names or [found.source.feature_name(f) for f in found.features.tolist()]
         lines = [
             json.dumps({"feature_index": index, "feature_str": name, **row}, ensure_ascii=False)
             for index, name, row in zip(indices, names, found.rows(), strict=True)
