@@ -148,7 +148,8 @@ def takes(options: Callable[P, object]) -> Callable[[Callable[..., R]], Callable
     """
 
     def decorate(function: Callable[..., R]) -> Callable[Concatenate[Any, Any, P], R]:
-        lines = "\n".join(f"{name}: {text}" for name, text in described(options).items())
+        described_lines = (f"{name}: {text}".replace("\n", "\n    ") for name, text in described(options).items())
+        lines = "\n".join(described_lines)
         function.__doc__ = _OPTIONS_LINE.sub(lambda m: textwrap.indent(lines, m[1]), function.__doc__ or "")
         own, added = inspect.signature(function), inspect.signature(options)
         parameters = [*list(own.parameters.values())[:-1], *added.parameters.values()]

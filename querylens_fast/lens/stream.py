@@ -21,9 +21,9 @@ from querylens_fast.dictionaries.prefetch import prefetch
 from querylens_fast.lens.options import LensOptions
 from querylens_fast.lens.pipeline import Pipeline
 from querylens_fast.lens.results import Signatures
-from querylens_fast.lens.storage import FORMATS, Sink, StoredSignatures, open_sink
+from querylens_fast.lens.storage import Sink, StoredSignatures, format_of, open_sink
 from querylens_fast.runs import processes
-from querylens_fast.runs.run_lock import held
+from querylens_fast.runs.run_lock import held, resumable
 from querylens_fast.transport.jacobians import batches as slices
 
 
@@ -85,7 +85,8 @@ def write(
     """
     group, path = processes.current(), Path(out)
     first, n = batches[0].pipeline, sum(len(batch.ids) for batch in batches)
-    if group.size > 1 and (options.format or FORMATS.get(path.suffix)) != "parquet":
+    kind = format_of(path, options.format)
+    if group.size > 1 and kind != "parquet":
         raise ValueError(f"out is {str(out)!r}: several processes write Parquet alone; choose a .parquet file")
     group.agree("the run", identity)
     with ExitStack() as stack:
@@ -93,14 +94,9 @@ def write(
             stack.enter_context(held(path))
         with group.in_turn("open"):
             sink = open_sink(
-                out,
-                options.format,
-                identity,
-                resume=options.resume,
-                token_strings=options.token_strings,
-                model=first.model,
+                path, kind, identity, resume=options.resume, token_strings=options.token_strings, model=first.model
             )
-        stack.enter_context(sink)
+        stack.enter_context(resumable(path))
         if group.leads:
             beside()
         _fill(sink, batches, block_rows, options.progress is not False)
@@ -108,7 +104,7 @@ def write(
         if group.leads:
             sink.finish(n)
         group.wait("finished")
-        return StoredSignatures(sink.path, n, sink.format)
+        return StoredSignatures(path, n, kind)
 
 
 def _fill(sink: Sink, batches: Sequence[Batch], block_rows: int, progress: bool) -> None:

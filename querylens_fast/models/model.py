@@ -45,6 +45,8 @@ class Model:
     tokenizer: Any = None
     source: Any = field(default=None, repr=False)
     linearisation: Linearisation = "hand-written"
+    has_submodules: bool = True
+    """False: module 2l is the whole of layer l and module 2l + 1 zero, so there is no resid_mid and no first order."""
 
     @property
     def mixture_of_experts(self) -> bool:
