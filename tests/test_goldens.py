@@ -132,7 +132,7 @@ def test_any_three_components_combine(case, fitted) -> None:
                     dictionary, model, preset=(vector, transition, readout), transport=given, k=3, features="0:4"
                 )
                 assert found.preset == f"{vector}_{transition}_{readout}"
-                assert ql.find_preset(found.preset) == found.pipeline.preset
+                assert ql.find_preset(found.preset) == found.source.lens
                 assert torch.isfinite(found.top_scores).all()
 
 

@@ -83,7 +83,7 @@ def test_damage_is_named_and_computed_again(
             read()
     computed: list[int] = []
     original = Pipeline.__call__
-    monkeypatch.setattr(Pipeline, "__call__", lambda self, f: computed.extend(f.tolist()) or original(self, f))
+    monkeypatch.setattr(Pipeline, "__call__", lambda self, f, v: computed.extend(f.tolist()) or original(self, f, v))
     with caplog.at_level(logging.WARNING):
         ql.signatures(dictionary, gpt2, out=out, **OPTIONS)
     assert computed == lost

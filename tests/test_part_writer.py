@@ -269,7 +269,7 @@ def test_an_earlier_versions_runs_are_resumed(earlier: Path, monkeypatch: pytest
     from querylens_fast.lens.pipeline import Pipeline
 
     computed, original = [], Pipeline.__call__
-    monkeypatch.setattr(Pipeline, "__call__", lambda self, f: computed.append(f.tolist()) or original(self, f))
+    monkeypatch.setattr(Pipeline, "__call__", lambda self, f, v: computed.append(f.tolist()) or original(self, f, v))
     model, sae = ql.load_model("model"), ql.load_dictionary("sae")
     options = {"preset": "logit_lens_value", "k": 3, "features": "0:40", "block_rows": 10, "progress": False}
     for name in ("whole.parquet", "whole.jsonl"):

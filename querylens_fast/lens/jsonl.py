@@ -150,8 +150,7 @@ class JsonlSink:
 
 def feature_name(found: Signatures, feature: int) -> str:
     """The reference's feature_str, "Feature type-size/layer/feature"."""
-    dictionary = found.pipeline.dictionary
-    return f"Feature {dictionary.kind}-{dictionary.n_features}/{dictionary.layer}/{feature}"
+    return found.source.feature_name(feature)
 
 
 def identity_path(path: Path) -> Path:

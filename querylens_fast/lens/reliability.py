@@ -60,9 +60,9 @@ class Jackknife:
         self.sizes = torch.tensor(transport.group_sizes, dtype=torch.float64)
         centres = transport.leave_one_out_centres()
         if preset.readout != "embed_cosine_centered" or centres is None:
-            self.scorers = [find_readout(model, preset.readout, transport.centre, final_norm)] * len(self.sizes)
+            self.scorers = [find_readout(model, preset, transport.centre, final_norm)] * len(self.sizes)
         else:
-            self.scorers = [find_readout(model, preset.readout, centre, final_norm) for centre in centres]
+            self.scorers = [find_readout(model, preset, centre, final_norm) for centre in centres]
 
     @torch.no_grad()
     def __call__(self, vectors: Tensor, top_ids: Tensor, top_scores: Tensor, backend: str = "auto") -> Reliability:
