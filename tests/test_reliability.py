@@ -131,3 +131,19 @@ def test_the_command_prints_and_writes(gpt2: ql.Model, gpt2_folder: Path, sample
     assert f"{record['means']['query_lens_value']:.3f}" in done.output and record["samples"] == 2
     refused = CliRunner().invoke(app, ["stability", *given, "--seeds", "9", "--layer", "1"])
     assert refused.exit_code == 2 and "expected at least" in refused.output
+
+
+def test_signatures_carry_the_errors(gpt2: ql.Model, sample: ql.Tokens, tmp_path: Path) -> None:
+    """A transport with groups gives standard errors and counts of stable tokens, in memory, Parquet and JSONL."""
+    transport = ql.fit_transport(gpt2, sample, groups=3, progress=False)
+    dictionary = ql.directions(torch.randn(6, gpt2.d_model, dtype=torch.float64), layer=0)
+    found = ql.signatures(dictionary, gpt2, transport=transport, k=4)
+    assert found.top_se is not None and found.top_se.shape == (6, 4) and bool((found.top_se >= 0).all())
+    vectors = dictionary.values(slice(None))
+    expected = Jackknife(gpt2, transport, find_preset("query_lens_value"), 2)(vectors, found.top_ids, found.top_scores)
+    assert torch.equal(found.top_se, expected.top_se) and torch.equal(found.stats["stable_k"], expected.stable_k)
+    for name in ("errors.parquet", "errors.jsonl"):
+        stored = ql.signatures(dictionary, gpt2, transport=transport, k=4, out=tmp_path / name, progress=False)
+        assert torch.allclose(torch.tensor(stored.table()["top_se"].to_pylist()).double(), found.top_se.double())
+    plain = ql.fit_transport(gpt2, sample, progress=False)
+    assert ql.signatures(dictionary, gpt2, transport=plain, k=4).top_se is None

@@ -48,7 +48,8 @@ class LensOptions:
             reference's statistics, at the cost of carrying each feature through the model; "none".
         layers: For first-order presets: each layer's own tokens and energy too.
         token_change_value: The activation that token_change sets.
-        adaptive_threshold: Largest relative variance with which query_lens_value_adaptive trusts a transport.
+        adaptive_threshold: None: query_lens_value_adaptive mixes the full transport with the direct path by the
+            relative variance. A number: it takes the most faithful transition with at most this variance instead.
         final_norm: Apply the final norm before the unembedding.
         submodule: "attn" or "mlp" counts the Jacobians of those modules alone; "both". None: as the transport was
             fitted, or both.
@@ -75,7 +76,7 @@ class LensOptions:
     stats: Stats = "auto"
     layers: bool = False
     token_change_value: float = 10.0
-    adaptive_threshold: float = 0.5
+    adaptive_threshold: float | None = None
     final_norm: bool = True
     submodule: Submodule | None = None
     through_norms: bool | None = None
@@ -103,9 +104,9 @@ class LensOptions:
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
         if not self.max_memory_gib > 0:
             raise ValueError(f"max_memory_gib is {self.max_memory_gib!r}; expected more than 0")
-        if not 0 <= self.adaptive_threshold <= 1:
+        if self.adaptive_threshold is not None and not 0 <= self.adaptive_threshold <= 1:
             raise ValueError(
-                f"adaptive_threshold is {self.adaptive_threshold!r}; expected a relative variance between 0 and 1"
+                f"adaptive_threshold is {self.adaptive_threshold!r}; expected a relative variance from 0 to 1"
             )
         self._check_preset()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.lens.options import LensOptions
 from querylens_fast.lens.presets import Preset
 from querylens_fast.lens.readouts import Readout, Scorer, find_readout
+from querylens_fast.lens.reliability import Jackknife
 from querylens_fast.lens.results import LayerTerm, Signatures, Source
 from querylens_fast.lens.transitions import (
     Ablated,
@@ -64,6 +66,17 @@ class Pipeline:
         """Of the streamed top-k."""
         return self.options.backend
 
+    @cached_property
+    def jackknife(self) -> Jackknife | None:
+        """Standard errors of top scores, where the transport keeps groups of sequences and one matrix is applied."""
+        transport, stats = self.transport, self.options.stats
+        if transport is None or len(transport.group_sizes) < 2 or stats == "none":
+            return None
+        if not isinstance(self.transition, Transported):
+            return None
+        point, final_norm = self.dictionary.point(self.preset.feature_vector), self.options.final_norm
+        return Jackknife(self.model, transport, self.preset, point, final_norm)
+
     @property
     def scorer(self) -> Scorer:
         """The readout as a matrix product.
@@ -81,11 +94,17 @@ class Pipeline:
         moved = self._move(ids, vectors)
         found = self.readout.topk(moved.vectors, self.options.k, self.backend).to("cpu")
         sides: dict[str, Any] = found.sides()
+        stats = {} if self.options.stats == "none" else dict(moved.stats)
+        top_se = None
+        if self.jackknife is not None:
+            own = vectors.to(self.model.device, self.model.dtype)
+            top_se, stats["stable_k"] = self.jackknife(own, sides["top_ids"], sides["top_scores"], self.backend)
         return Signatures(
             self.source,
             ids,
             **sides,
-            stats={} if self.options.stats == "none" else {name: c.cpu() for name, c in moved.stats.items()},
+            stats={name: column.cpu() for name, column in stats.items()},
+            top_se=None if top_se is None else top_se.cpu(),
             choices=moved.choices,
             layer_terms=self._layer_terms(moved) if self.options.layers else None,
             vectors=moved.vectors.cpu() if self.options.vectors else None,
@@ -258,7 +277,7 @@ def fit_if_cheaper(
         model,
         tokens,
         sides=(preset.feature_vector,),
-        orders=_orders(preset),
+        orders=_orders(preset, options.adaptive_threshold),
         energy="probes" if needed else "none",
         seed=seed,
         submodule=options.submodule or "both",
@@ -268,9 +287,9 @@ def fit_if_cheaper(
     )
 
 
-def _orders(preset: Preset) -> tuple[Order, ...]:
+def _orders(preset: Preset, threshold: float | None) -> tuple[Order, ...]:
     """The orders a preset's transport has to hold."""
-    if preset.stream_transition == "adaptive":
+    if preset.stream_transition == "adaptive" and threshold is not None:
         return ("first_order", "full")
     return ("first_order",) if preset.stream_transition == "first_order" else ("full",)
 
@@ -323,7 +342,7 @@ class _Plan:
 
     def _transported(self, transport: Transport) -> Transition:
         side, point = self.preset.feature_vector, self.dictionary.point(self.preset.feature_vector)
-        order = _orders(self.preset)[-1]
+        order = _orders(self.preset, self.options.adaptive_threshold)[-1]
         rel_var = self.options.stats in ("auto", "rel_var") and (side, order) in transport.energies
         if self.preset.stream_transition == "adaptive":
             return Adaptive(transport, point, self.options.adaptive_threshold, rel_var)
@@ -340,7 +359,7 @@ class _Plan:
             self.model,
             self.tokens,
             self.preset.feature_vector,
-            _orders(self.preset)[-1],
+            _orders(self.preset, self.options.adaptive_threshold)[-1],
             self.dictionary.point(self.preset.feature_vector),
             layer=self.dictionary.layer if options.layers and self.transport is None else None,
             submodule=options.submodule or fitted.get("submodule", "both"),  # type: ignore[arg-type]
@@ -350,7 +369,8 @@ class _Plan:
         )
 
     def _check_transport(self, transport: Transport) -> None:
-        side, needed = self.preset.feature_vector, _orders(self.preset)
+        side = self.preset.feature_vector
+        needed = _orders(self.preset, self.options.adaptive_threshold)
         for order in needed:
             transport.matrix(side, order, self.dictionary.point(side))
             wants_energy = self.options.stats == "rel_var" or len(needed) > 1

@@ -77,11 +77,13 @@ class LogitReadout:
 
     final_norm: bool = False
 
-    def topk(self, vectors: Tensor, k: int, backend: str = "auto") -> ops.TopK:
+    def topk(self, vectors: Tensor, k: int, backend: str = "auto", *, bottom: bool = True) -> ops.TopK:
         """The k highest and k lowest tokens of each row; equal scores by the lower id."""
-        top = vectors.sort(dim=1, descending=True, stable=True)
-        bottom = vectors.sort(dim=1, stable=True)
-        return ops.TopK(top.values[:, :k], top.indices[:, :k], bottom.values[:, :k], bottom.indices[:, :k])
+        high = vectors.sort(dim=1, descending=True, stable=True)
+        if not bottom:
+            return ops.TopK(high.values[:, :k], high.indices[:, :k], None, None)
+        low = vectors.sort(dim=1, stable=True)
+        return ops.TopK(high.values[:, :k], high.indices[:, :k], low.values[:, :k], low.indices[:, :k])
 
     def scores_at(self, vectors: Tensor, token_ids: Tensor) -> Tensor:
         """The scores of given tokens, [n, m], for token_ids [m] or [n, m]."""

@@ -60,7 +60,9 @@ class Signatures:
         bottom_scores: [n, k], ascending.
         bottom_ids: [n, k] int64.
         stats: Columns by name, [n] each: rel_var and rel_var_se from a transport, or all the reference's statistics.
-        choices: What the adaptive preset took for each feature, or None.
+        choices: What the adaptive preset took for each feature ("shrunk", or a transition's name), or None.
+        top_se: Standard error of each top score over samples of text, [n, k]; of a transport fitted with groups, whose
+            column "stable_k" in stats says how many of the k top tokens stay without any one group. Else None.
         layer_terms: The first order's layers, in the reference's order, when asked for.
         vectors: The vectors that were read out, [n, D], when asked for.
         handle: The lens, for token strings and further scores; None in a result that was unpickled.
@@ -75,6 +77,7 @@ class Signatures:
     bottom_ids: Tensor
     stats: dict[str, Tensor] = field(default_factory=dict)
     choices: list[str] | None = None
+    top_se: Tensor | None = None
     layer_terms: list[LayerTerm] | None = None
     vectors: Tensor | None = None
     handle: Handle | None = field(default=None, repr=False)
@@ -135,6 +138,8 @@ class Signatures:
                 row["stats"] = {name: float(column[i]) for name, column in self.stats.items()}
             if self.choices is not None:
                 row["transition"] = self.choices[i]
+            if self.top_se is not None:
+                row["top_se"] = self.top_se[i].tolist()
             if self.layer_terms is not None:
                 row |= self._layer_row(i)
             yield row
@@ -207,6 +212,7 @@ def concatenate(parts: Sequence[Signatures]) -> Signatures:
         cat("bottom_ids"),
         stats={name: torch.cat([p.stats[name] for p in parts]) for name in first.stats},
         choices=None if first.choices is None else [c for p in parts for c in p.choices or []],
+        top_se=None if first.top_se is None else cat("top_se"),
         layer_terms=terms,
         vectors=None if first.vectors is None else cat("vectors"),
         handle=first.handle,
