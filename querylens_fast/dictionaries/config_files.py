@@ -9,6 +9,7 @@ from typing import Any
 
 MAX_BYTES = 1 << 24
 """No configuration of a dictionary is larger."""
+MAX_YAML_BRACKETS = 1000
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -33,10 +34,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def _safe_yaml(text: str) -> Any:
     import yaml
 
+    depth = 0
     try:
-        # Aliases let a file of a few lines stand for gigabytes.
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError("it uses aliases, which configurations of dictionaries do not")
+        for token in yaml.scan(text):
+            # Aliases let a few lines stand for gigabytes; the parser's time grows with the square of the depth.
+            depth += isinstance(token, (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken))
+            if isinstance(token, yaml.AliasToken) or depth > MAX_YAML_BRACKETS:
+                raise ValueError(
+                    "it uses aliases or thousands of brackets, which configurations of dictionaries do not"
+                )
         return yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error

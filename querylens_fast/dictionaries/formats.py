@@ -68,14 +68,19 @@ def _as_they_are(path: Path, config: Settings) -> Settings:
 
 def _sae_lens(path: Path, config: Settings) -> Settings:
     """sae-lens's own, and what versions before 6 called otherwise or took for granted."""
-    version = config.get("sae_lens_version") or (config.get("metadata") or {}).get("sae_lens_version")
-    if version and int(str(version).split(".")[0]) >= 6:
+    version = config.get("sae_lens_version") or section(config, "metadata", path).get("sae_lens_version")
+    major = re.match(r"\d+", str(version or 0))
+    if major is None:
+        raise ValueError(
+            f"the configuration of {str(path)!r} has sae_lens_version={version!r}; expected one like '6.0'"
+        )
+    if int(major[0]) >= 6:
         return {"apply_b_dec_to_input": "transcoder" not in str(config.get("architecture")), **config}
     settings = {"architecture": "standard", "apply_b_dec_to_input": True, **config}
     settings["hook_name"] = config.get("hook_name", config.get("hook_point"))
     if isinstance(config.get("normalize_activations"), bool):
         settings["normalize_activations"] = "expected_average_only_in" if config["normalize_activations"] else "none"
-    options = config.get("activation_fn_kwargs") or {}
+    options = section(config, "activation_fn_kwargs", path)
     if config.get("activation_fn_str", config.get("activation_fn")) == "topk" and "k" in options:
         settings |= {"architecture": "topk", "k": options["k"]}
     return settings
