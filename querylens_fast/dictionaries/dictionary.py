@@ -242,8 +242,11 @@ class Dictionary:
             features = range(*features.indices(n))
         if isinstance(features, range):
             features = features.start + features.step * torch.arange(len(features))
-        ids = torch.as_tensor(features)
-        if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim > 1:
+        try:
+            ids = torch.as_tensor(features)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"features is {str(features)[:80]!r}; expected a list of integer feature ids") from error
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim > 1:
             raise ValueError(f"features are {list(ids.shape)} of {ids.dtype}; expected a list of integer feature ids")
         ids = ids.reshape(-1).long().cpu()
         outside = ids[(ids < 0) | (ids >= n)]
