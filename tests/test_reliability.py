@@ -147,3 +147,15 @@ def test_signatures_carry_the_errors(gpt2: ql.Model, sample: ql.Tokens, tmp_path
         assert torch.allclose(torch.tensor(stored.table()["top_se"].to_pylist()).double(), found.top_se.double())
     plain = ql.fit_transport(gpt2, sample, progress=False)
     assert ql.signatures(dictionary, gpt2, transport=plain, k=4).top_se is None
+
+
+def test_the_transport_command_grows_its_sample(gpt2_folder: Path, tmp_path: Path) -> None:
+    ids = torch.randint(3, VOCAB, (150, 8), generator=torch.Generator().manual_seed(1))
+    ql.Tokens(ids, torch.ones_like(ids, dtype=torch.bool)).save(tmp_path / "tokens.safetensors")
+    out = tmp_path / "t.safetensors"
+    options = ["--until", "0.3", "--k", "5", "--groups", "4", "--out", str(out)]
+    done = CliRunner().invoke(app, ["transport", str(gpt2_folder), str(tmp_path / "tokens.safetensors"), *options])
+    assert done.exit_code == 0, done.output
+    found, kept = ql.load_transport(out), ql.load_tokens(f"{out}.tokens.safetensors")
+    assert found.n_groups == 4 and found.n_valid == kept.n_valid < ids.numel()
+    assert found.metadata["tokens_digest"] == kept.digest and float(found.metadata["jaccard"]) >= 0.3
