@@ -33,7 +33,8 @@ from querylens_fast.lens.compute import BLOCK_ROWS
 from querylens_fast.lens.presets import PRESETS, Preset
 from querylens_fast.lens.storage import FORMATS, open_sink
 from querylens_fast.lens.transitions import TunedLens
-from querylens_fast.models.load import as_model, parse_dtype
+from querylens_fast.models.folders import parse_dtype
+from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, load_tokens
 from querylens_fast.runs.atomic_write import write_whole

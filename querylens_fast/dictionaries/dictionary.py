@@ -22,7 +22,6 @@ from querylens_fast.dictionaries.rows import FeatureIds, MemoryRows, Rows
 from querylens_fast.dictionaries.sae import Coder
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
-from querylens_fast.models.norms import Norm
 
 
 @dataclass
@@ -119,11 +118,11 @@ class Dictionary:
         for side, hook in (("key", self.hook_name), ("value", self.hook_name_out or self.hook_name)):
             at = (parse_hook(hook) or (0, ""))[1]
             module = BEFORE_POST_NORM[side].get(at)
-            if module and isinstance(vars(getattr(model.blocks[self.layer], module)).get("post_norm"), Norm):
+            if module and not getattr(model.blocks[self.layer], module).adds_directly:
                 raise ValueError(
                     f"dictionary {self.name!r}: its {side}s are of {hook!r}, which {model.name!r} "
-                    f"({model.architecture}) norms before it adds it to the residual stream; dictionaries on either "
-                    "side of that are supported"
+                    f"({model.architecture}) norms before it adds it to the residual stream (or scales it); dictionaries "
+                    "on either side of that are supported"
                 )
 
     def select(self, features: Any = None) -> Tensor:
