@@ -24,8 +24,9 @@ from querylens_fast.lens.compute import Signatures, scores_at, signatures
 from querylens_fast.lens.presets import PRESETS, Preset, find_preset
 from querylens_fast.lens.search import Hits, search, show
 from querylens_fast.lens.storage import StoredSignatures, verify
+from querylens_fast.models.errors import UnsupportedModelError
 from querylens_fast.models.load import as_model, load_model
-from querylens_fast.models.model import Model, UnsupportedModelError
+from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, load_tokens
 from querylens_fast.relations.attention import attention_pairs
 from querylens_fast.relations.channel_statistics import ChannelTest, channel_sweep, channel_test

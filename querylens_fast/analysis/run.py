@@ -28,7 +28,7 @@ from querylens_fast.lens.presets import PRESETS, Preset
 from querylens_fast.lens.storage import FORMATS
 from querylens_fast.lens.stream import Batch, write
 from querylens_fast.lens.tuned_lens import TunedLens
-from querylens_fast.models.load import parse_dtype
+from querylens_fast.models.folders import parse_dtype
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, load_tokens
 from querylens_fast.runs.atomic_write import write_whole

@@ -54,7 +54,7 @@ def transport(
     k: Annotated[int, typer.Option(help="Top tokens that --until compares.")] = 25,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
-    linearisation: LinearisationOption = "hand-written",
+    linearisation: LinearisationOption = "auto",
     max_memory_gib: MemoryOption = 2.0,
 ) -> None:
     """Fit a model's transport once, for every dictionary of it."""
@@ -107,7 +107,7 @@ def signatures(
     ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
-    linearisation: LinearisationOption = "hand-written",
+    linearisation: LinearisationOption = "auto",
     max_memory_gib: MemoryOption = 2.0,
 ) -> None:
     """Signatures of one dictionary's features, streamed to a file; run again to resume."""
@@ -156,7 +156,7 @@ def topk(
     with reported_errors():
         from safetensors.torch import save_file
 
-        from querylens_fast.models.load import parse_device
+        from querylens_fast.models.folders import parse_device
         from querylens_fast.runs.atomic_write import whole
         from querylens_fast.topk.api import streamed_topk
 

@@ -20,7 +20,6 @@ from querylens_fast.dictionaries.rows import CarriedRows, FeatureIds, MemoryRows
 from querylens_fast.dictionaries.sae import Coder
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
-from querylens_fast.models.norms import Norm
 
 
 @dataclass(eq=False)
@@ -184,10 +183,10 @@ class Dictionary:
         bound = self
         for side, hook in (("key", self.reads), ("value", self.writes)):
             module = hook.site.before_post_norm
-            if module and _has_post_norm(model, hook.layer, module):
+            if module and not getattr(model.blocks[hook.layer], module).adds_directly:
                 why = (
-                    f"its {side}s are of {hook.name!r}, which {model.name!r} ({model.architecture}) norms before it "
-                    "adds it to the residual stream; dictionaries on either side of that are supported"
+                    f"its {side}s are of {hook.name!r}, which {model.name!r} ({model.architecture}) norms or scales "
+                    "before it adds it to the residual stream; dictionaries on either side of that are supported"
                 )
                 bound = replace(
                     bound,
@@ -324,9 +323,3 @@ def _check_width(dictionary: Dictionary, model: Model, width: int) -> None:
             f"{'' if width == model.d_model else ' at ' + repr(dictionary.writes.name)}: is this dictionary from "
             "another model?"
         )
-
-
-def _has_post_norm(model: Model, layer: int, module: str) -> bool:
-    """Does the model norm this module's output ("attention" or "mlp") before it adds it to the residual stream?"""
-    part = getattr(model.blocks[layer], module)
-    return isinstance(vars(part).get("post_norm"), Norm)

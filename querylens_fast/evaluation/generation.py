@@ -123,7 +123,7 @@ def plain_logits(model: Model) -> NextLogits:
     """The model's own next-token logits, float32 or wider."""
 
     def logits(ids: Tensor) -> Tensor:
-        final = run_from(model, model.first_residual(ids)[None], 0, last=1)[0, :, 0]
+        final = run_from(model, model.first_residual(ids)[None], 0, ids, last=1)[0, :, 0]
         return at_least_float32(model.logits(final))
 
     return logits
@@ -135,6 +135,6 @@ def steered_logits(model: Model, dictionary: Dictionary, feature: Tensor, streng
     def logits(ids: Tensor) -> Tensor:
         spliced = splice(model, dictionary, ids, error_term=True)
         stream = spliced.changed(feature.reshape(1).to(model.device), strength)
-        return at_least_float32(model.logits(run_from(model, stream, spliced.point, last=1)[0, :, 0]))
+        return at_least_float32(model.logits(run_from(model, stream, spliced.point, ids, last=1)[0, :, 0]))
 
     return logits

@@ -147,7 +147,7 @@ class _GeneratedRanks:
             text = continuation(self.model, ids, CONTINUED, plain_logits(self.model), seed=self.seed)
             steps = text.shape[1] - ids.shape[1]
             spliced = splice(self.model, self.dictionary, text.to(self.model.device))
-            logits = self._logits(spliced.clean(), spliced.point)[0, :, -steps - 1 : -1]
+            logits = self._logits(spliced.clean(), spliced.point, text)[0, :, -steps - 1 : -1]
             total += rank_sums(logits.flatten(0, 1)[None])[0]
             n += logits.shape[0] * steps
         return total / n
@@ -176,7 +176,7 @@ class _GeneratedRanks:
         for ids in self.groups:
             spliced = splice(self.model, self.dictionary, ids)
             p, q = (
-                self._logits(x, spliced.point)[0].softmax(-1).clamp_min(LEAST_PROBABILITY)
+                self._logits(x, spliced.point, ids)[0].softmax(-1).clamp_min(LEAST_PROBABILITY)
                 for x in (spliced.clean(), spliced.changed(feature, alpha))
             )
             kl = (p * (p.log() - q.log())).sum(-1).double()
@@ -194,7 +194,7 @@ class _GeneratedRanks:
 
             def next_logits(text: Tensor, steps: list[Tensor] = steps) -> Tensor:
                 spliced = splice(self.model, self.dictionary, text, error_term=True)
-                found = self._logits(spliced.changed(feature, alpha), spliced.point, last=1)[0, :, 0]
+                found = self._logits(spliced.changed(feature, alpha), spliced.point, text, last=1)[0, :, 0]
                 steps.append(rank_sums(found[None])[0])
                 return found
 
@@ -203,8 +203,8 @@ class _GeneratedRanks:
             n += len(ids) * len(steps)
         return total / n
 
-    def _logits(self, stream: Tensor, point: int, last: int | None = None) -> Tensor:
-        return at_least_float32(self.model.logits(run_from(self.model, stream, point, last=last)))
+    def _logits(self, stream: Tensor, point: int, ids: Tensor, last: int | None = None) -> Tensor:
+        return at_least_float32(self.model.logits(run_from(self.model, stream, point, ids, last=last)))
 
 
 def rank_sums(logits: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Steered:
 
     def _logits(self, stream: Tensor) -> Tensor:
         """Logits at the positions looked at for streams [C, B, S, D] at the splice's point."""
-        final = run_from(self.model, stream, self.splice.point, last=self.n_predicted)
+        final = run_from(self.model, stream, self.splice.point, self.ids, last=self.n_predicted)
         return at_least_float32(self.model.logits(final)).flatten(1, 2)
 
 

@@ -52,11 +52,11 @@ def ablate(
     for rows in batches(len(tokens.ids), budget.rows):
         ids = tokens.ids[rows].to(model.device)
         spliced = splice(model, dictionary, ids)
-        clean = run_from(model, spliced.clean(), spliced.point)[0]
+        clean = run_from(model, spliced.clean(), spliced.point, ids)[0]
         for chosen in batches(len(features), budget.directions):
             changed = spliced.changed(features[chosen].to(model.device), value)
             for i, residual in zip(
-                range(chosen.start, chosen.stop), run_from(model, changed, spliced.point), strict=True
+                range(chosen.start, chosen.stop), run_from(model, changed, spliced.point, ids), strict=True
             ):
                 total[i] += _output_sum(model, residual, clean)
     mean = total / tokens.ids.numel()

@@ -17,26 +17,25 @@ from torch import Tensor
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.hook_points import HookPoint
 from querylens_fast.dictionaries.sae import Coder
-from querylens_fast.models.blocks import Masking
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import AnyNorm, Norm
 
 
-def run_from(model: Model, x: Tensor, point: int, *, last: int | None = None) -> Tensor:
-    """Run the modules from a point of the residual stream to the end, on x [C, B, S, D].
+def run_from(model: Model, x: Tensor, point: int, ids: Tensor, *, last: int | None = None) -> Tensor:
+    """Run the modules from a point of the residual stream to the end, on x [C, B, S, D] of the tokens ids [B, S].
 
     Returns the final residuals [C, B, S, D], or of the ``last`` positions only, [C, B, last, D].
     """
     C, B, S = x.shape[:3]
     x = x.flatten(0, 1)
-    masking = Masking(None, (x.shape[0], x.shape[1]), x.device)
+    masking = model.masking(ids.repeat(C, 1))
     modules, wanted = 2 * model.n_layers, slice(0 if last is None else S - last, None)
     for i in range(point, modules):
         block = model.blocks[i // 2]
-        if i == modules - 1:
+        if i == modules - 1 and model.own is None:
             x = x[:, wanted]  # an MLP sees one position at a time
         x = x + (block.mlp(x) if i % 2 else block.attention(x, masking))
-    return (x if point < modules else x[:, wanted]).unflatten(0, (C, B))
+    return (x[:, wanted] if x.shape[1] == S else x).unflatten(0, (C, B))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from querylens_fast.dictionaries.dictionary import Dictionary, neuron_dictionary
-from querylens_fast.models.model import Model, UnsupportedModelError
+from querylens_fast.models.errors import UnsupportedModelError
+from querylens_fast.models.model import Model
 from querylens_fast.models.norms import at_least_float32
 from querylens_fast.runs import processes as ranks
 from querylens_fast.topk.api import streamed_topk
