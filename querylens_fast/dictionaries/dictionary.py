@@ -185,8 +185,8 @@ class Dictionary:
             module = hook.site.before_post_norm
             if module and not getattr(model.blocks[hook.layer], module).adds_directly:
                 why = (
-                    f"its {side}s are of {hook.name!r}, which {model.name!r} ({model.architecture}) norms or scales "
-                    "before it adds it to the residual stream; dictionaries on either side of that are supported"
+                    f"its {side}s are of {hook.name!r}, which {model.name!r} ({model.architecture}) norms before it "
+                    "adds it to the residual stream (or scales it); dictionaries on either side of that are supported"
                 )
                 bound = replace(
                     bound,

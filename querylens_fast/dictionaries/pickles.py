@@ -25,7 +25,8 @@ class PlainUnpickler(pickle._Unpickler):
     and for preallocated byte arrays; whatever the base class raises for a damaged file.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: dict[int, Any] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    stack: list[Any]
 
     def __init__(self, file: IO[bytes], admitted: Callable[[str, str], Any]) -> None:
         super().__init__(file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +12,12 @@ from torch import Tensor
 from querylens_fast.models.norms import Norm, OwnNorm
 from querylens_fast.models.own_layers import ATTENTION_NAMES, MLP_NAMES, child
 
-if TYPE_CHECKING:
-    from querylens_fast.models.model import Model
-
 SAMPLES = 16
 SAME_BEHAVIOUR = {"float64": 1e-4, "float32": 1e-2}
 """Relative difference of two models' answers that rounding and another device explain; 0.1 in half precision."""
 
 
-def fingerprint(model: Model) -> str:
+def fingerprint(model: Any) -> str:
     """A digest of the model's shape and of samples of its weights, the same in every dtype it is loaded in.
 
     A model of a known family has the same one whichever way it is linearised.
@@ -40,12 +37,12 @@ def fingerprint(model: Model) -> str:
     return _digest(model, weights)
 
 
-def frame_fingerprint(model: Model) -> str:
+def frame_fingerprint(model: Any) -> str:
     """A digest of embedding, unembedding and final norm alone: what a model read without its layers has."""
     return f"frame:{_digest(model, [])[:26]}"
 
 
-def earlier_fingerprints(model: Model) -> list[str]:
+def earlier_fingerprints(model: Any) -> list[str]:
     """What the versions before this one called the same model under autodiff."""
     if model.own is None:
         return []
@@ -59,7 +56,7 @@ def earlier_fingerprints(model: Model) -> list[str]:
     return [_digest(model, weights)]
 
 
-def _digest(model: Model, of_layers: list[Tensor | None]) -> str:
+def _digest(model: Any, of_layers: list[Tensor | None]) -> str:
     digest = hashlib.sha256(f"{model.n_layers},{model.d_model},{model.vocab_size}".encode())
     frame = [model.raw_embedding, model.W_U, model.b_U, model.position_embedding, *_norm_weights(model.final_norm)]
     for weight in (*frame, *of_layers):
@@ -90,7 +87,7 @@ def behaviour(logits: Tensor) -> str:
     return json.dumps([float(f"{x:.7g}") for x in sample.flatten().tolist()])
 
 
-def behaves_otherwise(recorded: str, dtype: str, model: Model) -> float | None:
+def behaves_otherwise(recorded: str, dtype: str, model: Any) -> float | None:
     """The relative difference of recorded answers (of a model in ``dtype``) from the model's, if rounding is less."""
     if not recorded or not model.behaviour:
         return None

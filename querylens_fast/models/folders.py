@@ -135,7 +135,8 @@ def _check_sizes(folder: Path, config: dict[str, Any], name: str) -> None:
     shapes = safetensors_shapes(folder, name)
     if not shapes:
         return
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    nested = config.get("text_config")
+    text: dict[str, Any] = nested if isinstance(nested, dict) else config
     layers = next((text[k] for k in LAYER_COUNTS if isinstance(text.get(k), int)), 0)
     if layers > len(shapes):
         raise ValueError(

@@ -154,8 +154,8 @@ def named_readout(skeleton: nn.Module, dtype: torch.dtype, name: str) -> NamedRe
     Raises:
         UnsupportedModelError: No module beside the layers is called as final norms are, or embeddings are normed.
     """
-    config = skeleton.config.get_text_config()
-    embedding = skeleton.get_input_embeddings()
+    model: Any = skeleton
+    config, embedding = model.config.get_text_config(), model.get_input_embeddings()
     decoder = next((m for m in skeleton.modules() if any(c is embedding for c in m.children())), skeleton)
     norm = next((getattr(decoder, n) for n in FINAL_NORMS if isinstance(getattr(decoder, n, None), nn.Module)), None)
     if norm is None or hasattr(decoder, "word_embeddings_layernorm"):

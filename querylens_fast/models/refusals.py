@@ -7,6 +7,7 @@ models in training mode with dropout: each refusal says what to do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ def _reasons(source: nn.Module) -> Iterator[str]:
     places = {str(p.device) for p in source.parameters()}
     if len(places) > 1:
         yield f"is spread over {', '.join(sorted(places))}; put it on one device"
-    config = getattr(source, "config", None)
+    model: Any = source
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if "'dynamic'" in str(getattr(text, "rope_parameters", None)):
         yield (
@@ -67,7 +69,7 @@ def _reasons(source: nn.Module) -> Iterator[str]:
         )
     if getattr(config, "is_encoder_decoder", False):
         yield "is an encoder-decoder model: only decoders have one residual stream from token to logit"
-    if config is not None and hasattr(source, "get_output_embeddings") and source.get_output_embeddings() is None:
+    if config is not None and hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None:
         yield "has no unembedding (it was loaded without its head); load it with AutoModelForCausalLM"
 
 

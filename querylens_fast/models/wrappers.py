@@ -38,7 +38,7 @@ def _inner(model: Any) -> Any:
                 "it, or the transformers model"
             )
         return bridged
-    if any(c.__module__.partition(".")[0] in ("nnsight", "nnterp") for c in type(model).__mro__):
+    if any(c.__module__.partition(".")[0] in ("nnsight", "nnterp") for c in type.mro(type(model))):
         for name in ("_model", "_module"):
             inner = held.get(name)
             if isinstance(inner, nn.Module):
