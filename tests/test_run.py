@@ -237,6 +237,23 @@ def test_the_package_has_the_reference_configurations() -> None:
     assert set(OmegaConf.load(CONFIGS / "base.yaml")) == set(KEYS)
 
 
+def test_the_packages_configurations_name_dictionaries_that_exist() -> None:
+    """Every layer's release and id is one of sae-lens; Gemma's layers and L0 are the paper's."""
+    directory = pytest.importorskip("sae_lens.loading.pretrained_saes_directory")
+    releases = directory.get_pretrained_saes_directory()
+    paper = {"gemma3-270m": [5, 9, 12, 15], "gemma3-1b": [7, 13, 17, 22], "gemma3-4b": [9, 17, 22, 29]}
+    for name in NAMES:
+        cfg = compose(name)
+        known = releases[cfg.dictionary].saes_map
+        assert cfg.layer == paper.get(name)
+        for layer in cfg.layer or [0]:
+            assert cfg.sae_id.replace("{layer}", str(layer)) in known
+        if name in paper:
+            for width in ("16k", "65k"):
+                assert f"layer_{cfg.layer[-1]}_width_{width}_l0_medium" in known
+                assert cfg.sae_id == "layer_{layer}_width_16k_l0_medium"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

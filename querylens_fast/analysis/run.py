@@ -116,8 +116,9 @@ def run(config_name: str | Path, overrides: Sequence[str] = (), config_path: str
     """
     given = parse_overrides(overrides)
     cfg = compose(config_name, overrides, config_path)
-    if "dictionary" in given and "sae_id" not in given:
-        cfg.sae_id = None
+    for key in ("sae_id", "layer"):  # the named configuration's are of its own dictionary
+        if "dictionary" in given and key not in given:
+            cfg[key] = None
     if "dictionary" in given and not {"features", "features_pkl"} & given.keys():
         cfg.features = "all"
     if "features_pkl" in given and "features" not in given:

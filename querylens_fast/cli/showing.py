@@ -70,6 +70,10 @@ def evaluate_input(
         from querylens_fast.evaluation.input_score import as_table, evaluate_presets
 
         if model is None:
+            if dictionary or tokens:
+                raise ValueError(
+                    "--dictionary and --tokens belong to a model: give --model too, or none for the embedded ones"
+                )
             quiet_loading()
             example = load_example()
         else:
