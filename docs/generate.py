@@ -18,8 +18,8 @@ from querylens_fast.lens.options import LensOptions, described
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- options: written by docs/generate.py -->\n", "<!-- end of options -->\n"
 HEAD = (
-    "# Command line\n\n`querylens-fast COMMAND --help` prints the same. Every command says where its result is. A mistake "
-    "is one line on stderr, exit code 2,\nand nothing is written. Written by `python docs/generate.py`.\n\n"
+    "# Command line\n\n`querylens-fast COMMAND --help` prints the same. Every command says where its result is. A\n"
+    "mistake is one line on stderr, exit code 2, and nothing is written. Written by `python docs/generate.py`.\n\n"
 )
 
 
