@@ -25,7 +25,7 @@ import querylens_fast as ql
 from querylens_fast.cli import app
 from querylens_fast.lens.compute import BLOCK_BYTES, MAX_BLOCK_ROWS, MIN_BLOCK_ROWS, rows_per_block
 from querylens_fast.lens.parquet import ROW_GROUP, ParquetSink
-from querylens_fast.lens.pipeline import plan
+from querylens_fast.lens.planning import plan
 
 K = 5
 

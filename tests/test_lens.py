@@ -17,7 +17,7 @@ import querylens_fast as ql
 from querylens_fast.analysis.configuration import KEYS, REFERENCE_NAMES
 from querylens_fast.cli import app
 from querylens_fast.lens.options import LensOptions, described
-from querylens_fast.lens.pipeline import plan
+from querylens_fast.lens.planning import plan
 
 K = 4
 OPTIONS = [f.name for f in dataclasses.fields(LensOptions)]

@@ -92,11 +92,11 @@ def test_blocks_do_not_matter(gpt2: ql.Model, neurons: ql.Dictionary, transport:
 
 def test_few_features_walk_and_many_fit(gpt2: ql.Model, neurons: ql.Dictionary, sample: ql.Tokens, monkeypatch) -> None:
     """Without a transport a small selection is walked, a large one fits its own; the answers agree."""
-    import querylens_fast.lens.pipeline as pipeline
+    import querylens_fast.lens.planning as planning
 
     fits = []
-    original = pipeline.fit_transport
-    monkeypatch.setattr(pipeline, "fit_transport", lambda *a, **k: fits.append(1) or original(*a, **k))
+    original = planning.fit_transport
+    monkeypatch.setattr(planning, "fit_transport", lambda *a, **k: fits.append(1) or original(*a, **k))
     few = ql.signatures(neurons, gpt2, tokens=sample, k=K, features="0:5", stats="none")
     assert not fits and not few.stats
     many = ql.signatures(neurons, gpt2, tokens=sample, k=K)

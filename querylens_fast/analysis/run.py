@@ -23,7 +23,7 @@ from querylens_fast.analysis.configuration import checked, compose, lens_options
 from querylens_fast.analysis.processes import distribute_batch
 from querylens_fast.analysis.selection import Selection, select_features
 from querylens_fast.lens.options import Stats
-from querylens_fast.lens.pipeline import fit_if_cheaper, open_transport, plan
+from querylens_fast.lens.planning import fit_if_cheaper, open_transport, plan
 from querylens_fast.lens.presets import PRESETS, Preset
 from querylens_fast.lens.storage import FORMATS
 from querylens_fast.lens.stream import Batch, write

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.lens.options import LensOptions, takes
-from querylens_fast.lens.pipeline import Pipeline, plan
+from querylens_fast.lens.pipeline import Pipeline
+from querylens_fast.lens.planning import plan
 from querylens_fast.lens.results import Signatures, concatenate
 from querylens_fast.lens.stream import Batch, computed, progress_bar, write
 
