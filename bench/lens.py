@@ -26,7 +26,7 @@ from bench.cases import MODEL_SHAPES
 from bench.machine import machine, sync
 from bench.record import save
 from querylens_fast.demo.showcase import load_example
-from querylens_fast.models.load import parse_dtype
+from querylens_fast.models.folders import parse_dtype
 from querylens_fast.transport.jacobians import Side
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -55,15 +55,17 @@ def bench_side(
     """The figures of one side, after its answers have been compared with the walks'."""
     pre, mid, _ = model.residuals(tokens.ids)
     n = min(options.directions or model.d_model, model.d_model)
-    fit, figures = sweeps.full_sweep(model, tokens, side, n, options.memory)
-    transport = fit.finish(torch.zeros(model.d_model), "both", True)
+    swept, figures = sweeps.full_sweep(model, tokens, side, n, options.memory)
+    whole = swept.sums[side, "full"][0] / tokens.n_valid
+    about = {"model": model.name, "fingerprint": model.fingerprint, "tokens": tokens.source}
+    about |= {"n_layers": str(model.n_layers), "d_model": str(model.d_model), "n_valid": str(tokens.n_valid)}
+    transport = ql.Transport({(side, "full"): whole.clone()}, None, about)
     figures["time_shares"] = sweeps.time_shares(model, tokens, side, options.memory)
     walk_s, read_s, worst = [], [], 0.0
-    whole = transport.matrices[side, "full"].clone()
     if n < model.d_model:
         # What was not walked reads as the identity, so that the read-out sees vectors of a real size.
         whole[:, n:] = torch.eye(model.d_model, device=whole.device)[n:]
-    reading = ql.Transport({(side, "full"): whole}, transport.centre, transport.metadata)
+    reading = ql.Transport({(side, "full"): whole}, torch.zeros(model.d_model), about)
     for layer, dictionary in enumerate(dictionaries):
         chosen = torch.linspace(0, dictionary.n_features - 1, options.features).long()
         vectors, point = dictionary.vectors(side, chosen).to(model.device, model.dtype), dictionary.point(side)

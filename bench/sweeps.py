@@ -17,8 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 import querylens_fast as ql
 from bench.machine import sync
 from bench.timing import seconds
-from querylens_fast.transport.fit import Fit
+from querylens_fast.transport.first_order import has_closed_form
 from querylens_fast.transport.jacobians import Budget, Side, batches, linearise
+from querylens_fast.transport.sums import JacobianSums
 
 GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_")
 ATTENTION = ("aten::bmm", "aten::baddbmm")
@@ -48,27 +49,27 @@ def block_parameters(model: ql.Model) -> int:
 
 def full_sweep(
     model: ql.Model, tokens: ql.Tokens, side: Side, n_directions: int, memory_gib: float
-) -> tuple[Fit, dict[str, Any]]:
-    """Walk the first n directions over every batch; the accumulators and the times.
+) -> tuple[JacobianSums, dict[str, Any]]:
+    """Sweep the first n directions over every batch; the accumulators and the times.
 
-    ``timed_s`` is what was measured; ``fit_s`` counts every walk of all d_model directions at the median of the chunks
+    ``timed_s`` is what was measured; ``fit_s`` counts all d_model directions of every batch at the median of the chunks
     timed, so that a neighbour's burst on a shared machine does not enter.
     """
     budget = Budget.plan(model, tokens.ids.shape[1], memory_gib)
-    fit = Fit(model, tokens, (side,), ("full",), "none", 0, 0, budget)
-    fixed, walks = 0.0, []
-    for rows in batches(len(tokens.ids), fit.rows):
+    sums = JacobianSums(model, (side,), ("full",), budget.directions)
+    fixed, swept = 0.0, []
+    for rows in batches(len(tokens.ids), budget.rows):
         start = time.perf_counter()
         lin = linearise(model, tokens, rows)
         sync(model.device)
         fixed += time.perf_counter() - start
         for chosen in batches(n_directions, budget.directions):
-            spent = seconds(lambda c=chosen, at=lin: fit.add_full(at, c, side), model.device)
-            walks.append((spent, len(range(*chosen.indices(n_directions)))))
-    spent = sum(s for s, _ in walks)
-    each = sorted(s / n for s, n in walks)
-    n_batches = len(list(batches(len(tokens.ids), fit.rows)))
-    return fit, {
+            spent = seconds(lambda c=chosen, at=lin: sums.add_full(at, c, side), model.device)
+            swept.append((spent, len(range(*chosen.indices(n_directions)))))
+    spent = sum(s for s, _ in swept)
+    each = sorted(s / n for s, n in swept)
+    n_batches = len(list(batches(len(tokens.ids), budget.rows)))
+    return sums, {
         "directions_timed": n_directions,
         "timed_s": fixed + spent,
         "fit_s": fixed + statistics.median(each) * model.d_model * n_batches,
@@ -78,25 +79,36 @@ def full_sweep(
 
 
 def first_order_sweep(model: ql.Model, tokens: ql.Tokens, memory_gib: float) -> dict[str, float]:
-    """Seconds of both sides' first-order terms over the whole sample: nothing is extrapolated."""
-    budget = Budget.plan(model, tokens.ids.shape[1], memory_gib)
-    fit = Fit(model, tokens, ("value", "key"), ("first_order",), "none", 0, 0, budget)
+    """Seconds of both sides' first-order terms over the whole sample (nothing is extrapolated), and of linearising.
 
-    def run() -> None:
-        for rows in batches(len(tokens.ids), fit.rows):
-            fit.add_first_order(linearise(model, tokens, rows))
+    ``closed_form`` is the share of modules whose terms come in closed form; the basis is carried through the others.
+    """
+    length = tokens.ids.shape[1]
+    budget = Budget.plan(model, length, memory_gib)
+    sums = JacobianSums(model, ("value", "key"), ("first_order",), budget.directions)
 
-    return {"fit_s": seconds(run, model.device)}
+    def run(add: bool) -> None:
+        for rows in batches(len(tokens.ids), budget.rows):
+            lin = linearise(model, tokens, rows)
+            if add:
+                sums.add_first_order(lin)
+
+    modules = linearise(model, tokens, slice(0, 1)).modules
+    return {
+        "fit_s": seconds(lambda: run(True), model.device),
+        "linearise_s": seconds(lambda: run(False), model.device),
+        "closed_form": sum(has_closed_form(m, length) for m in modules) / len(modules),
+    }
 
 
 def time_shares(model: ql.Model, tokens: ql.Tokens, side: Side, memory_gib: float) -> dict[str, float]:
-    """Where one chunk of walks spends its time: shares of weight products, attention products and all else."""
+    """Shares of the time of one chunk's sweep: weight products, attention products and all else."""
     device, budget = model.device, Budget.plan(model, tokens.ids.shape[1], memory_gib)
-    fit = Fit(model, tokens, (side,), ("full",), "none", 0, 0, budget)
-    lin, chosen = linearise(model, tokens, slice(0, fit.rows)), slice(0, budget.directions)
+    sums = JacobianSums(model, (side,), ("full",), budget.directions)
+    lin, chosen = linearise(model, tokens, slice(0, budget.rows)), slice(0, budget.directions)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as measured:
-        fit.add_full(lin, chosen, side)
+        sums.add_full(lin, chosen, side)
         sync(device)
     attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     spent = {"weight products": 0.0, "attention products": 0.0, "copies and casts": 0.0, "elementwise and sums": 0.0}

@@ -1,4 +1,4 @@
-"""The commands of querylens_fast.relations on the embedded model, as the package's README of relations shows them."""
+"""The commands of querylens_fast.relations on the embedded model, as docs/relations shows them."""
 
 import doctest
 import re
@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 import querylens_fast as ql
 from querylens_fast.cli import app
 
-README = Path(ql.__file__).parent / "relations" / "README.md"
+PAGES = sorted((Path(__file__).parent.parent / "docs" / "relations").glob("*.md"))
 
 
 def examples() -> list[tuple[str, str]]:
     """(command, output) of every worked example: a console block that begins with "$ querylens-fast"."""
-    blocks = re.findall(r"```console\n\$ querylens-fast (.*?)\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    blocks = re.findall(r"```console\n\$ querylens-fast (.*?)\n(.*?)```", text, re.S)
     return [(command.replace("\\\n", " "), output) for command, output in blocks]
 
 
@@ -45,10 +46,11 @@ def test_documented_output(command: str, output: str, tmp_path: Path, monkeypatc
 
 def test_documented_sessions() -> None:
     """The Python sessions print what they are documented to."""
-    sessions = re.findall(r"```python\n(>>> .*?)```", README.read_text(encoding="utf-8"), re.S)
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    sessions = re.findall(r"```python\n(>>> .*?)```", text, re.S)
     assert sessions
     for session in sessions:
-        test = doctest.DocTestParser().get_doctest(session, {}, "README.md", str(README), 0)
+        test = doctest.DocTestParser().get_doctest(session, {}, "docs/relations", None, 0)
         assert doctest.DocTestRunner().run(test).failed == 0
 
 

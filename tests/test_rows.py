@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import querylens_fast as ql
-from querylens_fast.dictionaries.prefetch import ReadAhead, read_ahead
+from querylens_fast.dictionaries.prefetch import ReadAhead, prefetch, read_ahead
 from querylens_fast.dictionaries.rows import FileRows, MemoryRows, SummedRows
 from querylens_fast.dictionaries.tensor_files import open_tensors
 
@@ -120,6 +120,37 @@ def test_an_error_of_the_background_is_raised_at_its_block() -> None:
         dictionary.values(blocks[1])
         with pytest.raises(OSError, match="the disk is gone"):
             dictionary.values(blocks[2])
+
+
+def watched_dictionary(n: int = 200) -> tuple[ql.Dictionary, Watched]:
+    dictionary = ql.directions(torch.randn(n, 3), layer=0)
+    rows = Watched(dictionary.values(slice(None)))
+    dictionary.value_rows = rows  # type: ignore[assignment]
+    return dictionary, rows
+
+
+def test_prefetch_reads_the_next_block_in_the_background() -> None:
+    dictionary, rows = watched_dictionary(20)
+    blocks = list(torch.arange(20).split(8))
+    for i, (ids, vectors) in enumerate(prefetch(dictionary, "value", blocks)):
+        assert ids is blocks[i] and torch.equal(vectors, rows.rows.matrix[ids])
+        if i + 1 < len(blocks):
+            assert rows.read_next.wait(10), "nothing was read while the block is worked on"
+            rows.read_next.clear()
+    assert rows.reads == [("asked", blocks[0].tolist()), *(("ahead", b.tolist()) for b in blocks[1:])]
+    assert list(prefetch(dictionary, "value", [])) == []
+
+
+def test_prefetch_raises_a_background_error_at_its_own_block() -> None:
+    dictionary, _ = watched_dictionary()
+    reader = prefetch(dictionary, "value", [torch.tensor([1]), torch.tensor([2]), torch.tensor([99])])
+    next(reader)
+    next(reader)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(reader)
+    dictionary.key_rows = None
+    with pytest.raises(ValueError, match="holds no key vectors"):
+        next(prefetch(dictionary, "key", [torch.tensor([0])]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")

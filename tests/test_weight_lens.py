@@ -13,7 +13,7 @@ from tiny_models import LAYERS, VOCAB, save_tiny_model
 
 import querylens_fast as ql
 from querylens_fast.relations import weight_lens as lens_module
-from querylens_fast.relations.weight_lens import outliers
+from querylens_fast.relations.outliers import outliers
 
 BOS = 1
 LOW = ql.WeightLensThresholds(token_z=1.0, top_tokens=12, feature_z=1.0, top_features=8)

@@ -27,7 +27,7 @@ from querylens_fast.cli.choosing import (
     chosen_pair,
     report,
 )
-from querylens_fast.cli.console import DeviceOption, DtypeOption, reported_errors, say
+from querylens_fast.cli.console import DeviceOption, DtypeOption, reported_errors, say, wide_console
 
 
 def weight_lens(
@@ -168,7 +168,7 @@ def channels(
     transport: Annotated[Path | None, typer.Option(help="With the value side's first-order terms.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Or fit them on this sample. Default: the embedded one.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of the maps. Default: d_model // layers.")] = None,
-    fit: Annotated[str, typer.Option(help="closed_form or gradient.")] = "closed_form",
+    sweep: Annotated[list[int] | None, typer.Option(help="Also test maps of this rank; repeat.")] = None,
     n_permutations: Annotated[int, typer.Option(help="Of the test.", min=0)] = 10_000,
     pictures: Annotated[Path | None, typer.Option(help="Folder for the pictures of each space.")] = None,
     out: OutOption = Path("channels.parquet"),
@@ -185,15 +185,12 @@ def channels(
         loaded = chosen_model(model, bool(dictionary), device, dtype)
         given = chosen_dictionaries(dictionary)
         given = given if dictionary else [d for d in given if site(d) == "residual"]
-        found = ql.subspace_channels(
-            given,
-            loaded,
-            _first_order(loaded, transport, tokens),
-            rank=rank,
-            fit=fit,  # type: ignore[arg-type]
-            out=out,
-        )
+        fitted = _first_order(loaded, transport, tokens)
+        found = ql.subspace_channels(given, loaded, fitted, rank=rank, out=out)
         _show_tests(found, n_permutations)
+        if sweep:
+            swept = ql.channel_sweep([(given, loaded, fitted)], sweep, n_permutations=n_permutations, progress=True)
+            _show_sweep(swept)
         if pictures is not None:
             for space in SPACES:
                 for path in draw_channels(found, pictures, space):
@@ -205,19 +202,39 @@ def _show_tests(found: Any, n_permutations: int) -> None:
     from rich.table import Table
 
     import querylens_fast as ql
-    from querylens_fast.cli.console import wide_console
     from querylens_fast.relations.channels import SPACES
 
     table = Table()
-    for name in ("space", "maps that share their", "OL same", "OL different", "OL random", "p"):
+    for name in (
+        "space",
+        "maps that share their",
+        "OL same",
+        "OL different",
+        "OL random",
+        "p",
+        "AUC",
+        "Spearman",
+        "p ",
+    ):
         table.add_column(name)
     for space in SPACES:
         for shares in ("destination", "source"):
             try:
                 test = ql.channel_test(found, shares=shares, space=space, n_permutations=n_permutations)
-                table.add_row(space, shares, *(f"{x:.4f}" for x in test))
+                table.add_row(space, shares, *("" if x is None else f"{x:.4f}" for x in test))
             except ValueError as error:  # of few maps: none share it, or all do
                 table.add_row(space, shares, str(error))
+    wide_console(120).print(table, markup=False)
+
+
+def _show_sweep(swept: Any) -> None:
+    """One line per rank, space and shared end."""
+    from rich.table import Table
+
+    names = ("rank", "space", "shares", "same", "different", "p_value", "auc", "held_out_error", "held_out_cosine")
+    table = Table(*names)
+    for row in swept.table().to_pylist():
+        table.add_row(*("" if row[n] is None else str(row[n]) if n in names[:3] else f"{row[n]:.4f}" for n in names))
     wide_console(120).print(table, markup=False)
 
 

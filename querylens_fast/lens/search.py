@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from querylens_fast.lens.storage import FORMATS, read_identity, read_jsonl
+from querylens_fast.runs.sealed_parquet import opened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,9 +144,8 @@ def _groups(path: str | Path, side: str, strings: bool) -> Iterator[dict[str, pa
         if rows:
             yield _flat(pa.Table.from_pylist(rows))
         return
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path, read_dictionary=[f"{side}_tokens.list.element"] if strings else None) as file:
+    encoded = [f"{side}_tokens.list.element"] if strings else None
+    with opened(Path(path), read_dictionary=encoded) as file:
         for i in range(file.num_row_groups):
             yield _flat(file.read_row_group(i, columns))
 
@@ -216,10 +216,9 @@ def _rows_of(path: Path, feature: int) -> list[dict[str, Any]]:
     if FORMATS.get(path.suffix) == "jsonl":
         return [row for row in read_jsonl(path) if row["feature"] == feature]
     import numpy as np
-    import pyarrow.parquet as pq
 
     rows: list[dict[str, Any]] = []
-    with pq.ParquetFile(path) as file:
+    with opened(path) as file:
         for i in range(file.num_row_groups):
             group = file.metadata.row_group(i)
             place = next(j for j in range(group.num_columns) if group.column(j).path_in_schema == "feature")

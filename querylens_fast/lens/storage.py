@@ -1,25 +1,20 @@
-"""Sinks: where signatures are written, so that nothing is lost and a killed run goes on.
-
-Parquet, for whole dictionaries, is in `parquet`. JSONL, the reference's row format: rows are appended a block at a
-time, and a half-written last line is cut off when the run resumes. Beside either lies the identity of the run it
-belongs to; a file of another run is refused, never mixed.
-"""
+"""Signatures in files: which format a path means, the sink that writes it, and the result that is read from it."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
+from querylens_fast.lens.jsonl import JsonlSink, has_checksums, jsonl_problems, read_jsonl, read_jsonl_identity
+from querylens_fast.lens.parquet import ParquetSink
 from querylens_fast.lens.results import Signatures
 from querylens_fast.models.model import Model
-from querylens_fast.runs.atomic_write import write_whole
+from querylens_fast.runs import part_writer, sealed_parquet
 
-METADATA_KEY = b"querylens_fast"
+__all__ = ["FORMATS", "Sink", "StoredSignatures", "format_of", "open_sink", "read_identity", "read_jsonl", "verify"]
+
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl"}
 
 
@@ -32,11 +27,10 @@ class StoredSignatures:
     format: str
 
     def table(self) -> Any:
-        """The file as a pyarrow Table."""
+        """The file as a pyarrow Table. Raises ValueError where it is damaged."""
         if self.format == "parquet":
-            import pyarrow.parquet as pq
-
-            return pq.read_table(self.path)
+            with sealed_parquet.opened(self.path) as file:
+                return file.read()
         import pyarrow as pa
 
         return pa.Table.from_pylist(read_jsonl(self.path))
@@ -44,6 +38,34 @@ class StoredSignatures:
     def metadata(self) -> dict[str, Any]:
         """What the file is a result of: preset, dictionary, model, transport, …"""
         return read_identity(self.path)
+
+
+class Sink(Protocol):
+    """Takes blocks of signatures. Opening one writes at most the run's identity."""
+
+    def pending(self, block: slice) -> Sequence[int]:
+        """Indices of the block that are not written yet."""
+        ...
+
+    def write(self, found: Signatures, indices: Sequence[int], names: Sequence[str] | None = None) -> None:
+        """Write signatures; indices are their positions in the run, names their feature_str."""
+        ...
+
+    def finish(self, n_features: int) -> None:
+        """Close the result, which has to hold n_features rows."""
+        ...
+
+
+def format_of(path: str | Path, format: str | None = None) -> str:
+    """ "parquet" or "jsonl": as asked for, or by the path's ending.
+
+    Raises:
+        ValueError: Another one.
+    """
+    found = format or FORMATS.get(Path(path).suffix)
+    if found not in ("parquet", "jsonl"):
+        raise ValueError(f"out is {str(path)!r}; expected a .parquet or .jsonl file, or format='parquet' or 'jsonl'")
+    return found
 
 
 def open_sink(
@@ -58,141 +80,14 @@ def open_sink(
     """The sink for a path.
 
     Raises:
-        ValueError: An ending or format that is not known, or no tokenizer for token strings.
+        ValueError: An ending or format that is not known, a folder or device, or no tokenizer for token strings.
         FileExistsError: The path holds another run's result, or one of this run and ``resume`` is False.
     """
-    path = Path(path)
-    format = format or FORMATS.get(path.suffix)
-    if format not in ("parquet", "jsonl"):
-        raise ValueError(f"out is {str(path)!r}; expected a .parquet or .jsonl file, or format='parquet' or 'jsonl'")
+    format = format_of(path, format)
     if token_strings or format == "jsonl":
         model.str_tokens([0])
-    from querylens_fast.lens.parquet import ParquetSink
-
     kind = ParquetSink if format == "parquet" else JsonlSink
-    return kind(path, identity, resume, token_strings, model)
-
-
-class Sink:
-    """Takes blocks of signatures. Opening it writes at most the run's identity."""
-
-    format = ""
-
-    def __init__(self, path: Path, identity: dict[str, Any], resume: bool, token_strings: bool, model: Model) -> None:
-        self.path, self.identity, self.token_strings, self.model = (
-            path,
-            json.loads(json.dumps(identity)),
-            token_strings,
-            model,
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        earlier = self._earlier_identity()
-        if earlier is not None and not resume:
-            raise FileExistsError(f"{str(path)!r} exists already; delete it, choose another out, or use resume=True")
-        if earlier is not None and earlier != self.identity:
-            changed = sorted(k for k in self.identity if earlier.get(k) != self.identity[k])
-            raise FileExistsError(
-                f"{str(path)!r} holds the result of another run (different: {', '.join(changed) or 'format'}); "
-                "delete it or choose another out"
-            )
-
-    def __enter__(self) -> Sink:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, OSError) and not isinstance(error, FileExistsError):
-            kept = f"what was written of {str(self.path)!r} is kept; run the same call again to go on from there"
-            raise OSError(error.errno, f"{error.strerror or error}; {kept}", error.filename) from error
-
-    def pending(self, block: slice) -> Sequence[int]:
-        """Indices of the block that are not written yet."""
-        raise NotImplementedError
-
-    def write(self, found: Signatures, indices: Sequence[int], names: Sequence[str] | None = None) -> None:
-        """Write signatures; indices are their positions in the run, names their feature_str."""
-        raise NotImplementedError
-
-    def finish(self, n_features: int) -> StoredSignatures:
-        """Close the result."""
-        return StoredSignatures(self.path, n_features, self.format)
-
-    def _earlier_identity(self) -> dict[str, Any] | None:
-        raise NotImplementedError
-
-
-def feature_name(found: Signatures, feature: int) -> str:
-    """The reference's feature_str, "Feature type-size/layer/feature"."""
-    dictionary = found.pipeline.dictionary
-    return f"Feature {dictionary.kind}-{dictionary.n_features}/{dictionary.layer}/{feature}"
-
-
-class JsonlSink(Sink):
-    """One JSON object a line, in the reference's row format; resumes by feature_index."""
-
-    format = "jsonl"
-
-    def __init__(self, path: Path, identity: dict[str, Any], resume: bool, token_strings: bool, model: Model) -> None:
-        super().__init__(path, identity, resume, token_strings, model)
-        self.done = _mend_jsonl(path)
-        write_whole(_identity_path(path), json.dumps(self.identity, indent=1))
-
-    def pending(self, block: slice) -> Sequence[int]:
-        return [i for i in range(block.start, block.stop) if i not in self.done]
-
-    def write(self, found: Signatures, indices: Sequence[int], names: Sequence[str] | None = None) -> None:
-        names = names or [feature_name(found, f) for f in found.features.tolist()]
-        lines = [
-            json.dumps({"feature_index": index, "feature_str": name, **row}, ensure_ascii=False)
-            for index, name, row in zip(indices, names, found.rows(), strict=True)
-        ]
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(line + "\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
-        self.done.update(indices)
-
-    def _earlier_identity(self) -> dict[str, Any] | None:
-        if not self.path.exists() or self.path.stat().st_size == 0:
-            return None
-        if _identity_path(self.path).is_file():
-            return json.loads(_identity_path(self.path).read_text(encoding="utf-8"))
-        raise FileExistsError(
-            f"{str(self.path)!r} has no .run.json beside it that says what it is a result of, so it is left alone; "
-            "choose another out"
-        )
-
-
-def _identity_path(path: Path) -> Path:
-    return path.with_name(path.name + ".run.json")
-
-
-def _mend_jsonl(path: Path) -> set[int]:
-    """The feature_index of every whole row; a half-written last line is cut off."""
-    if not path.exists():
-        return set()
-    done, end = set(), 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                done.add(int(json.loads(line)["feature_index"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{str(path)!r} line {number} is no result row ({error}); mend or delete the file"
-                ) from error
-            end += len(line)
-    with open(path, "r+b") as file:
-        file.truncate(end)
-    return done
-
-
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a result file."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    return kind(Path(path), identity, resume, token_strings, model)
 
 
 def read_identity(path: str | Path) -> dict[str, Any]:
@@ -200,22 +95,44 @@ def read_identity(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: It was not written by this package.
+        ValueError: It is damaged, or was not written by this package.
+    """
+    path = Path(path)
+    if path.is_file() and FORMATS.get(path.suffix) == "jsonl":
+        return read_jsonl_identity(path)
+    return sealed_parquet.read_identity(path)
+
+
+def verify(path: str | Path) -> list[str]:
+    """What is wrong with a result file: nothing, or sentences that name the damage. Reads all of it.
+
+    Every byte of a Parquet file is compared with the digests in its footer (some 2 GB/s), every JSONL row with its
+    checksum and its place. Results of versions before there were digests are only decoded.
+
+    Args:
+        path: A result of `signatures` or of a relation, Parquet or JSONL.
+
+    Raises:
+        FileNotFoundError: No such file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"result file {str(path)!r} does not exist")
     if FORMATS.get(path.suffix) == "jsonl":
-        if not _identity_path(path).is_file():
-            raise ValueError(f"{str(path)!r} has no .run.json beside it that says what it is a result of")
-        return json.loads(_identity_path(path).read_text(encoding="utf-8"))
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+        return jsonl_problems(path)
+    found = part_writer.verify(path)
+    if not found:
+        with sealed_parquet.opened(path) as file:
+            rows = file.metadata.num_rows
+        identity = sealed_parquet.read_identity(path)
+        expected = identity.get("n_features", rows)
+        if rows != expected and "what" not in identity:  # a relation has more rows than features
+            found = [f"{str(path)!r} holds {rows} rows of {expected}"]
+    return found
 
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{str(path)!r} is no whole Parquet file: {error}") from error
-    if METADATA_KEY not in metadata:
-        raise ValueError(f"{str(path)!r} was not written by querylens_fast")
-    return json.loads(metadata[METADATA_KEY])
+
+def is_checked(path: str | Path) -> bool:
+    """Was the result written with digests of its rows? Those of earlier versions were not."""
+    if FORMATS.get(Path(path).suffix) == "jsonl":
+        return has_checksums(Path(path))
+    return sealed_parquet.is_sealed(path)

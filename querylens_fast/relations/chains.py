@@ -1,4 +1,4 @@
-"""Chains: the rows of features that follow one another from dictionary to dictionary."""
+"""The rows of `feature_chains`: features that follow one another from dictionary to dictionary."""
 
 from __future__ import annotations
 

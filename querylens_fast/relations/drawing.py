@@ -1,4 +1,4 @@
-"""Drawing: pictures of subspace channels (the last two: Query Lens, arXiv 2606.07617, Fig. 5). Needs matplotlib."""
+"""Plots of subspace channels (the last two as in Query Lens, arXiv 2606.07617, Fig. 5). Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from querylens_fast.relations.channels import ChannelMaps, Space, channel_maps, random_overlap
+from querylens_fast.relations.channel_statistics import ChannelMaps, channel_maps, overlaps_by_distance, random_overlap
+from querylens_fast.relations.channels import Space
 from querylens_fast.relations.tables import RelationTable
 
 
@@ -76,14 +76,6 @@ def draw_channels(found: RelationTable, folder: str | Path, space: Space = "writ
     figure.savefig(paths[2], dpi=150)
     plt.close(figure)
     return paths
-
-
-def overlaps_by_distance(maps: ChannelMaps) -> dict[int, Tensor]:
-    """The overlaps of pairs of maps from one source, by the distance of their destinations, ascending."""
-    to = torch.tensor([destination for _, destination in maps.layers])
-    between = (to[:, None] - to).abs()
-    pairs = maps.same_source.triu(1)
-    return {d: maps.overlaps[pairs & (between == d)] for d in between[pairs].unique().tolist()}
 
 
 def _groups(maps: ChannelMaps) -> dict[str, Any]:

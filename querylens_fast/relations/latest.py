@@ -1,4 +1,4 @@
-"""Latest: what the blocks of a product share while they are about one target, and no longer."""
+"""A cache of one entry: what consecutive blocks of a product share while they have the same target."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ T = TypeVar("T")
 
 
 class Latest(Generic[T]):
-    """Keeps what was made for one owner until another asks; the old one is dropped before the new one is made."""
+    """Holds the value made for one owner. Another owner's request frees it before the new value is made."""
 
     def __init__(self) -> None:
         self._kept: tuple[object, T] | None = None
 
     def get(self, owner: object, make: Callable[[], T]) -> T:
-        """What ``make`` gives for this owner (compared by identity)."""
+        """The value of this owner (compared by identity): the held one, or ``make()``."""
         if self._kept is None or self._kept[0] is not owner:
             self._kept = None
             self._kept = owner, make()

@@ -1,4 +1,4 @@
-"""Profiles: how strongly features can take part in attention, semantic ones against the others, by layer.
+"""How strongly features can take part in attention, by layer: semantic features against the others.
 
 After Liu & Deng (arXiv 2601.22447). A feature's strength in a head is the length of what a circuit makes of its value v
 (`attention.circuit_weights`: norms, scale and γ folded),
@@ -24,6 +24,7 @@ from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import at_least_float32
 from querylens_fast.relations.attention import FEATURES_AT_ONCE, circuit_weights, heads_of
+from querylens_fast.relations.channel_statistics import separation
 from querylens_fast.relations.output_features import output_features
 from querylens_fast.relations.readers import layers_behind
 from querylens_fast.relations.tables import Block, Categories, RelationTable, identity_of, rows, tabulate
@@ -68,9 +69,7 @@ def attention_profiles(
     """
     model = as_model(model)
     several = dictionaries if isinstance(dictionaries, (list, tuple)) else [dictionaries]
-    given = [load_dictionary(d) for d in several]
-    for dictionary in given:
-        dictionary.check_model(model)
+    given = [load_dictionary(d).on(model) for d in several]
     asked = set(range(model.n_layers) if layers is None else layers)
     for layer in asked:
         heads_of(model, layer)
@@ -134,8 +133,8 @@ def _profile(model: Model, dictionary: Dictionary, semantic: Tensor, layer: int)
     for role in range(len(ROLES)):
         for head in range(n_heads):
             groups = found[role, head, semantic], found[role, head, ~semantic]
-            separation = _separation(*groups)
-            lines += [_summary(values) | {"separation": separation} for values in groups]
+            above = separation(*groups) if all(map(len, groups)) else None
+            lines += [_summary(values) | {"separation": above} for values in groups]
     n = len(lines)
     columns = {name: [line[name] for line in lines] for name in lines[0]}
     import pyarrow as pa
@@ -161,15 +160,6 @@ def _summary(values: Tensor) -> dict[str, float | None]:
     quantiles = values.quantile(torch.tensor(QUANTILES, dtype=values.dtype)).tolist()
     spread = {"mean": float(values.mean()), "deviation": float(values.std(correction=0))}
     return {"n": len(values), **spread, **dict(zip(names, quantiles, strict=True))}
-
-
-def _separation(a: Tensor, b: Tensor) -> float | None:
-    """P(a > b) + P(a = b) / 2 of random members."""
-    if not len(a) or not len(b):
-        return None
-    ordered = b.sort().values
-    below, up_to = (torch.searchsorted(ordered, a, right=right) for right in (False, True))
-    return float((below + up_to).double().mean() / (2 * len(b)))
 
 
 def _predicting(dictionary: Dictionary, table: RelationTable) -> Tensor:

@@ -28,8 +28,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -39,14 +39,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from querylens_fast.lens.storage import METADATA_KEY, read_identity
 from querylens_fast.models.model import Model
-from querylens_fast.runs.atomic_write import whole, write_whole
-from querylens_fast.runs.run_lock import held
+from querylens_fast.runs.part_writer import PartWriter, read_identity
+from querylens_fast.runs.run_lock import held, resumable
+from querylens_fast.runs.sealed_parquet import opened
 from querylens_fast.topk.api import TopK
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 ROW_GROUP = 1 << 20
 """Rows of a Parquet row group, at most."""
@@ -77,18 +78,16 @@ class RelationTable:
         """The rows as a pyarrow Table; from a file, only the columns asked for are read."""
         if self.in_memory is not None:
             return self.in_memory if columns is None else self.in_memory.select(list(columns))
-        import pyarrow.parquet as pq
-
-        return pq.read_table(self.path, columns=None if columns is None else list(columns))
+        with self._open() as file:
+            return file.read(None if columns is None else list(columns))
 
     def head(self, n: int) -> pa.Table:
         """The first n rows; from a file, no more is read than the row groups they are in."""
         if self.in_memory is not None:
             return self.in_memory.slice(0, n)
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        with pq.ParquetFile(self.path) as file:
+        with self._open() as file:
             batches = file.iter_batches(batch_size=n) if n > 0 else ()
             return pa.Table.from_batches(islice(batches, n), file.schema_arrow).slice(0, n)
 
@@ -99,9 +98,13 @@ class RelationTable:
     def __len__(self) -> int:
         if self.in_memory is not None:
             return self.in_memory.num_rows
-        import pyarrow.parquet as pq
+        with self._open() as file:
+            return file.metadata.num_rows
 
-        return pq.read_metadata(self.path).num_rows
+    def _open(self) -> AbstractContextManager[pq.ParquetFile]:
+        if self.path is None:
+            raise ValueError("this table has neither rows nor a file")
+        return opened(self.path)
 
 
 def tabulate(
@@ -274,87 +277,10 @@ def _for_each(value: Any, repeats: int) -> Any:
 def _write(blocks: Sequence[Block], metadata: dict[str, Any], out: Path, resume: bool, bar: tqdm[Any]) -> RelationTable:
     if out.suffix != ".parquet":
         raise ValueError(f"out is {str(out)!r}; expected a .parquet file")
-    with held(out):
-        return _write_held(blocks, metadata, out, resume, bar)
-
-
-def _write_held(
-    blocks: Sequence[Block], metadata: dict[str, Any], out: Path, resume: bool, bar: tqdm[Any]
-) -> RelationTable:
-    import pyarrow.parquet as pq
-
-    parts = out.with_name(out.name + ".parts")
-    _check_earlier(out, parts, metadata, resume)
-    if out.exists():
-        shutil.rmtree(parts, ignore_errors=True)
-        bar.update(bar.total)
-        return RelationTable(metadata, out)
-    begun = False
-    for i, block in enumerate(blocks):
-        path = parts / f"part-{i:09d}.parquet"
-        if not path.exists():
-            table = block.compute()
-            if not begun:
-                # Not before something is known: a mistake that shows in the first block leaves nothing behind.
-                parts.mkdir(parents=True, exist_ok=True)
-                write_whole(parts / "run.json", json.dumps(metadata, indent=1))
-                begun = True
-            with whole(path) as partial:
-                pq.write_table(table, partial, compression="zstd")
-        bar.update(block.size)
-    _join([parts / f"part-{i:09d}.parquet" for i in range(len(blocks))], metadata, out)
-    shutil.rmtree(parts)
-    return RelationTable(metadata, out)
-
-
-def _check_earlier(out: Path, parts: Path, metadata: dict[str, Any], resume: bool) -> None:
-    if out.exists():
-        earlier = read_identity(out)
-    elif any(parts.glob("part-*.parquet")):
-        earlier = json.loads((parts / "run.json").read_text(encoding="utf-8"))
-    else:
-        return
-    there = out if out.exists() else parts
-    if not resume:
-        raise FileExistsError(f"{str(there)!r} exists already; delete it, choose another out, or use resume=True")
-    if earlier != metadata:
-        changed = sorted(k for k in metadata.keys() | earlier.keys() if earlier.get(k) != metadata.get(k))
-        raise FileExistsError(
-            f"{str(there)!r} holds the result of another run (different: {', '.join(changed)}); delete it or choose "
-            "another out"
-        )
-
-
-def _join(parts: Sequence[Path], metadata: dict[str, Any], out: Path) -> None:
-    import pyarrow.parquet as pq
-
-    schema = next(_tables(parts[:1])).schema.with_metadata({METADATA_KEY: json.dumps(metadata).encode()})
-    with whole(out) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-        for table in _regrouped(parts):
-            writer.write_table(table.cast(schema), row_group_size=ROW_GROUP)
-
-
-def _regrouped(parts: Sequence[Path]) -> Iterator[pa.Table]:
-    """The rows of all parts in order, in tables of as many parts as a row group takes."""
-    import pyarrow as pa
-
-    waiting: list[pa.Table] = []
-    for part in _tables(parts):
-        if waiting and sum(map(len, waiting)) + len(part) > ROW_GROUP:
-            yield pa.concat_tables(waiting)
-            waiting = []
-        waiting.append(part)
-    yield pa.concat_tables(waiting)
-
-
-def _tables(parts: Sequence[Path]) -> Iterator[pa.Table]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for part in parts:
-        try:
-            yield pq.read_table(part)
-        except pa.ArrowInvalid as error:
-            raise ValueError(
-                f"{str(part)!r} is damaged ({error}); delete it and run the same call again to compute it anew"
-            ) from error
+    with held(out), resumable(out):
+        writer = PartWriter(out, metadata, row_group=ROW_GROUP, resume=resume)
+        for i, block in enumerate(blocks):
+            if not writer.done(i):
+                writer.write(i, block.compute())
+            bar.update(block.size)
+        return RelationTable(metadata, writer.finish(n_parts=len(blocks)))

@@ -1,4 +1,4 @@
-"""Token → features: the signatures read from the other side, the top features of every token of the vocabulary.
+"""Token → features: the features that score highest and lowest for every token of the vocabulary.
 
 A signature scores every token for a feature, score(f, t) = (⟨x_f, W_t⟩ + offset_f) · scale_t + bias_t (`readouts`).
 Here the roles are swapped: for each token the features with the largest and smallest score(f, t), over one dictionary

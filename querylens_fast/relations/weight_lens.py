@@ -1,4 +1,4 @@
-"""WeightLens: what activates a feature and what it promotes, as outliers among its products with other weights.
+"""WeightLens: a feature described by the outliers among its products with other weights.
 
 Golimblevskaia et al. (arXiv 2510.14936) describe a transcoder's feature without data. A few of its products with the
 embedding, the unembedding and the decoders of earlier features stand out from the rest:
@@ -18,7 +18,7 @@ products, as in `upstream`; the final norm is applied to values, as in ``logit_l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +32,7 @@ from querylens_fast.lens.ablations import activations
 from querylens_fast.lens.readouts import Scorer, embed, unembed
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
+from querylens_fast.relations.outliers import Found, Outliers, outliers, ranks_within
 from querylens_fast.relations.readers import identity_of_features
 from querylens_fast.relations.tables import Block, Categories, RelationTable, identity_of, rows, tabulate
 from querylens_fast.topk.api import TopK, streamed_topk
@@ -101,7 +102,7 @@ def weight_lens(
     """
     model, thresholds = as_model(model), thresholds or WeightLensThresholds()
     several = dictionaries if isinstance(dictionaries, (list, tuple)) else [dictionaries]
-    given = sorted((load_dictionary(d) for d in several), key=lambda d: d.point("key"))
+    given = sorted((load_dictionary(d).on(model) for d in several), key=lambda d: d.point("key"))
     if not given:
         raise ValueError("dictionaries is an empty list; expected at least one")
     if features is not None and len(given) > 1:
@@ -111,9 +112,8 @@ def weight_lens(
             f"top_tokens, top_features are {thresholds.top_tokens}, {thresholds.top_features}; expected at least 2: z "
             "is taken within them"
         )
-    known = [*given, *(load_dictionary(d) for d in earlier)]
+    known = [*given, *(load_dictionary(d).on(model) for d in earlier)]
     for dictionary in known:
-        dictionary.check_model(model)
         if validate and dictionary.kind != "neurons":
             dictionary.check_runs()
     bos = _bos_token(model, bos_token_id) if validate else None
@@ -177,37 +177,19 @@ def weight_descriptions(found: RelationTable, n: int = 5) -> pa.Table:
     )
 
 
-class _Found(NamedTuple):
-    """Relations of a block of features with one target, sorted by feature, then rank."""
-
-    row: Tensor
-    """[m] place of the feature in the block."""
-    id: Tensor
-    score: Tensor
-    z: Tensor
-
-
-class Outliers(NamedTuple):
-    """What stands out for n vectors, and the mean and standard deviation [n] of their largest scores."""
-
-    found: _Found
-    mean: Tensor
-    deviation: Tensor
-
-
 class _Part(NamedTuple):
     """Relations of one kind, with what the model's run said of them."""
 
     relation: str
     target: str
     layer: int | None
-    found: _Found
+    found: Found
     activation: Tensor
     """[m], NaN where nothing was run."""
     accepted: Tensor
 
     @classmethod
-    def unrun(cls, relation: str, target: str, layer: int | None, found: _Found) -> _Part:
+    def unrun(cls, relation: str, target: str, layer: int | None, found: Found) -> _Part:
         """Relations that no run has to confirm."""
         n = len(found.row)
         return cls(relation, target, layer, found, torch.full((n,), torch.nan), torch.ones(n, dtype=torch.bool))
@@ -247,7 +229,7 @@ class _Lens:
             target_layer=torch.tensor([-1 if part.layer is None else part.layer for part in parts])[kind],
             target_id=target_id,
             side="top",
-            rank=torch.cat([_ranks(part.found.row) for part in parts])[order].int(),
+            rank=torch.cat([ranks_within(part.found.row) for part in parts])[order].int(),
             score=joined("score")[order],
             relation=Categories([part.relation for part in parts], kind),
             z=joined("z")[order],
@@ -290,7 +272,7 @@ class _Lens:
 
         return outliers(search, vectors, len(scorer.W), self.thresholds.top_tokens, self.thresholds.token_z)
 
-    def _features(self, other: Dictionary, keys: Tensor) -> _Found:
+    def _features(self, other: Dictionary, keys: Tensor) -> Found:
         """Features of an earlier dictionary that stand out for keys [n, D]."""
         values = other.values(slice(None)).to(keys)
 
@@ -299,7 +281,7 @@ class _Lens:
 
         return outliers(search, keys, len(values), self.thresholds.top_features, self.thresholds.feature_z).found
 
-    def _inherited(self, keys: Tensor, inputs: Outliers, read: list[tuple[Dictionary, _Found]]) -> _Found:
+    def _inherited(self, keys: Tensor, inputs: Outliers, read: list[tuple[Dictionary, Found]]) -> Found:
         """The tokens accepted for the earlier features that keys read, without the inputs; strongest first."""
         V = self.model.vocab_size
         pairs = [torch.empty(0, dtype=torch.int64)]
@@ -314,14 +296,14 @@ class _Lens:
         pair = pair[~torch.isin(pair, inputs.found.row * V + inputs.found.id)]
         row, token = pair // V, pair % V
         if not len(pair):
-            return _Found(row, token, torch.empty(0), torch.empty(0))
+            return Found(row, token, torch.empty(0), torch.empty(0))
         step = max(1, SCORES_AT_ONCE // keys.shape[1])
         chunks = zip(row.split(step), token.split(step), strict=True)
         scores = torch.cat([self.embed.scores_at(keys[r], t[:, None])[:, 0] for r, t in chunks]).cpu()
         order = scores.argsort(descending=True, stable=True)
         order = order[row[order].argsort(stable=True)]
         row, scores = row[order], scores[order]
-        return _Found(row, token[order], scores, (scores.double() - inputs.mean[row]) / inputs.deviation[row])
+        return Found(row, token[order], scores, (scores.double() - inputs.mean[row]) / inputs.deviation[row])
 
     def _activations(self, dictionary: Dictionary, features: Tensor, tokens: Tensor) -> Tensor:
         """The activation of each feature [m] at its token [m] behind BOS, float32."""
@@ -342,32 +324,6 @@ class _Lens:
             return [None] * len(ids)
         texts = dict(zip(distinct := ids[is_token].unique().tolist(), self.model.str_tokens(distinct), strict=True))
         return [texts[i] if token else None for i, token in zip(ids.tolist(), is_token.tolist(), strict=True)]
-
-
-def outliers(
-    search: Callable[[Tensor, int], TopK], vectors: Tensor, n_scores: int, limit: int, threshold: float
-) -> Outliers:
-    """Of the ``limit`` largest of each vector's n_scores scores those with z > threshold, z taken over these largest.
-
-    ``search`` gives the k largest scores of vectors [n, D]. Scores that are all equal have none.
-    """
-    looked = search(vectors, min(limit, n_scores)).to("cpu")
-    scores, ids = looked.top_scores, looked.top_ids
-    assert scores is not None and ids is not None
-    wide = scores.double()
-    mean = wide.mean(1)
-    above = wide - mean[:, None]
-    deviation = above.norm(dim=1) / max(1, wide.shape[1] - 1) ** 0.5
-    z = above / deviation[:, None]
-    row, rank = (z > threshold).nonzero(as_tuple=True)
-    return Outliers(_Found(row, ids[row, rank], scores[row, rank], z[row, rank]), mean, deviation)
-
-
-def _ranks(row: Tensor) -> Tensor:
-    """The place of each entry among those of its row; equal rows follow one another."""
-    _, counts = row.unique_consecutive(return_counts=True)
-    starts = counts.cumsum(0) - counts
-    return torch.arange(len(row)) - starts.repeat_interleave(counts)
 
 
 def _with_nulls(table: pa.Table, name: str, missing: Tensor) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Weights: every weight of a model that reads a direction of the residual stream, or writes one, by name.
+"""Every weight of a model that reads a direction of the residual stream, or writes one, by name.
 
 Readers (downstream of a value v) and writers (upstream of a key u), for every layer l and head h:
 

@@ -1,43 +1,38 @@
-"""Fitting: the sweeps that make a transport (`transport` has the mathematics).
+"""Fit a transport: `transport` has the mathematics, `sums` and `energy` the accumulators, `growth` the sample size.
 
-`Fit` holds the accumulators; each batch of sequences is linearised once, and directions walk through it in chunks, so
-that memory keeps to the user's bound.
+Each batch of sequences is linearised once and directions are carried through it a few at a time, so that memory keeps
+to the user's bound. Batch b belongs to group b mod G of the sequences and to process b mod R.
 """
 
 from __future__ import annotations
 
-import itertools
+import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
-from querylens_fast.models.norms import at_least_float32
 from querylens_fast.models.tokens import Tokens, as_tokens
 from querylens_fast.runs import processes as ranks
 from querylens_fast.runs.versions import versions
-from querylens_fast.transport.first_order import has_closed_form, total
-from querylens_fast.transport.jacobians import (
-    Budget,
-    Linearised,
-    Order,
-    Side,
-    Submodule,
-    batches,
-    first_order_term,
-    linearise,
-    position_sum,
-    walk,
-)
+from querylens_fast.transport.energy import Energy, EnergySums, rows_for_energy
+from querylens_fast.transport.growth import Agreement, probes, sequences_needed
+from querylens_fast.transport.jacobians import Budget, Order, Side, Submodule, check_submodules, linearise
+from querylens_fast.transport.sums import JacobianSums
 from querylens_fast.transport.transport import FORMAT, ORDERS, SIDES, Transport
 
-Energy = Literal["none", "probes", "exact"]
 EMBEDDED_AT_ONCE = 1 << 12
 """Token embeddings held at a time."""
+GROWTH = 1.5
+"""By how much a growing sample is larger at the next comparison."""
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -46,31 +41,43 @@ def fit_transport(
     tokens: Tokens | Tensor,
     *,
     sides: Sequence[Side] = SIDES,
-    orders: Sequence[Order] = ORDERS,
+    orders: Sequence[Order] | None = None,
     energy: Energy = "none",
     n_probes: int = 64,
     seed: int = 0,
     max_memory_gib: float = 2.0,
     submodule: Submodule = "both",
     through_norms: bool = True,
+    groups: int = 1,
+    until: float | None = None,
+    k: int = 25,
+    dictionaries: Sequence[Dictionary] | None = None,
     progress: bool = True,
 ) -> Transport:
-    """Fit the transport of a model over a token sample: every layer and both sides, in about D walks.
+    """Fit the transport of a model over a token sample: every layer and both sides.
 
-    Within `ranks.joined` the sequences are dealt out to the processes; every one gets the whole transport, equal to
-    that of one process but for the order of its sums.
+    Cost: D directions carried through the model for each side of the full order, over all tokens; the first order costs
+    some forward passes. Within `ranks.joined` the sequences are shared among the processes; every one gets the whole
+    transport, equal to that of one process but for the order of its sums.
 
     Args:
         model: From `load_model`, or any model `as_model` takes.
         tokens: From `load_tokens`, or ids [B, S].
         sides: "value", "key" or both.
-        orders: "full", "first_order" or both.
-        energy: "probes" or "exact" also fits E[JᵀJ], for rel_var. Exact costs D walks for each point.
+        orders: "full", "first_order" or both; by default both, or "full" alone for a model whose layers are opaque.
+        energy: "probes" or "exact" also fits E[JᵀJ], for rel_var. Exact costs D directions for each point.
         n_probes: Sign probes a sequence, for energy="probes".
-        seed: Of the probes.
-        max_memory_gib: Bound on the working memory (not on the result: P·D² numbers a side and order).
+        seed: Of the probes, and of the features that ``until`` compares.
+        max_memory_gib: Bound on the working memory (not on the result: groups · P · D² numbers a side and order).
         submodule: "attn" or "mlp" leaves the other module's Jacobian out (reference's ``submodule``).
         through_norms: False takes Jacobians of the modules without their norms (reference's ``use_*_layer_norm``).
+        groups: Keep the matrices of so many disjoint groups of sequences, at the same cost; the file is so many times
+            as large. Gives standard errors of scores (`lens.reliability`) and independent fits (`Transport.group`).
+        until: Take only as many of the sequences as it needs until the top tokens of the median feature agree between
+            the two halves of what was taken, with at least this Jaccard index (0 < until < 1). What was reached, and
+            how many sequences would do if it was not, is logged and is in the metadata.
+        k: Top tokens that ``until`` compares.
+        dictionaries: Features that ``until`` compares; by default MLP neurons of every layer.
         progress: Show a progress bar.
 
     Raises:
@@ -78,32 +85,70 @@ def fit_transport(
     """
     model = as_model(model)
     tokens = as_tokens(tokens, model)
-    sides, orders = _once(sides), _once(orders)
-    _check_choice("sides", sides, SIDES)
-    _check_choice("orders", orders, ORDERS)
-    _check_choice("energy", [energy], ("none", "probes", "exact"))
-    _check_choice("submodule", [submodule], ("both", "attn", "mlp"))
-    budget = Budget.plan(model, tokens.ids.shape[1], max_memory_gib)
-    fit = Fit(model, tokens, sides, orders, energy, n_probes, seed, budget)
-    group = ranks.current()
-    with tqdm(total=fit.steps, desc="transport", unit="walk", disable=not (progress and group.leads)) as bar:
-        for rows in group.share(list(batches(len(tokens.ids), fit.rows_each(group.size)))):
-            lin = linearise(model, tokens, rows, submodule, through_norms)
-            for done in fit.sweep(lin):
-                bar.update(done * group.size)
-                group.check()
-    for sums in (*fit.matrices.values(), *fit.energies.values()):
-        group.sum_(sums)
-    return fit.finish(mean_embedding(model, tokens), submodule, through_norms)
+    if orders is None:
+        orders = ORDERS if model.has_submodules else ("full",)
+    options = FitOptions(
+        _once(sides), _once(orders), energy, n_probes, seed, max_memory_gib, submodule, through_norms, groups, until, k
+    )
+    options.check(model, tokens)
+    return _Fit(model, tokens, options, dictionaries).run(progress)
 
 
 def mean_embedding(model: Model, tokens: Tokens) -> Tensor:
     """The mean token embedding over the valid positions, [D] in float32 or wider."""
+    return _embedding_sum(model, tokens.ids[tokens.valid_mask]) / tokens.n_valid
+
+
+def _embedding_sum(model: Model, ids: Tensor) -> Tensor:
+    """Σ of the token embeddings of ids [n], [D] in float32 or wider."""
     wide = torch.promote_types(model.dtype, torch.float32)
     total = torch.zeros(model.d_model, dtype=wide, device=model.device)
-    for ids in tokens.ids[tokens.valid_mask].split(EMBEDDED_AT_ONCE):
-        total += model.embed(ids).to(wide).sum(0)
-    return total / tokens.n_valid
+    for some in ids.split(EMBEDDED_AT_ONCE):
+        total += model.embed(some).to(wide).sum(0)
+    return total
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """The arguments of `fit_transport` that say what is fitted and how."""
+
+    sides: tuple[Side, ...]
+    orders: tuple[Order, ...]
+    energy: Energy
+    n_probes: int
+    seed: int
+    max_memory_gib: float
+    submodule: Submodule
+    through_norms: bool
+    groups: int
+    until: float | None
+    k: int
+
+    def check(self, model: Model, tokens: Tokens) -> None:
+        """Raise ValueError for anything that is unknown or does not fit the model or the sample."""
+        _check_choice("sides", self.sides, SIDES)
+        _check_choice("orders", self.orders, ORDERS)
+        _check_choice("energy", [self.energy], ("none", "probes", "exact"))
+        _check_choice("submodule", [self.submodule], ("both", "attn", "mlp"))
+        check_submodules(model, self.orders, self.submodule)
+        n, fewest = len(tokens.ids), self.groups if self.until is None else self.inner_groups
+        if type(self.groups) is not int or not 1 <= self.groups or fewest > n:
+            raise ValueError(
+                f"groups is {self.groups}; expected 1 to the number of sequences, {n} (at least 2 for until=)"
+            )
+        if self.until is None:
+            return
+        if not 0 < self.until < 1:
+            raise ValueError(f"until is {self.until}; expected a Jaccard index between 0 and 1, such as 0.85")
+        if self.groups > 1 and self.groups % 2:
+            raise ValueError(f"groups is {self.groups}; expected an even number with until=, which compares two halves")
+        if type(self.k) is not int or not 1 <= self.k <= model.vocab_size:
+            raise ValueError(f"k is {self.k}; expected 1 to the vocabulary's {model.vocab_size}")
+
+    @property
+    def inner_groups(self) -> int:
+        """Groups of sums that are kept while fitting: two halves at least when they are compared."""
+        return self.groups if self.until is None else max(2, self.groups)
 
 
 def _once(chosen: Any) -> Any:
@@ -117,211 +162,141 @@ def _check_choice(name: str, chosen: Sequence[str], allowed: Sequence[str]) -> N
         raise ValueError(f"{name} is {list(chosen)}; expected some of {', '.join(allowed)}")
 
 
-class Fit:
-    """The accumulators of one fit. Sums are kept in float32 or wider, whatever the model's dtype."""
+def plan_batches(n: int, rows: int, groups: int, n_processes: int) -> list[slice]:
+    """Slices covering range(n): at most ``rows`` long, as many as groups and processes need, of nearly equal length."""
+    count = max(-(-n // rows), min(n_processes, n))
+    count = min(n, -(-count // groups) * groups)
+    edges = [i * n // count for i in range(count + 1)]
+    return [slice(*pair) for pair in zip(edges, edges[1:], strict=False)]
+
+
+class _Fit:
+    """One run of `fit_transport`."""
 
     def __init__(
-        self,
-        model: Model,
-        tokens: Tokens,
-        sides: Sequence[Side],
-        orders: Sequence[Order],
-        energy: Energy,
-        n_probes: int,
-        seed: int,
-        budget: Budget,
+        self, model: Model, tokens: Tokens, options: FitOptions, dictionaries: Sequence[Dictionary] | None
     ) -> None:
-        self.model, self.tokens, self.sides, self.orders = model, tokens, tuple(sides), tuple(orders)
-        self.energy, self.n_probes, self.seed, self.budget = energy, n_probes, seed, budget
-        self.dtype = torch.promote_types(model.dtype, torch.float32)
-        self.n_groups = {"none": 0, "exact": 1, "probes": min(8, n_probes)}[energy]
-        d, modules = model.d_model, 2 * model.n_layers
-        if energy == "probes" and n_probes < 2:
-            raise ValueError(f"n_probes is {n_probes}; expected at least 2, for a standard error")
-        length = tokens.ids.shape[1]
-        held = d * length * d * torch.finfo(model.dtype).bits // 8
-        available = budget.directions * budget.rows * length * 8 * d * torch.finfo(model.dtype).bits // 8
-        self.rows = budget.rows
-        if energy == "exact":
-            if held > 2 * available:
-                raise ValueError(
-                    f"energy='exact' holds every direction of one sequence at once, {held / 2**30:.3g} GiB here: raise "
-                    "max_memory_gib, use shorter sequences, or use energy='probes'"
-                )
-            self.rows = max(1, min(budget.rows, int(2 * available // held)))
+        self.model, self.tokens, self.options = model, tokens, options
+        o, length = options, tokens.ids.shape[1]
+        budget = Budget.plan(model, length, o.max_memory_gib)
+        rows = rows_for_energy(model, o.energy, budget, length)
+        self.process = ranks.current()
+        self.batches = plan_batches(len(tokens.ids), rows, o.inner_groups, self.process.size)
+        if o.inner_groups > 1 and not bool(self._group_totals(len(self.batches))[0].all()):
+            raise ValueError(f"groups is {o.groups}, but one of them would have no valid position: take fewer groups")
+        self.sums = JacobianSums(model, o.sides, o.orders, budget.directions, o.inner_groups)
+        self.energies = EnergySums(model, list(self.sums.sums), o.energy, o.n_probes, o.seed, budget.directions)
+        self.agreement = None
+        if o.until is not None:
+            probed = probes(model, o.sides, dictionaries, o.seed)
+            self.agreement = Agreement(model, probed, "full" if "full" in o.orders else "first_order", o.k)
+        self.outcome: dict[str, str] = {}
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, d, d, dtype=self.dtype, device=model.device)
+    def run(self, progress: bool) -> Transport:
+        """Add the batches stage by stage, and put the transport together."""
+        steps = self.sums.steps_per_batch + self.energies.steps_per_batch
+        show = progress and self.process.leads
+        with tqdm(total=len(self.batches) * steps, desc="transport", unit="direction", disable=not show) as bar:
+            done = 0
+            for stage in self._stages():
+                self._add(range(done, stage), bar)
+                done = stage
+                if self.agreement is not None and self._agrees(done, bar):
+                    break
+        for sums in (*self.sums.sums.values(), *self.energies.sums.values()):
+            self.process.sum_(sums)
+        return self._finish(done)
 
-        pairs: list[tuple[Side, Order]] = list(itertools.product(self.sides, self.orders))
-        self.matrices = {p: zeros(modules + 1 if p[1] == "full" else modules) for p in pairs}
-        self.energies = {p: zeros(modules + 1, self.n_groups) for p in pairs} if self.n_groups else {}
+    def _stages(self) -> Iterator[int]:
+        """Numbers of batches after which to compare: whole rounds of the groups, ever more of them, then all."""
+        n, each = len(self.batches), self.options.inner_groups
+        rounds = 1
+        while self.agreement is not None and rounds * each < n:
+            yield rounds * each
+            rounds = max(rounds + 1, int(rounds * GROWTH))
+        yield n
 
-    def rows_each(self, n_processes: int) -> int:
-        """Sequences a batch, such that every process has some."""
-        return max(1, min(self.rows, len(self.tokens.ids) // n_processes))
-
-    @property
-    def steps(self) -> int:
-        """Progress units: directions walked, summed over batches."""
-        n_batches = -(-len(self.tokens.ids) // self.rows)
-        sweeps = len(self.sides) * ("full" in self.orders)
-        d, points = self.model.d_model, 2 * self.model.n_layers + 1
-        extra = {"none": 0, "probes": self.n_probes, "exact": d * (points if "full" in self.orders else 1)}
-        first = int("first_order" in self.orders)
-        return n_batches * (d * sweeps + first + extra[self.energy] * len(self.sides))
-
-    def sweep(self, lin: Linearised) -> Iterator[int]:
-        """Add one batch's share to every accumulator; yields the walks done."""
-        for chosen in batches(self.model.d_model, self.budget.directions) if "full" in self.orders else ():
-            for side in self.sides:
-                self.add_full(lin, chosen, side)
-                yield chosen.stop - chosen.start
-        if "first_order" in self.orders:
-            self.add_first_order(lin)
-            yield 1
-        if self.energy == "probes":
-            yield from self._probe(lin)
-        elif self.energy == "exact":
-            yield from self._exact(lin)
-
-    def _basis(self, chosen: slice) -> Tensor:
-        """Rows of the identity, [C, D]."""
-        return torch.eye(self.model.d_model, dtype=self.model.dtype, device=self.model.device)[chosen]
-
-    def add_full(self, lin: Linearised, chosen: slice, side: Side) -> None:
-        """Walk the chosen basis directions through all modules; each point's position sum is its matrices' rows."""
-        t = lin.everywhere(self._basis(chosen)) * lin.mask
-        total, last = self.matrices[side, "full"], len(lin.modules)
-        total[last if side == "value" else 0, chosen] += position_sum(t)
-        for i in range(last - 1, -1, -1) if side == "value" else range(last):
-            t = lin.pull(i, t) if side == "value" else lin.push(i, t)
-            total[i if side == "value" else i + 1, chosen] += position_sum(t)
-
-    def add_first_order(self, lin: Linearised) -> None:
-        """Each module's own term: in closed form, or by walking the basis where it has none."""
-        mask = lin.mask
-        outs = {"value": mask, "key": torch.ones_like(mask) if lin.padded else mask}
-        for i, module in enumerate(lin.modules):
-            if module is None:
+    def _add(self, indices: range, bar: tqdm[Any]) -> None:
+        for index in indices:
+            if index % self.process.size != self.process.rank:
                 continue
-            found: dict[int, Tensor] = {}
-            for side in self.sides:
-                # A key-side cotangent enters unmasked: its sum takes in the outputs at padded queries too.
-                weights = outs[side]
-                if id(weights) not in found:
-                    found[id(weights)] = self._total(lin, i, weights)
-                term = found[id(weights)]
-                self.matrices[side, "first_order"][i] += term if side == "value" else term.mT
-
-    def _total(self, lin: Linearised, i: int, outs: Tensor) -> Tensor:
-        """[D, D]: module i's Jacobian summed over valid inputs and, with weights [B, S, 1], over outputs."""
-        module = lin.modules[i]
-        if has_closed_form(module, outs.shape[1]):
-            return total(module, lin.mask, outs, self.budget.directions)
-        chunks = batches(self.model.d_model, self.budget.directions)
-        starts = (lin.everywhere(self._basis(c)) * lin.mask for c in chunks)
-        return torch.cat([position_sum(lin.jvp(i, start) * outs) for start in starts]).mT
-
-    def _probe(self, lin: Linearised) -> Iterator[int]:
-        for chosen in batches(self.n_probes, self.budget.directions):
-            signs = self._signs(lin, chosen)
-            for pair in self.energies:
-                self._probe_pair(lin, signs, chosen, *pair)
-            yield len(signs) * len(self.sides)
-
-    def _signs(self, lin: Linearised, chosen: slice) -> Tensor:
-        """Random signs at valid positions, [C, B, S, D]; drawn for each sequence by itself, whatever the batching."""
-        shape = (self.n_probes, lin.mask.shape[1], self.model.d_model)
-        drawn = []
-        for row in range(lin.rows.start, lin.rows.stop):
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + row)
-            drawn.append(torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)[chosen])
-        return (torch.stack(drawn, 1).to(lin.mask) * 2 - 1) * lin.mask
-
-    def _probe_pair(self, lin: Linearised, signs: Tensor, chosen: slice, side: Side, order: Order) -> None:
-        last = len(lin.modules)
-
-        def add(point: int, u: Tensor) -> None:
-            for group in range(self.n_groups):
-                members = [c for c in range(len(signs)) if (chosen.start + c) % self.n_groups == group]
-                flat = u[members].to(self.dtype).flatten(0, 1)
-                self.energies[side, order][point, group] += flat.mT @ flat
-
-        t, u = signs, signs.sum(2)
-        add(last if side == "value" else 0, u)
-        for i in range(last - 1, -1, -1) if side == "value" else range(last):
-            if order == "full":
-                t = lin.pull(i, t) if side == "value" else lin.push(i, t)
-                u = t.sum(2)
-            else:
-                u = u + (lin.vjp(i, signs) if side == "value" else lin.jvp(i, signs)).sum(2)
-            add(i if side == "value" else i + 1, u)
-
-    def _exact(self, lin: Linearised) -> Iterator[int]:
-        basis, last = self._basis(slice(None)), len(lin.modules)
-        for side, order in self.energies:
-            gram = self.energies[side, order][:, 0]
-            if order == "full":
-                for point in range(last + 1):
-                    moved = [
-                        walk(lin, lin.everywhere(basis[c]), point, side, order)
-                        for c in batches(len(basis), self.budget.directions)
-                    ]
-                    gram[point] += _gram(torch.cat(moved))
-                    yield len(basis)
-                continue
-            total = lin.everywhere(basis) * lin.mask
-            gram[last if side == "value" else 0] += _gram(total)
-            for i in range(last - 1, -1, -1) if side == "value" else range(last):
-                for c in batches(len(basis), self.budget.directions):
-                    total[c] += first_order_term(lin, lin.everywhere(basis[c]), i, side)
-                gram[i if side == "value" else i + 1] += _gram(total)
-            yield len(basis) if "full" not in self.orders else 0
-
-    def finish(self, centre: Tensor, submodule: str, through_norms: bool) -> Transport:
-        """The averages, with the metadata that says what they are averages of."""
-        model, tokens = self.model, self.tokens
-        for matrices in self.matrices.values():
-            matrices /= tokens.n_valid
-        for pair, energies in self.energies.items():
-            counts = [
-                len(range(g, self.n_probes, self.n_groups)) if self.energy == "probes" else 1
-                for g in range(self.n_groups)
-            ]
-            self.energies[pair] = energies / (
-                tokens.n_valid * torch.tensor(counts, device=energies.device)[:, None, None]
+            lin = linearise(
+                self.model, self.tokens, self.batches[index], self.options.submodule, self.options.through_norms
             )
-        for (side, order), matrices in self.matrices.items():
-            if not torch.isfinite(matrices).all():
+            for added in (self.sums.add(lin, index % self.options.inner_groups), self.energies.add(lin)):
+                for done in added:
+                    bar.update(done * self.process.size)
+                    self.process.check()
+
+    def _agrees(self, n_batches: int, bar: tqdm[Any]) -> bool:
+        """Whether the two halves of what was added agree; says so in the bar, the log and the metadata."""
+        until, n = self.options.until, self.batches[n_batches - 1].stop
+        assert self.agreement is not None and until is not None
+        reached, worst = self.agreement(self.sums, *self._group_totals(n_batches))
+        bar.set_postfix(jaccard=f"{reached:.3f}", until=until, sequences=n)
+        self.outcome = {"until": str(until), "until_k": str(self.options.k), "jaccard": f"{reached:.4f}"}
+        self.outcome["lowest_jaccard"] = worst
+        said = "top %d tokens of the median feature agree to Jaccard %.3f between halves of %d sequences (lowest: %s)"
+        if reached >= until:
+            logger.info(said, self.options.k, reached, n, worst)
+            return True
+        if n_batches == len(self.batches):
+            more = sequences_needed(n, reached, until)
+            self.outcome["sequences_needed"] = str(more)
+            said = f"{said}; for %g about %d sequences would be needed"
+            logger.warning(said, self.options.k, reached, n, worst, until, more)
+        return False
+
+    def _group_totals(self, n_batches: int) -> tuple[Tensor, Tensor]:
+        """(valid positions [G], sums of their token embeddings [G, D]) of the groups, over all processes' batches."""
+        counts, embedded = [], []
+        for group in range(self.options.inner_groups):
+            rows = self.batches[:n_batches][group :: self.options.inner_groups]
+            ids = torch.cat([self.tokens.ids[r][self.tokens.valid_mask[r]] for r in rows])
+            counts.append(len(ids))
+            embedded.append(_embedding_sum(self.model, ids))
+        return torch.tensor(counts), torch.stack(embedded)
+
+    def _finish(self, n_batches: int) -> Transport:
+        """The averages, with the metadata that says what they are averages of."""
+        model, o = self.model, self.options
+        tokens = self.tokens if n_batches == len(self.batches) else self.tokens.head(self.batches[n_batches - 1].stop)
+        shares = {pair: sums.div_(tokens.n_valid) for pair, sums in self.sums.sums.items()}
+        matrices = {pair: share[0] if len(share) == 1 else share.sum(0) for pair, share in shares.items()}
+        for (side, order), matrix in matrices.items():
+            if not torch.isfinite(matrix).all():
                 raise ValueError(
                     f"the {side}/{order} transport of {model.name!r} overflowed {model.dtype}; use float32"
                 )
-        metadata = {
-            "format": FORMAT,
-            "model": model.name,
-            "fingerprint": model.fingerprint,
-            "convention": model.convention,
-            "linearisation": model.linearisation,
-            "routing": "held fixed: experts and weights" if model.mixture_of_experts else "none",
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "n_layers": str(model.n_layers),
-            "d_model": str(model.d_model),
-            "n_valid": str(tokens.n_valid),
-            "n_sequences": str(len(tokens.ids)),
-            "tokens": tokens.source,
-            "tokens_digest": tokens.digest,
-            "submodule": submodule,
-            "through_norms": str(through_norms),
-            "energy": self.energy,
-            "n_probes": str(self.n_probes if self.energy == "probes" else 0),
-            **({"seed": str(self.seed)} if self.energy == "probes" else {}),
-            **versions("querylens_fast", "torch", "transformers"),
-        }
-        return Transport(self.matrices, centre, metadata, self.energies)
+        metadata = {**_metadata(model, tokens, o), **self.outcome}
+        transport = Transport(matrices, mean_embedding(model, tokens), metadata, self.energies.means(tokens.n_valid))
+        if o.groups > 1:
+            counts, embedded = self._group_totals(n_batches)
+            metadata |= {"groups": str(o.groups), "group_n_valid": ",".join(map(str, counts.tolist()))}
+            transport = replace(transport, groups=shares, group_centres=embedded / tokens.n_valid)
+        return transport if model.has_submodules else transport.without_mid_points()
 
 
-def _gram(moved: Tensor) -> Tensor:
-    """[D, D] of Σ_s ⟨t_i[s], t_j[s]⟩ for moved [D, B, S, D]."""
-    flat = at_least_float32(moved.flatten(1))
-    return flat @ flat.mT
+def _metadata(model: Model, tokens: Tokens, options: FitOptions) -> dict[str, str]:
+    probing = options.energy == "probes"
+    return {
+        "format": FORMAT,
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "convention": model.convention,
+        "linearisation": model.linearisation,
+        "routing": "held fixed: experts and weights" if model.mixture_of_experts else "none",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "n_layers": str(model.n_layers),
+        "d_model": str(model.d_model),
+        "n_valid": str(tokens.n_valid),
+        "n_sequences": str(len(tokens.ids)),
+        "tokens": tokens.source,
+        "tokens_digest": tokens.digest,
+        "submodule": options.submodule,
+        "through_norms": str(options.through_norms),
+        "energy": options.energy,
+        "n_probes": str(options.n_probes if probing else 0),
+        **({"seed": str(options.seed)} if probing else {}),
+        **versions("querylens_fast", "torch", "transformers"),
+    }

@@ -1,38 +1,47 @@
-"""Walks: directions carried through the linearised model, up (tangents) or down (cotangents).
+"""Jacobians of the model at a batch of sequences, and the sweep that carries directions through them.
 
 The residual stream has 2L + 1 **points**: 2l before layer l's attention, 2l + 1 between its attention and its MLP,
 2L at the end; ``post`` of layer l is point 2l + 2. Module i (attention of layer l for i = 2l, its MLP for i = 2l + 1)
-leads from point i to point i + 1. The value side looks from a point to the end, the key side from a point back to the
-embedding. After every module a walk sets masked (padding) positions to zero.
+leads from point i to point i + 1.
 
-- *full* chains the modules: t ← m ∘ (t + J_i t).
-- *first order* (the paper's approximation) gives every module the same direction and adds the results up. The
-  reference masks the result but not the direction there, so a key-side direction also enters at padded queries;
-  `masked_vjp` and `masked_jvp` keep to that.
+A *sweep* carries directions from one point through the modules, one after the other: ``forward`` (tangents, t + J t)
+towards the end, ``backward`` (cotangents, g + Jᵀ g) towards the embedding. Features' value vectors move forward and
+their key vectors backward; fitting goes the other way, because one sweep of the basis from the far end gives the
+matrices of every point.
 
-Axes: C directions, B sequences, S positions, D d_model, P = 2L + 1 points.
+- order *full* chains the modules, and sets masked (padding) positions to zero at the start and after every module.
+- order *first_order* (the paper's approximation) gives every module the same direction and adds the results up. The
+  reference masks the result but not the direction there, so a key also enters at padded queries. A sweep of this order
+  masks nothing: mask the state of a feature's sweep, or the start of its transpose.
+
+Axes: C directions, B sequences, S positions, D d_model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from querylens_fast.models.autodiff import graph_bytes
 from querylens_fast.models.blocks import LinearPart
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens
 
 Side = Literal["value", "key"]
 Order = Literal["full", "first_order"]
+Direction = Literal["forward", "backward"]
 Submodule = Literal["both", "attn", "mlp"]
 
-
+FEATURE_DIRECTION: dict[Side, Direction] = {"value": "forward", "key": "backward"}
+"""How a feature's own vector travels."""
+FITTING_DIRECTION: dict[Side, Direction] = {"value": "backward", "key": "forward"}
+"""How the basis travels when all points' matrices are fitted at once: the transpose of `FEATURE_DIRECTION`."""
 ENOUGH_ROWS = {"cpu": 4096, "cuda": 262_144}
-"""GEMM rows (directions × positions) walked at once: on a CPU more of them only leave the cache (measured)."""
+"""GEMM rows (directions × positions) carried at once: on a CPU larger ones only leave the cache (measured)."""
 
 
 @dataclass(frozen=True)
@@ -45,46 +54,48 @@ class Linearised:
     padded: bool
     """Whether the mask hides anything."""
 
-    def jvp(self, i: int, t: Tensor) -> Tensor:
+    def apply(self, i: int, t: Tensor, direction: Direction) -> Tensor:
+        """J_i t (forward) or J_iᵀ t (backward) of t [C, B, S, D]; zeros for a module that is left out."""
         module = self.modules[i]
-        return torch.zeros_like(t) if module is None else module.jvp(t)
+        if module is None:
+            return torch.zeros_like(t)
+        return module.jvp(t) if direction == "forward" else module.vjp(t)
 
-    def vjp(self, i: int, g: Tensor) -> Tensor:
-        module = self.modules[i]
-        return torch.zeros_like(g) if module is None else module.vjp(g)
-
-    def everywhere(self, directions: Tensor) -> Tensor:
-        """directions [C, D] put at every position, [C, B, S, D]."""
-        return directions[:, None, None, :].expand(-1, *self.mask.shape[:2], -1)
-
-    def push(self, i: int, t: Tensor) -> Tensor:
-        """One step up: m ∘ (t + J_i t)."""
-        t = self.jvp(i, t).add_(t)
+    def step(self, i: int, t: Tensor, direction: Direction) -> Tensor:
+        """One step of a full sweep: mask ∘ (t + J_i t)."""
+        t = self.apply(i, t, direction).add_(t)
         return t.mul_(self.mask) if self.padded else t
 
-    def pull(self, i: int, g: Tensor) -> Tensor:
-        """One step down: m ∘ (g + J_iᵀ g)."""
-        g = self.vjp(i, g).add_(g)
-        return g.mul_(self.mask) if self.padded else g
+    def everywhere(self, directions: Tensor) -> Tensor:
+        """directions [C, D] put at every position, [C, B, S, D] (a view)."""
+        return directions[:, None, None, :].expand(-1, *self.mask.shape[:2], -1)
+
+    def far_end(self, direction: Direction) -> int:
+        """The point where a sweep through all modules starts."""
+        return 0 if direction == "forward" else len(self.modules)
+
+    def points(self, start: int, direction: Direction) -> range:
+        """The points that a sweep from ``start`` passes, ``start`` included."""
+        return range(start, len(self.modules) + 1) if direction == "forward" else range(start, -1, -1)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many sequences and directions are held at once, so that memory stays under ``max_memory_gib``."""
+    """How many sequences (rows) and directions are held at once, so that memory stays under ``max_memory_gib``."""
 
     rows: int
     directions: int
 
     @classmethod
     def plan(cls, model: Model, length: int, max_memory_gib: float) -> Budget:
-        """Half of the memory for one batch's linearisation, half for the directions that walk through it.
+        """Half of the memory for one batch's linearisation, half for the directions carried through it.
 
         Raises:
             ValueError: Not even one sequence and one direction fit.
         """
         kept, moving = _bytes_per_sequence(model, length)
         available = max_memory_gib * 2**30 / 2
-        if available < max(kept, moving):
+        if not available >= max(kept, moving):  # also NaN
             need = 2 * max(kept, moving) / 2**30
             raise ValueError(
                 f"max_memory_gib is {max_memory_gib}, but one sequence of {length} tokens needs {need:.3g}; "
@@ -98,6 +109,8 @@ class Budget:
 
 def _bytes_per_sequence(model: Model, length: int) -> tuple[int, int]:
     """(kept by the linearisation of one sequence, moved by one direction through it), in bytes."""
+    if model.own is not None:
+        return graph_bytes(model, length)
     item = torch.finfo(model.dtype).bits // 8
     neurons = max(block.mlp.width for block in model.blocks)
     widths = max(block.attention.width for block in model.blocks)
@@ -106,6 +119,30 @@ def _bytes_per_sequence(model: Model, length: int) -> tuple[int, int]:
     return length * item * layer * model.n_layers, length * item * (
         8 * model.d_model + 6 * widths + 3 * neurons + 4 * heads * length
     )
+
+
+def check_point(model: Model, point: int) -> None:
+    """Raise ValueError for a point that the model does not have."""
+    last = 2 * model.n_layers
+    if not 0 <= point <= last:
+        raise ValueError(f"point is {point}; expected 0 to {last}, as `jacobians` numbers them")
+    if point % 2 and not model.has_submodules:
+        raise ValueError(
+            f"point is {point}, resid_mid of layer {point // 2}, but model {model.name!r} is linearised by whole "
+            "layers: take resid_pre or resid_post"
+        )
+
+
+def check_submodules(model: Model, orders: Sequence[Order], submodule: Submodule = "both") -> None:
+    """Raise ValueError when a model of opaque layers is asked for what needs attention and MLP apart."""
+    if model.has_submodules:
+        return
+    for wrong, given in (("first_order" in orders, f"orders={tuple(orders)}"), (submodule != "both", f"{submodule=}")):
+        if wrong:
+            raise ValueError(
+                f"model {model.name!r} is linearised by whole layers, without attention and MLP apart: {given} is not "
+                "to be had; use orders=('full',) and submodule='both'"
+            )
 
 
 @torch.no_grad()
@@ -142,38 +179,34 @@ def position_sum(t: Tensor) -> Tensor:
     return t.sum((1, 2), dtype=torch.promote_types(t.dtype, torch.float32))
 
 
-def walk(lin: Linearised, start: Tensor, point: int, side: Side, order: Order) -> Tensor:
-    """Carry ``start`` [C, B, S, D] from ``point`` to the end (value) or back to the embedding (key).
-
-    Returns the transported directions at every position, [C, B, S, D], zero at masked ones.
-    """
-    total = None
-    for _, total in walk_terms(lin, start, point, side, order):  # noqa: B007
-        pass
-    if total is None:
-        raise ValueError(f"no walk from point {point}")
-    return total
-
-
-def walk_terms(
-    lin: Linearised, start: Tensor, point: int, side: Side, order: Order
+def sweep(
+    lin: Linearised, start: Tensor, point: int, direction: Direction, order: Order = "full"
 ) -> Iterator[tuple[int | None, Tensor]]:
-    """The walk of `walk`, step by step: (module index or None for the start, running total).
+    """Carry ``start`` [C, B, S, D] from ``point`` to the model's end (forward) or to its embedding (backward).
 
-    For the first order the running total grows by each module's own term; for the full walk it is the chained state.
+    Yields:
+        (None, the state at ``point``), then (i, the state [C, B, S, D] after module i). Of the full order the state is
+        zero at masked positions; of the first order it is ``start`` plus the modules' terms so far, unmasked (see the
+        module's docstring). A yielded state is not changed afterwards.
     """
-    modules = range(point, len(lin.modules)) if side == "value" else range(point - 1, -1, -1)
-    t = start * lin.mask
-    yield None, t
+    modules = range(point, len(lin.modules)) if direction == "forward" else range(point - 1, -1, -1)
+    state = start * lin.mask if order == "full" else start
+    yield None, state
     for i in modules:
         if order == "full":
-            t = lin.push(i, t) if side == "value" else lin.pull(i, t)
+            state = lin.step(i, state, direction)
         else:
-            t = t + first_order_term(lin, start, i, side)
-        yield i, t
+            state = state + lin.apply(i, start, direction)
+        yield i, state
 
 
-def first_order_term(lin: Linearised, start: Tensor, i: int, side: Side) -> Tensor:
-    """Module i's own contribution m ∘ J_i v (value) or m ∘ J_iᵀ v (key), [C, B, S, D]."""
-    term = lin.jvp(i, start) if side == "value" else lin.vjp(i, start)
-    return term * lin.mask
+def walk(lin: Linearised, start: Tensor, point: int, side: Side, order: Order) -> Tensor:
+    """The last state of a feature's sweep: ``start`` carried to the end (value) or to the embedding (key).
+
+    Returns:
+        [C, B, S, D], zero at masked positions.
+    """
+    state = start
+    for _, state in sweep(lin, start, point, FEATURE_DIRECTION[side], order):  # noqa: B007
+        pass
+    return state if order == "full" else state * lin.mask

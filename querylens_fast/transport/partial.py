@@ -1,19 +1,18 @@
-"""Passages: the matrices that carry a feature from its own point of the residual stream to another layer's.
+"""Partial transport: matrices from a feature's own point of the residual stream to another layer's.
 
 A `Transport` leads to the end of the model (or back to its beginning). To meet the weights of a layer in between, a
 value v written at point p must be carried to a later point q only, and a key read at p back to an earlier q:
 
-    M_{p→q} v = (1/N) Σ_s t_q[s]   with t_p = v at every valid position and t walked by Jacobians from p to q,
+    M_{p→q} v = (1/N) Σ_s t_q[s]   with t_p = v at every valid position and t carried by Jacobians from p to q,
 
-with the masks, the walk and the average of `walks` (Query Lens, arXiv 2606.07617, §3, stopped at q). Averages of
-products do not factor, M_p ≠ M_q M_{p→q}, so the full order is not contained in a fitted transport: `fit_passage` walks
-the D basis directions from p once and gives every q on the way. First-order terms do add up module by module, so a
-transport fitted with them carries from any point to any other (`passage_of`).
+with the masks and the average of `jacobians` (Query Lens, arXiv 2606.07617, §3, stopped at q). Averages of products do
+not factor, M_p ≠ M_q M_{p→q}, so the full order is not contained in a fitted transport: `fit_passage` carries the D
+basis directions from p once and gives every q on the way. First-order terms do add up module by module, so a transport
+fitted with them carries from any point to any other (`passage_of`), and fitting them costs some forward passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +23,17 @@ from tqdm import tqdm
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, as_tokens
+from querylens_fast.transport.fit import fit_transport
 from querylens_fast.transport.jacobians import (
+    FEATURE_DIRECTION,
     Budget,
-    Linearised,
     Order,
     Side,
     batches,
-    first_order_term,
+    check_point,
     linearise,
     position_sum,
+    sweep,
 )
 from querylens_fast.transport.transport import Transport
 
@@ -74,7 +75,7 @@ def fit_passage(
     max_memory_gib: float = 2.0,
     progress: bool = True,
 ) -> Passage:
-    """Fit the passage from one point over a token sample.
+    """Fit the partial transport from one point over a token sample.
 
     Args:
         model: As in `fit_transport`.
@@ -85,29 +86,22 @@ def fit_passage(
         max_memory_gib: Bound on the working memory beside the result (D² numbers a point).
         progress: Show a progress bar.
 
-    Cost: D walks over the modules on that side of the point.
+    Cost: D directions through the modules on that side of the point; some forward passes for the first order.
 
     Raises:
-        ValueError: A point outside the model, or max_memory_gib too small for one sequence.
+        ValueError: An unknown side or order, a point outside the model (or in the middle of a layer that is opaque), or
+            max_memory_gib too small for one sequence.
     """
     model = as_model(model)
     tokens = as_tokens(tokens, model)
-    last, d = 2 * model.n_layers, model.d_model
-    if not 0 <= point <= last:
-        raise ValueError(f"point is {point}; expected 0 to {last}, as walks numbers them")
-    modules = range(point, last) if side == "value" else range(point - 1, -1, -1)
-    wide = torch.promote_types(model.dtype, torch.float32)
-    total = torch.zeros(len(modules) + 1, d, d, dtype=wide, device=model.device)
-    budget = Budget.plan(model, tokens.ids.shape[1], max_memory_gib)
-    basis = torch.eye(d, dtype=model.dtype, device=model.device)
-    n_batches = -(-len(tokens.ids) // budget.rows)
-    with tqdm(total=n_batches * d, desc=f"passage from point {point}", unit="walk", disable=not progress) as bar:
-        for rows in batches(len(tokens.ids), budget.rows):
-            lin = linearise(model, tokens, rows)
-            for chosen in batches(d, budget.directions):
-                for step, t in enumerate(_steps(lin, basis[chosen], modules, side, order)):
-                    total[step, :, chosen] += position_sum(t).mT
-                bar.update(chosen.stop - chosen.start)
+    if side not in FEATURE_DIRECTION or order not in ("full", "first_order"):
+        raise ValueError(f"side is {side!r} and order {order!r}; expected value or key, and full or first_order")
+    check_point(model, point)
+    if order == "first_order":
+        fitted = fit_transport(
+            model, tokens, sides=(side,), orders=(order,), max_memory_gib=max_memory_gib, progress=progress
+        )
+        return passage_of(fitted, point, side)
     metadata = {
         "order": order,
         "side": side,
@@ -117,7 +111,28 @@ def fit_passage(
         "tokens": tokens.source,
         "tokens_digest": tokens.digest,
     }
-    return Passage(point, side, total / tokens.n_valid, metadata)
+    return Passage(
+        point, side, _full_sums(model, tokens, point, side, max_memory_gib, progress) / tokens.n_valid, metadata
+    )
+
+
+def _full_sums(model: Model, tokens: Tokens, point: int, side: Side, max_memory_gib: float, progress: bool) -> Tensor:
+    """N times the matrices from a point to every point on the way, [1 + points passed, D, D]."""
+    d, direction = model.d_model, FEATURE_DIRECTION[side]
+    n_passed = 2 * model.n_layers - point if direction == "forward" else point
+    wide = torch.promote_types(model.dtype, torch.float32)
+    total = torch.zeros(n_passed + 1, d, d, dtype=wide, device=model.device)
+    budget = Budget.plan(model, tokens.ids.shape[1], max_memory_gib)
+    basis = torch.eye(d, dtype=model.dtype, device=model.device)
+    n_batches = -(-len(tokens.ids) // budget.rows)
+    with tqdm(total=n_batches * d, desc=f"from point {point}", unit="direction", disable=not progress) as bar:
+        for rows in batches(len(tokens.ids), budget.rows):
+            lin = linearise(model, tokens, rows)
+            for chosen in batches(d, budget.directions):
+                for step, (_, state) in enumerate(sweep(lin, lin.everywhere(basis[chosen]), point, direction)):
+                    total[step, :, chosen] += position_sum(state).mT
+                bar.update(chosen.stop - chosen.start)
+    return total
 
 
 def passage_of(transport: Transport, point: int, side: Side) -> Passage:
@@ -157,16 +172,3 @@ def find_passage(given: Passage | Transport | None, model: Model, point: int, si
             f"point {point}; fit it with fit_passage(model, tokens, {point}, side={side!r})"
         )
     return given
-
-
-def _steps(lin: Linearised, directions: Tensor, modules: range, side: Side, order: Order) -> Iterator[Tensor]:
-    """Directions [C, D], put at every valid position, at each point on the way: [C, B, S, D]."""
-    start = lin.everywhere(directions)
-    t = start * lin.mask
-    yield t
-    for i in modules:
-        if order == "full":
-            t = lin.push(i, t) if side == "value" else lin.pull(i, t)
-        else:
-            t = t + first_order_term(lin, start, i, side)
-        yield t

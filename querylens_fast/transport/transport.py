@@ -1,41 +1,37 @@
-"""Transport: one matrix for each point of the residual stream, good for every feature written or read there.
+"""Transport: one matrix for each point of the residual stream, for every feature written or read there.
 
 Query Lens (arXiv 2606.07617, §3) carries a feature's vector through the model's later (value) or earlier (key) modules
 by Jacobians and averages over the N valid positions of a token sample. Every step is linear in the vector v, so the
 result is M v for a matrix M that does not depend on the feature:
 
-- value side: row j of N·M_p is the gradient of Σ_s out[s, j] with respect to a shared direction at point p. One walk
-  down with the D basis cotangents gives M_p for **all** points p.
+- value side: row j of N·M_p is the gradient of Σ_s out[s, j] with respect to a shared direction at point p. One
+  backward sweep of the D basis cotangents gives M_p for **all** points p.
 - key side: row j of N·K_p is Σ_s t_p[s] for the tangent e_j injected at every valid position of the embedding. One
-  walk up with the D basis tangents gives K_p for **all** p.
+  forward sweep of the D basis tangents gives K_p for **all** p.
 - first order: every module i sees the same direction; its term T_i is kept, and M_p = I + Σ T_i over the modules after
   p (value) or before it (key).
 
-Cost: about D walks in all, nearly all of it matrix products; the reference needs one walk a feature. The value side is
-the Jacobian lens (arXiv 2607.15495) with another averaging rule.
-
-``rel_var`` (how much of the transported direction depends on context) is 1 − ‖M v‖² / (vᵀ G v) with G = E[JᵀJ]. G is
-had exactly (``energy="exact"``, D walks for each point) or estimated without bias by random signs
-(``energy="probes"``): u = Σ_s of a walked sign vector has E[Σ u uᵀ] = N·G. The probes are kept in groups, so that
-every figure comes with its standard error.
+``rel_var`` (how much of the transported direction depends on context) is 1 − ‖M v‖² / (vᵀ G v) with G = E[JᵀJ], from
+`energy`. With ``groups=G`` the matrices are also kept for G disjoint groups of the sequences, which gives what the fit
+would be without each of them: the jackknife behind standard errors.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from querylens_fast.models.model import Model
-from querylens_fast.runs.atomic_write import whole
+from querylens_fast.transport.files import FORMAT, read_transport, write_transport
 from querylens_fast.transport.jacobians import Order, Side
+
+__all__ = ["FORMAT", "ORDERS", "SIDES", "Transport", "load_transport", "matrix_at", "point_name"]
 
 SIDES: tuple[Side, ...] = ("value", "key")
 ORDERS: tuple[Order, ...] = ("full", "first_order")
-FORMAT = "querylens_fast.transport/1"
 
 
 def point_name(point: int) -> str:
@@ -45,20 +41,38 @@ def point_name(point: int) -> str:
     return f"resid_{'mid' if point % 2 else 'post'} of layer {(point - 1) // 2}"
 
 
+def matrix_at(kept: Tensor, side: Side, order: Order, at: int) -> Tensor:
+    """[..., D, D] of what is kept for all points or modules, [..., P, D, D]; of the first order without the identity.
+
+    ``at`` is an index of the full order's matrices; of the first order, the point.
+    """
+    if order == "full":
+        return kept[..., at, :, :]
+    modules = kept[..., at:, :, :] if side == "value" else kept[..., :at, :, :]
+    return modules.sum(-3)
+
+
 @dataclass
 class Transport:
     """Fitted transport matrices of one model over one token sample. Built by `fit_transport` or `load_transport`.
 
-    matrices: (side, "full") → [2L + 1, D, D], the matrix of each point; (side, "first_order") → [2L, D, D], each
-    module's term. Rows of a vector batch V [n, D] move as V Mᵀ. energies: (side, order) → [2L + 1, R, D, D], R groups
-    of estimates of E[JᵀJ] (R = 1: exact). centre [D] is the mean token embedding over the valid positions, None where
-    it is not known. An imported one (`jacobian_lens`) holds the matrices of its `points` alone.
+    Attributes:
+        matrices: (side, "full") → [P, D, D], the matrix of each of `points`; (side, "first_order") → [2L, D, D], each
+            module's term. Rows of a vector batch V [n, D] move as V Mᵀ.
+        centre: The mean token embedding over the valid positions, [D]; None where it is not known.
+        metadata: What was fitted, on which model and sample.
+        energies: (side, order) → [P, R, D, D], R sets of estimates of E[JᵀJ] (R = 1: exact).
+        groups: Like matrices, with a leading axis of G groups of sequences; each is its group's share of the mean, so
+            that they sum up to the matrices. Empty where groups were not kept.
+        group_centres: The groups' shares of the centre, [G, D].
     """
 
     matrices: dict[tuple[Side, Order], Tensor]
     centre: Tensor | None
     metadata: dict[str, str]
     energies: dict[tuple[Side, Order], Tensor] = field(default_factory=dict)
+    groups: dict[tuple[Side, Order], Tensor] = field(default_factory=dict)
+    group_centres: Tensor | None = None
 
     @property
     def n_layers(self) -> int:
@@ -70,7 +84,10 @@ class Transport:
 
     @property
     def points(self) -> list[int]:
-        """The points that "full" matrices are held for, in order; all 2L + 1 of a fitted transport."""
+        """The points that "full" matrices are held for, in order; all 2L + 1 of most transports.
+
+        One imported from a Jacobian lens, or fitted on a model of opaque layers, holds fewer.
+        """
         given = self.metadata.get("points")
         return list(range(2 * self.n_layers + 1)) if given is None else [int(p) for p in given.split(",")]
 
@@ -79,6 +96,16 @@ class Transport:
         """N, the number of valid positions averaged over."""
         return int(self.metadata["n_valid"])
 
+    @property
+    def n_groups(self) -> int:
+        """G, the number of groups kept; 1 when none are."""
+        return len(self.group_sizes)
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """The valid positions of each group."""
+        return [int(n) for n in self.metadata.get("group_n_valid", self.metadata["n_valid"]).split(",")]
+
     def to(self, device: torch.device | str) -> Transport:
         """A copy whose tensors live on device."""
         return Transport(
@@ -86,6 +113,8 @@ class Transport:
             None if self.centre is None else self.centre.to(device),
             self.metadata,
             {k: g.to(device) for k, g in self.energies.items()},
+            {k: m.to(device) for k, m in self.groups.items()},
+            None if self.group_centres is None else self.group_centres.to(device),
         )
 
     def matrix(self, side: Side, order: Order, point: int) -> Tensor:
@@ -94,19 +123,54 @@ class Transport:
         Raises:
             ValueError: This transport was fitted without that side or order, or has no such point.
         """
+        return self._at(self._kept(side, order), side, order, point)
+
+    def leave_one_out(self, side: Side, order: Order, point: int) -> Tensor:
+        """[G, D, D]: the matrix of the point as it would be without each of the groups.
+
+        Raises:
+            ValueError: This transport was fitted with groups=1, or as for `matrix`.
+        """
+        self._need_groups()
         kept = self._kept(side, order)
-        if not 0 <= point <= 2 * self.n_layers:
-            raise ValueError(f"point {point} is outside a model of {self.n_layers} layers")
-        if order == "full":
-            if point not in self.points:
-                raise ValueError(
-                    f"this transport of {self.metadata['model']!r} ({self.metadata['tokens']}) holds no matrix for "
-                    f"{point_name(point)}, only for {', '.join(map(point_name, self.points))}; fit_transport makes "
-                    "one with every point"
-                )
-            return kept[self.points.index(point)]
-        modules = kept[point:] if side == "value" else kept[:point]
-        return torch.eye(self.d_model, dtype=kept.dtype, device=kept.device) + modules.sum(0)
+        whole = self._at(kept, side, order, point, identity=False)
+        shares = self._at(self.groups[side, order], side, order, point, identity=False)
+        rest = torch.tensor([self.n_valid - n for n in self.group_sizes]).to(shares)[:, None, None]
+        return (whole - shares) * self.n_valid / rest + self._identity(kept, order)
+
+    def leave_one_out_centres(self) -> Tensor | None:
+        """[G, D]: the centre as it would be without each of the groups; None where it is not known."""
+        if self.centre is None or self.group_centres is None:
+            return None
+        rest = torch.tensor([self.n_valid - n for n in self.group_sizes]).to(self.centre)[:, None]
+        return (self.centre - self.group_centres) * self.n_valid / rest
+
+    def group(self, index: int) -> Transport:
+        """The transport that group ``index`` alone would have given: independent of those of the other groups.
+
+        Raises:
+            ValueError: This transport was fitted with groups=1, or has no such group.
+        """
+        self._need_groups()
+        if not 0 <= index < self.n_groups:
+            raise ValueError(f"group is {index}; this transport has groups 0 to {self.n_groups - 1}")
+        n = self.group_sizes[index]
+        scale = self.n_valid / n
+        metadata = {name: value for name, value in self.metadata.items() if name not in ("groups", "group_n_valid")}
+        metadata |= {"n_valid": str(n), "group": f"{index} of {self.n_groups}"}
+        centre = None if self.group_centres is None else self.group_centres[index] * scale
+        return Transport({pair: kept[index] * scale for pair, kept in self.groups.items()}, centre, metadata)
+
+    def without_mid_points(self) -> Transport:
+        """A copy with the matrices of the even points alone (`resid_pre`, `resid_post`), for opaque layers."""
+        even = range(0, 2 * self.n_layers + 1, 2)
+        return replace(
+            self,
+            matrices={pair: kept[::2].contiguous() for pair, kept in self.matrices.items()},
+            energies={pair: kept[::2].contiguous() for pair, kept in self.energies.items()},
+            groups={pair: kept[:, ::2].contiguous() for pair, kept in self.groups.items()},
+            metadata={**self.metadata, "points": ",".join(map(str, even))},
+        )
 
     def layer_terms(self, side: Side, point: int, layer: int) -> list[tuple[int, Tensor | None]]:
         """The first-order terms by layer, in the reference's order: (label, matrix [D, D], None for the identity).
@@ -123,8 +187,7 @@ class Transport:
         if side == "key":
             return [(layer + 1, None), *layers]
         if layers and layers[0][0] == layer:
-            own = torch.eye(self.d_model, dtype=kept.dtype, device=kept.device) + terms[layer]
-            return [(layer, own), *layers[1:]]
+            return [(layer, self._identity(kept, "first_order") + terms[layer]), *layers[1:]]
         return [(layer, None), *layers]
 
     def apply(self, vectors: Tensor, side: Side, order: Order, point: int) -> Tensor:
@@ -144,13 +207,13 @@ class Transport:
             raise ValueError(
                 f"this transport holds no energies for ({side}, {order}); fit it with energy='probes' or energy='exact'"
             )
-        groups = self.energies[side, order][point]
-        vectors = vectors.to(groups)
-        energy = torch.einsum("nd,rde,ne->rn", vectors, groups, vectors)
+        sets = self.energies[side, order][self.points.index(point)]
+        vectors = vectors.to(sets)
+        energy = torch.einsum("nd,rde,ne->rn", vectors, sets, vectors)
         mean = energy.mean(0).clamp_min(torch.finfo(energy.dtype).tiny)
         direct = self.apply(vectors, side, order, point).square().sum(-1)
         ratio = direct / mean
-        error = torch.zeros_like(mean) if len(groups) == 1 else energy.std(0) / len(groups) ** 0.5
+        error = torch.zeros_like(mean) if len(sets) == 1 else energy.std(0) / len(sets) ** 0.5
         return (1 - ratio).clamp(0, 1), ratio * error / mean
 
     def check_model(self, model: Model) -> None:
@@ -168,21 +231,41 @@ class Transport:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write the transport to a safetensors file, whole or not at all. Returns the path."""
-        from safetensors.torch import save_file
+        """Write the transport to a safetensors file, completely or not at all. Returns the path.
 
-        tensors = {} if self.centre is None else {"centre": self.centre.cpu().contiguous()}
-        for kind, table in (("matrix", self.matrices), ("energy", self.energies)):
-            for (side, order), tensor in table.items():
-                tensors[f"{kind}.{side}.{order}"] = tensor.cpu().contiguous()
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with whole(path) as partial:
-                save_file(tensors, str(partial), metadata=self.metadata)
-        except Exception as error:
-            raise OSError(f"transport could not be written to {str(path)!r}: {error}") from error
-        return path
+        Raises:
+            OSError: The file could not be written.
+        """
+        tensors = {"centre": self.centre, "group_centres": self.group_centres}
+        # With groups, the matrices are their sum.
+        tables = {"group": self.groups} if self.groups else {"matrix": self.matrices}
+        for kind, table in {**tables, "energy": self.energies}.items():
+            tensors |= {f"{kind}.{side}.{order}": tensor for (side, order), tensor in table.items()}
+        return write_transport(Path(path), {n: t for n, t in tensors.items() if t is not None}, self.metadata)
+
+    def _at(self, kept: Tensor, side: Side, order: Order, point: int, identity: bool = True) -> Tensor:
+        """[..., D, D] of the point from what is kept, [..., P, D, D]."""
+        if not 0 <= point <= 2 * self.n_layers:
+            raise ValueError(f"point {point} is outside a model of {self.n_layers} layers")
+        if order == "full":
+            if point not in self.points:
+                raise ValueError(
+                    f"this transport of {self.metadata['model']!r} ({self.metadata['tokens']}) holds no matrix for "
+                    f"{point_name(point)}, only for {', '.join(map(point_name, self.points))}; fit_transport makes "
+                    "one with every point"
+                )
+            return matrix_at(kept, side, order, self.points.index(point))
+        found = matrix_at(kept, side, order, point)
+        return found + self._identity(kept, order) if identity else found
+
+    def _identity(self, kept: Tensor, order: Order) -> Tensor:
+        """What an order adds to the sum of its kept terms: I for the first order, 0 for the full one."""
+        eye = torch.eye(self.d_model, dtype=kept.dtype, device=kept.device)
+        return eye if order == "first_order" else torch.zeros_like(eye)
+
+    def _need_groups(self) -> None:
+        if not self.groups:
+            raise ValueError("this transport keeps no groups of sequences: fit it with groups=8")
 
     def _kept(self, side: Side, order: Order) -> Tensor:
         if (side, order) not in self.matrices:
@@ -196,26 +279,10 @@ def load_transport(path: str | Path) -> Transport:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is damaged, truncated, or no transport.
+        ValueError: The file is damaged, truncated, no transport, or holds NaN or infinite values.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"transport file {str(path)!r} does not exist; make one with fit_transport(...).save")
-    matrices, energies = {}, {}
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{str(path)!r} is a safetensors file but no transport (format {metadata.get('format')!r})"
-                )
-            for key in file.keys():
-                kind, *rest = key.split(".")
-                if rest:
-                    table = matrices if kind == "matrix" else energies
-                    table[cast(Side, rest[0]), cast(Order, rest[1])] = file.get_tensor(key)
-            centre = file.get_tensor("centre") if "centre" in file.keys() else None
-    except SafetensorError as error:
-        raise ValueError(f"transport file {str(path)!r} is damaged or truncated: {error}") from error
-    return Transport(matrices, centre, metadata, energies)
+    tables, others, metadata = read_transport(Path(path))
+    matrices = tables["matrix"] or {pair: kept.sum(0) for pair, kept in tables["group"].items()}
+    return Transport(
+        matrices, others.get("centre"), metadata, tables["energy"], tables["group"], others.get("group_centres")
+    )
