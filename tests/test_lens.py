@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import typer
 from tiny_models import D_MODEL, LAYERS
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import querylens_fast as ql
@@ -153,3 +155,33 @@ def test_an_embedded_model_is_not_evaluated_for_a_dictionary_of_another(tmp_path
     for given in (["--dictionary", str(tmp_path / "none")], ["--tokens", "x.txt"]):
         result = CliRunner().invoke(app, ["evaluate", "input", *given])
         assert result.exit_code == 2 and "give --model too" in result.stderr
+
+
+class WidestFloat32(TorchDispatchMode):
+    """Records the size of the largest float32 tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("preset", ["logit_lens_value", "logit_lens_key", "key_identity_embed_cosine_centered"])
+def test_a_bfloat16_model_is_read_out_in_bfloat16(preset: str) -> None:
+    """The unembedding is never widened as a whole, and features enter the product in its dtype."""
+    config = transformers.GPT2Config(vocab_size=50_000, n_embd=256, n_layer=1, n_head=2, n_positions=16)
+    torch.manual_seed(0)
+    model = ql.as_model(transformers.GPT2LMHeadModel(config).bfloat16().eval())
+    lens = plan(ql.directions(torch.randn(50, 256), layer=0), model, preset=preset, k=K)
+    assert lens.scorer.W.dtype == torch.bfloat16 and lens.scorer.W.data_ptr() == model.W_U.data_ptr()
+    assert lens.scorer.prepare(torch.randn(2, 256))[0].dtype == torch.bfloat16
+    with WidestFloat32() as seen:
+        lens = plan(lens.dictionary, model, preset=preset, k=K)
+        found = lens(*lens.read())
+    assert 0 < seen.elements < model.W_U.numel() / 2
+    scores = lens.scores_at(None, torch.arange(50_000))
+    assert torch.allclose(found.top_scores, scores.topk(K).values)

@@ -60,8 +60,8 @@ class LensOptions:
         format: "parquet" or "jsonl"; by default from the ending of ``out``.
         token_strings: Write token strings beside ids (needs a tokenizer).
         block_rows: Features computed at a time, and lost when the run is killed. By default as many as keep a block's
-            vectors and its result under 32 MiB each, at most 32,768; 256 where each feature costs a pass through the
-            model.
+            vectors and its result under 32 MiB each (128 MiB without ``out``), at most 32,768; 256 where each feature
+            costs a pass through the model.
         resume: Continue what an earlier, killed run wrote to ``out``; False: refuse to touch it.
         progress: Show a progress bar; by default with ``out``.
     """
