@@ -277,7 +277,11 @@ def test_refusals_write_nothing(
         ({"stats": "all"}, "stats is 'all'"),
         ({"stats": "exact"}, "pass tokens="),
         ({"stats": "rel_var", "transport": no_energy}, "energy='probes'"),
-        ({"preset": "query_lens_value_adaptive", "transport": no_energy}, "no energies for (value, full)"),
+        ({"preset": "query_lens_value_adaptive", "transport": no_energy}, "needs energies for value/full"),
+        (
+            {"preset": "query_lens_value_adaptive", "transport": no_energy, "adaptive_threshold": 0.5},
+            "not value/first_order",
+        ),
         ({"preset": "query_lens_value_adaptive", "adaptive_threshold": 2}, "adaptive_threshold is 2"),
         ({"preset": "token_change"}, "pass tokens="),
         ({"preset": "tuned_lens"}, "needs tuned_lens='params.pt'"),

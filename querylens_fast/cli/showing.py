@@ -83,9 +83,7 @@ def evaluate_input(
         say(f"results: {out.resolve()}")
 
 
-def _example(
-    model: str | None, dictionaries: list[str] | None, tokens: str | None, *, cut: bool, loading: Flags
-) -> Any:
+def _example(model: str | None, dictionaries: list[str] | None, tokens: str | None, cut: bool, loading: Flags) -> Any:
     """A user's model, dictionaries and sample (``cut``: its first sequences are to fit on), or the embedded ones."""
     from querylens_fast.demo.showcase import FIT_SEQUENCES, Example, load_example
 

@@ -219,7 +219,7 @@ class _Plan:
         needed = _orders(self.preset, self.options.adaptive_threshold)
         for order in needed:
             transport.matrix(side, order, self.dictionary.point(side))
-            wants_energy = self.options.stats == "rel_var" or len(needed) > 1
+            wants_energy = self.options.stats == "rel_var" or self.preset.stream_transition == "adaptive"
             if wants_energy and (side, order) not in transport.energies:
                 raise ValueError(
                     f"preset {self.preset.name!r} with stats={self.options.stats!r} needs energies for {side}/{order}: "
