@@ -19,7 +19,7 @@ from querylens_fast.topk import api as ops
 
 COSINE_EPS = 1e-8
 ROWS_AT_ONCE = 1024
-"""Token embeddings widened to float32 at a time: as many as stay in the cache (8,192 take twelve times as long)."""
+"""Token embeddings widened to float32 at a time: as many as stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
