@@ -6,7 +6,7 @@ A command names its groups of flags as defaults of parameters, and gets each gro
     def transport(model: str, fitting: Flags = flags_of(ql.fit_transport, "energy", "seed")) -> None:
         ql.fit_transport(model, **fitting)
 
-A name that is in two groups is one flag, and goes to both.
+A name that is in two groups is one flag, with the later group's default and help, and goes to both.
 """
 
 from __future__ import annotations

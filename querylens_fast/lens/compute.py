@@ -53,7 +53,7 @@ def signatures(dictionary: Any, model: Any, **options: Any) -> Any:
     the dictionary's width: it is read a block at a time (token_change and zero_out hold the dictionary and its
     activations on the sample). The disk holds a Parquet result twice while it is finished.
     """
-    dictionary, given = load_dictionary(dictionary), LensOptions(**options)
+    dictionary, given = load_dictionary(dictionary), LensOptions.of(options)
     chosen = dictionary.select(given.features)
     pipeline = plan(dictionary, model, given, n_features=len(chosen))
     block_rows = given.block_rows or rows_per_block(pipeline)
