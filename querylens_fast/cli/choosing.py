@@ -22,6 +22,7 @@ EMBEDDED_LAYER = 1
 ManyOption = Annotated[
     list[str] | None, typer.Option("--dictionary", help="Repeat for more. Default: all embedded ones.")
 ]
+FeaturesOption = Annotated[str, typer.Option(help="all, start:stop, or ids like 1,5,9.")]
 ShowOption = Annotated[int, typer.Option("--show", help="Rows to show.", min=0)]
 HELPS = {
     "features": "all, start:stop, or ids like 1,5,9.",
