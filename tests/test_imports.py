@@ -21,7 +21,10 @@ LAYERS = [
     {"querylens_fast.__main__"},
 ]
 """From the bottom up: a package may import those below it, and itself."""
-SIBLINGS = {("querylens_fast.integrations", "querylens_fast.evaluation")}
+SIBLINGS = {
+    ("querylens_fast.integrations", "querylens_fast.evaluation"),
+    ("querylens_fast.integrations", "querylens_fast.relations"),
+}
 """Arrows within one level."""
 KERNEL_USERS = {"querylens_fast/topk/triton_backend.py"}
 """Modules of the Python layer that may import csrc_triton."""

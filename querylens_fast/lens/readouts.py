@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from querylens_fast.models.model import Model
-from querylens_fast.models.norms import at_least_float32
+from querylens_fast.models.norms import Norm, at_least_float32
 from querylens_fast.topk import api as ops
 
 COSINE_EPS = 1e-8
 ROWS_AT_ONCE = 8192
+UNEMBEDDINGS = ("raw", "folded")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,43 @@ class Scorer:
 def unembed(model: Model, final_norm: bool = True) -> Scorer:
     """The final norm, applied to the vector as a function, then W_U and b_U (paper §3; reference ``apply_unembed``)."""
     return Scorer(model, model.W_U, bias=_wide(model.b_U), final_norm=final_norm)
+
+
+def dashboard(model: Model, unembedding: str = "raw") -> Scorer:
+    """W_U alone, as dashboards read decoder rows: no final norm on the vector and no b_U.
+
+    ``unembedding="raw"`` is the checkpoint's matrix (SAEDashboard's main branch). "folded" is the matrix that
+    transformer-lens's ``from_pretrained`` makes (SAEDashboard 0.8.0, sae-lens's tutorials): columns times the final
+    norm's scale; for LayerNorm, each row minus its mean over d_model; without a logit soft cap, minus the mean row.
+
+    Raises:
+        ValueError: Another name, a hooked model whose W_U is folded already, or a final norm that cannot be folded.
+    """
+    if unembedding not in UNEMBEDDINGS:
+        raise ValueError(f"unembedding is {unembedding!r}; expected {' or '.join(UNEMBEDDINGS)}")
+    is_folded = "folded" in model.convention
+    if is_folded and unembedding == "raw":
+        raise ValueError(
+            f"unembedding is 'raw', but model {model.name!r} has the final norm folded into W_U; pass "
+            "unembedding='folded', or load the checkpoint with load_model"
+        )
+    return Scorer(model, model.W_U if is_folded or unembedding == "raw" else _folded_unembedding(model))
+
+
+def _folded_unembedding(model: Model) -> Tensor:
+    norm = model.final_norm
+    if not isinstance(norm, Norm):
+        raise ValueError(
+            f"unembedding is 'folded', but the final norm of {model.name!r} ({type(norm).__name__}) is no scale that "
+            "could be multiplied into W_U; pass unembedding='raw'"
+        )
+    W = at_least_float32(model.W_U)
+    W = W.clone() if norm.weight is None else W * norm.weight.to(W)
+    if norm.centred:
+        W -= W.mean(1, keepdim=True)
+    if model.logit_softcap is None:
+        W -= W.mean(0)
+    return W.to(model.W_U.dtype)
 
 
 def logit_difference(model: Model) -> Scorer:
