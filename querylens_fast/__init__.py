@@ -16,12 +16,17 @@ Data goes one way: sources (`models`, `dictionaries`, `tokens`) → vectors → 
 from querylens_fast.dictionaries.dictionary import Dictionary, directions, neuron_dictionary
 from querylens_fast.dictionaries.feature_lists import Activation, Feature
 from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample, load_feature_sample
+from querylens_fast.evaluation.generation import SteeredText, steer
+from querylens_fast.evaluation.output_score import Promoted, output_scores, promoted_tokens
+from querylens_fast.evaluation.stability import Stability, stability
 from querylens_fast.lens.compute import Signatures, scores_at, signatures
 from querylens_fast.lens.presets import PRESETS, Preset, find_preset
 from querylens_fast.lens.search import Hits, search, show
-from querylens_fast.lens.storage import StoredSignatures
+from querylens_fast.lens.storage import StoredSignatures, verify
+from querylens_fast.models.errors import UnsupportedModelError
 from querylens_fast.models.load import as_model, load_model
-from querylens_fast.models.model import Model, UnsupportedModelError
+from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, load_tokens
 from querylens_fast.relations.attention import attention_pairs
 from querylens_fast.relations.channel_statistics import ChannelTest, channel_sweep, channel_test
@@ -47,12 +52,16 @@ __all__ = [
     "ChannelTest",
     "Dictionary",
     "Feature",
+    "FeatureSample",
+    "Promoted",
+    "SteeredText",
     "Hits",
     "Model",
     "Passage",
     "Preset",
     "RelationTable",
     "Signatures",
+    "Stability",
     "StoredSignatures",
     "TopK",
     "WeightLensThresholds",
@@ -70,6 +79,11 @@ __all__ = [
     "export_jacobian_lens",
     "feature_chains",
     "feature_flow",
+    "feature_sample",
+    "load_feature_sample",
+    "output_scores",
+    "promoted_tokens",
+    "steer",
     "find_preset",
     "fit_passage",
     "fit_transport",
@@ -86,9 +100,11 @@ __all__ = [
     "search",
     "show",
     "signatures",
+    "stability",
     "streamed_topk",
     "subspace_channels",
     "token_features",
     "upstream",
+    "verify",
     "weight_lens",
 ]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import D_MODEL
 
 import querylens_fast as ql
-from querylens_fast.dictionaries.hook_points import parse_hook
+from querylens_fast.dictionaries.hook_points import hook_point
 
 N = 11
 
@@ -159,8 +159,9 @@ def test_hooks_name_points(
                 dictionary.point(side)
 
 
-def test_parse_hook_refuses_nonsense(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
-    assert parse_hook("lm_head") is None
+def test_an_unknown_hook_name_is_refused(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match="'lm_head' is not understood; .*hook_resid_post"):
+        hook_point("lm_head")
     folder = sae_folder(tmp_path / "sae", weights, architecture="standard", metadata={"hook_name": "lm_head"})
     with pytest.raises(ValueError, match="hook name 'lm_head' is not understood"):
         ql.load_dictionary(folder)
@@ -276,9 +277,9 @@ def test_a_dictionary_that_cannot_be_run_says_so(
     with pytest.raises(ValueError, match="no encoder configuration"):
         ql.signatures(plain, gpt2, preset="zero_out", tokens=sample)
     folder = sae_folder(
-        tmp_path / "sae", weights, architecture="temporal", metadata={"hook_name": "blocks.1.hook_resid_post"}
+        tmp_path / "sae", weights, architecture="p-annealed", metadata={"hook_name": "blocks.1.hook_resid_post"}
     )
-    with pytest.raises(ValueError, match="'temporal' cannot be run here"):
+    with pytest.raises(ValueError, match="'p-annealed' cannot be run here"):
         ql.signatures(ql.load_dictionary(folder), gpt2, preset="zero_out", tokens=sample)
 
 

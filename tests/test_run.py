@@ -145,7 +145,7 @@ def test_neurons_ranges_and_id_files(tmp_path: Path) -> None:
     assert by_list[0]["top_ids"] == by_file[0]["top_ids"] and by_list[0]["feature_str"] == "Feature mlp-/1/5"
     adaptive = {**neurons, "baseline": "query_lens_value_adaptive", "features": "0:3"}
     rows = read_jsonl(run("base", overrides(case, **adaptive)))
-    assert {row["transition"] for row in rows} <= {"identity", "first_order", "full"}
+    assert {row["transition"] for row in rows} == {"shrunk"}
 
 
 def test_submodules_and_norms_reach_the_walk() -> None:

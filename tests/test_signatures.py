@@ -176,11 +176,11 @@ def test_a_stopped_run_resumes(
     options = {"transport": transport, "k": K, "block_rows": 16, "progress": False}
     original = Pipeline.__call__
 
-    def stop_after_two(self, features):
+    def stop_after_two(self, ids, vectors):
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(len(features))
-        return original(self, features)
+        done.append(len(ids))
+        return original(self, ids, vectors)
 
     monkeypatch.setattr(Pipeline, "__call__", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
@@ -189,7 +189,7 @@ def test_a_stopped_run_resumes(
         with open(out, "a") as file:
             file.write('{"feature_index": 32, "half')
     done.clear()
-    monkeypatch.setattr(Pipeline, "__call__", lambda self, f: done.append(len(f)) or original(self, f))
+    monkeypatch.setattr(Pipeline, "__call__", lambda self, ids, v: done.append(len(ids)) or original(self, ids, v))
     stored = ql.signatures(neurons, gpt2, out=out, **options)
     assert sum(done) == neurons.n_features - 32
     table = stored.table().to_pydict()
@@ -274,7 +274,7 @@ def test_refusals_write_nothing(
         ({"stats": "all"}, "stats is 'all'"),
         ({"stats": "exact"}, "pass tokens="),
         ({"stats": "rel_var", "transport": no_energy}, "energy='probes'"),
-        ({"preset": "query_lens_value_adaptive", "transport": no_energy}, "not value/first_order"),
+        ({"preset": "query_lens_value_adaptive", "transport": no_energy}, "no energies for (value, full)"),
         ({"preset": "query_lens_value_adaptive", "adaptive_threshold": 2}, "adaptive_threshold is 2"),
         ({"preset": "token_change"}, "pass tokens="),
         ({"preset": "tuned_lens"}, "needs tuned_lens='params.pt'"),

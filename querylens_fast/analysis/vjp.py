@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from querylens_fast.analysis.caches import VJPResidCache
-from querylens_fast.analysis.lens import analyze, preset_of
+from querylens_fast.analysis.calls import analyze, preset_of
 from querylens_fast.transport.transport import Transport
 
 
@@ -55,10 +55,10 @@ def analyze_feature(
         model,
         f,
         sae,
+        preset_of("key", stream_transition, "embed_cosine_centered"),
         pile_sample,
         rank,
         world_size,
-        preset_of("key", stream_transition, "embed_cosine_centered"),
         resid_cache=resid_cache,
         transport=transport,
         submodule=submodule,

@@ -47,9 +47,14 @@ def transport(
     seed: Annotated[int, typer.Option(help="Of the draw and the probes.")] = 42,
     energy: Annotated[str, typer.Option(help="none, probes or exact: what rel_var needs.")] = "none",
     n_probes: Annotated[int, typer.Option(help="Sign probes a sequence.")] = 64,
+    groups: Annotated[int, typer.Option(help="Groups of sequences to keep, for standard errors: 8 is usual.")] = 1,
+    until: Annotated[
+        float | None, typer.Option(help="Take sequences until top tokens agree between halves, e.g. 0.85.")
+    ] = None,
+    k: Annotated[int, typer.Option(help="Top tokens that --until compares.")] = 25,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
-    linearisation: LinearisationOption = "hand-written",
+    linearisation: LinearisationOption = "auto",
     max_memory_gib: MemoryOption = 2.0,
 ) -> None:
     """Fit a model's transport once, for every dictionary of it."""
@@ -67,8 +72,12 @@ def transport(
             energy=energy,  # type: ignore[arg-type]
             n_probes=n_probes,
             seed=seed,
+            groups=groups,
+            until=until,
+            k=k,
             max_memory_gib=max_memory_gib,  # type: ignore[arg-type]
         )
+        sample = sample.head(int(fitted.metadata["n_sequences"]))
         if group.leads:
             fitted.save(out)
             sample.save(Path(f"{out}.tokens.safetensors"))
@@ -98,7 +107,7 @@ def signatures(
     ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
-    linearisation: LinearisationOption = "hand-written",
+    linearisation: LinearisationOption = "auto",
     max_memory_gib: MemoryOption = 2.0,
 ) -> None:
     """Signatures of one dictionary's features, streamed to a file; run again to resume."""
@@ -147,7 +156,7 @@ def topk(
     with reported_errors():
         from safetensors.torch import save_file
 
-        from querylens_fast.models.load import parse_device
+        from querylens_fast.models.folders import parse_device
         from querylens_fast.runs.atomic_write import whole
         from querylens_fast.topk.api import streamed_topk
 

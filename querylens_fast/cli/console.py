@@ -14,7 +14,7 @@ from querylens_fast.runs.processes import RankStopped
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
 LinearisationOption = Annotated[
-    str, typer.Option(help="hand-written, or autodiff for architectures without a hand-written one.")
+    str, typer.Option(help="auto, hand-written, autodiff (through the model's own layers), or none (readout alone).")
 ]
 MemoryOption = Annotated[float, typer.Option(help="Bound on the working memory, GiB.")]
 

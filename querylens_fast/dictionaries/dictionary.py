@@ -1,36 +1,48 @@
-"""Dictionaries: keys and values of features, and where in the model they act.
+"""Dictionaries: the key and value vectors of a layer's features, and where in the model they act.
 
-A `Dictionary` gives rows of values (what a feature writes) and keys (what it reads), block by block, straight from a
-memory-mapped file when it has one, and names the point of the residual stream each side acts at (`walks` numbers the
-points). `sources.load_dictionary` reads them; `directions` and `neuron_dictionary` make one from a matrix and from a
-model's MLP.
+A `Dictionary` reads its vectors block by block, straight from its file when it has one. `load_dictionary` makes one
+from a file, a release or an object; `directions` and `neuron_dictionary` make one from a matrix and from a model's MLP.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from querylens_fast.dictionaries.hook_points import BEFORE_POST_NORM, STREAM, Kind, parse_hook
-from querylens_fast.dictionaries.rows import FeatureIds, MemoryRows, Rows
+from querylens_fast.dictionaries.hook_points import HookPoint, Kind, hook_point
+from querylens_fast.dictionaries.rows import CarriedRows, FeatureIds, MemoryRows, Rows
 from querylens_fast.dictionaries.sae import Coder
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
-from querylens_fast.models.norms import Norm
 
 
-@dataclass
+@dataclass(eq=False)
 class Dictionary:
-    """Features of one layer: their values and keys, and the points of the residual stream they act at.
+    """Features of one layer: their values (what they write) and keys (what they read).
 
-    value_point and key_point are None, with the reason in ``refusals``, where that side has no vector in the residual
-    stream. `coder` runs the dictionary, where it is one that can be run.
+    Attributes:
+        name: Shown in results and errors.
+        kind: "sae", "transcoder", "neurons" or "directions".
+        layer: The layer whose stream the values are written to.
+        n_features: How many features there are.
+        d_model: The width of the residual stream; of its own vectors where they are not in the stream.
+        value_rows: Values [n, D], or None.
+        key_rows: Keys [n, D], or None.
+        value_point: The point of the residual stream where the features write; None: see ``refusals``.
+        key_point: The point of the residual stream that the features read, or None.
+        hook_name: The name of the hook point that keys read.
+        hook_name_out: The name of the hook point that values are written at.
+        load_coder: Reads the encoder and decoder, where the dictionary can be run.
+        details: Architecture, model name and activation normalisation, as the source gives them.
+        refusals: For a side ("value", "key") that acts at no point of the residual stream: why.
+        no_direction: For a side whose vectors are no directions of the residual stream: why.
+        carried: The values have been carried into the residual stream by a weight of the model (`on`).
     """
 
     name: str
@@ -42,11 +54,71 @@ class Dictionary:
     key_rows: Rows | None
     value_point: int | None
     key_point: int | None
-    hook_name: str = ""
-    hook_name_out: str = ""
+    hook_name: str
+    hook_name_out: str
     load_coder: Callable[[], Coder] | None = None
     details: dict[str, str] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
+    no_direction: dict[str, str] = field(default_factory=dict)
+    carried: bool = False
+
+    @classmethod
+    def at(
+        cls,
+        name: str,
+        kind: Kind,
+        layer: int,
+        rows: tuple[Rows | None, Rows | None],
+        hooks: tuple[HookPoint, HookPoint],
+    ) -> Dictionary:
+        """A dictionary of (values, keys) at the hook points (read, written)."""
+        values, keys = rows
+        n, d = (values or keys).shape  # type: ignore[union-attr]
+        sides = {"key": hooks[0], "value": hooks[1]}
+        return cls(
+            name,
+            kind,
+            layer,
+            n,
+            d,
+            values,
+            keys,
+            sides["value"].point("value"),
+            sides["key"].point("key"),
+            hooks[0].name,
+            hooks[1].name,
+            refusals={side: hook.refusal(side) for side, hook in sides.items() if hook.point(side) is None},
+            no_direction={side: hook.refusal(side) for side, hook in sides.items() if not hook.is_direction(side)},
+        )
+
+    @property
+    def reads(self) -> HookPoint:
+        """The hook point that keys read."""
+        return hook_point(self.hook_name)
+
+    @property
+    def writes(self) -> HookPoint:
+        """The hook point that values are written at."""
+        return hook_point(self.hook_name_out or self.hook_name)
+
+    def point(self, side: str) -> int:
+        """The point of the residual stream where the features write (value) or read (key).
+
+        Raises:
+            ValueError: That side does not act on the residual stream.
+        """
+        point = self.value_point if side == "value" else self.key_point
+        if point is None:
+            raise ValueError(f"dictionary {self.name!r}: {self.refusals.get(side, f'it has no {side} side')}")
+        return point
+
+    def check_direction(self, side: str) -> None:
+        """Raise ValueError unless the side's vectors are directions of the residual stream.
+
+        Presets without a transport, cosines and products with embeddings need that, although no point.
+        """
+        if side in self.no_direction:
+            raise ValueError(f"dictionary {self.name!r}: {self.no_direction[side]}")
 
     def values(self, ids: FeatureIds) -> Tensor:
         """Value vectors [n, D] of the features ids (int64 tensor or slice)."""
@@ -59,17 +131,6 @@ class Dictionary:
     def vectors(self, side: str, ids: FeatureIds) -> Tensor:
         """`values` or `keys`."""
         return self.values(ids) if side == "value" else self.keys(ids)
-
-    def point(self, side: str) -> int:
-        """The point of the residual stream where the features write (value) or read (key).
-
-        Raises:
-            ValueError: That side does not act on the residual stream, or the dictionary does not have it.
-        """
-        point = self.value_point if side == "value" else self.key_point
-        if point is None:
-            raise ValueError(f"dictionary {self.name!r}: {self.refusals.get(side, f'it has no {side} side')}")
-        return point
 
     @cached_property
     def coder(self) -> Coder:
@@ -87,15 +148,12 @@ class Dictionary:
         if self.load_coder is None:
             raise ValueError(
                 f"dictionary {self.name!r} ({self.kind}) has vectors but no encoder configuration: it cannot be run; "
-                "that needs a sae-lens SAE or transcoder, or MLP neurons"
+                "that needs a SAE or transcoder with its configuration, or MLP neurons"
             )
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the dictionary's shape, of the points it acts at and of some of its rows.
-
-        It tells a replaced file from the old one, and one matrix at two places.
-        """
+        """A digest of the dictionary's shape, of the points it acts at and of 16 rows a side; see also `digest`."""
         shape = self.n_features, self.d_model, self.value_point, self.key_point
         digest = hashlib.sha256(",".join(map(str, shape)).encode())
         ids = torch.linspace(0, max(self.n_features - 1, 0), min(16, self.n_features)).long()
@@ -104,27 +162,69 @@ class Dictionary:
                 digest.update(rows.read(ids).detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:32]
 
+    def on(self, model: Model) -> Dictionary:
+        """The dictionary with its values in the model's residual stream, checked against the model.
+
+        Values at attn.hook_z and mlp.hook_post are carried by the layer's W_O or W_out; others are left as they are.
+
+        Raises:
+            ValueError: The dictionary cannot belong to the model.
+        """
+        if self.carried:
+            return self
+        for at in {self.reads.layer, self.writes.layer}:
+            if not 0 <= at < model.n_layers:
+                raise ValueError(
+                    f"dictionary {self.name!r} is of layer {at}, but model {model.name!r} has layers "
+                    f"0 to {model.n_layers - 1}"
+                )
+        if not self.writes.site.carried_by:
+            _check_width(self, model, model.d_model)
+        bound = self
+        for side, hook in (("key", self.reads), ("value", self.writes)):
+            module = hook.site.before_post_norm
+            if module and not getattr(model.blocks[hook.layer], module).adds_directly:
+                why = (
+                    f"its {side}s are of {hook.name!r}, which {model.name!r} ({model.architecture}) norms before it "
+                    "adds it to the residual stream (or scales it); dictionaries on either side of that are supported"
+                )
+                bound = replace(
+                    bound,
+                    **{f"{side}_point": None},
+                    refusals={**bound.refusals, side: why},
+                    no_direction={**bound.no_direction, side: why},
+                )
+            elif side == "value" and hook.site.carried_by and self.value_rows is not None:
+                bound = bound._carried(model)
+        if bound is self or self.load_coder is None:
+            return bound
+        return replace(bound, load_coder=lambda: self.coder)  # the caller's own, so that it is read once
+
+    def _carried(self, model: Model) -> Dictionary:
+        site, layer = self.writes.site, self.writes.layer
+        module = "attention" if site.carried_by == "W_O" else "mlp"
+        try:
+            weight = getattr(getattr(model.blocks[layer], module), site.carried_by)
+        except (AttributeError, ValueError):
+            raise ValueError(
+                f"dictionary {self.name!r} is written at {self.writes.name!r}, but {module} {layer} of {model.name!r} "
+                f"has no single {site.carried_by} that would carry it into the residual stream"
+            ) from None
+        assert self.value_rows is not None
+        _check_width(self, model, weight.shape[1])
+        return replace(
+            self,
+            d_model=model.d_model,
+            value_rows=CarriedRows(self.value_rows, weight),
+            value_point=2 * layer + (site.value or 0),
+            refusals={side: why for side, why in self.refusals.items() if side != "value"},
+            no_direction={side: why for side, why in self.no_direction.items() if side != "value"},
+            carried=True,
+        )
+
     def check_model(self, model: Model) -> None:
         """Raise ValueError when the dictionary cannot belong to the model."""
-        if self.d_model != model.d_model:
-            raise ValueError(
-                f"dictionary {self.name!r} has d_model {self.d_model}, but model {model.name!r} has {model.d_model}: "
-                "is this dictionary from another model?"
-            )
-        if not 0 <= self.layer < model.n_layers:
-            raise ValueError(
-                f"dictionary {self.name!r} is of layer {self.layer}, but model {model.name!r} has layers "
-                f"0 to {model.n_layers - 1}"
-            )
-        for side, hook in (("key", self.hook_name), ("value", self.hook_name_out or self.hook_name)):
-            at = (parse_hook(hook) or (0, ""))[1]
-            module = BEFORE_POST_NORM[side].get(at)
-            if module and isinstance(vars(getattr(model.blocks[self.layer], module)).get("post_norm"), Norm):
-                raise ValueError(
-                    f"dictionary {self.name!r}: its {side}s are of {hook!r}, which {model.name!r} "
-                    f"({model.architecture}) norms before it adds it to the residual stream; dictionaries on either "
-                    "side of that are supported"
-                )
+        self.on(model)
 
     def select(self, features: Any = None) -> Tensor:
         """Feature ids, int64, from None or "all", a slice, a range "a:b", an int, a list or a tensor.
@@ -141,8 +241,11 @@ class Dictionary:
             features = range(*features.indices(n))
         if isinstance(features, range):
             features = features.start + features.step * torch.arange(len(features))
-        ids = torch.as_tensor(features)
-        if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim > 1:
+        try:
+            ids = torch.as_tensor(features)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"features is {str(features)[:80]!r}; expected a list of integer feature ids") from error
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim > 1:
             raise ValueError(f"features are {list(ids.shape)} of {ids.dtype}; expected a list of integer feature ids")
         ids = ids.reshape(-1).long().cpu()
         outside = ids[(ids < 0) | (ids >= n)]
@@ -152,7 +255,7 @@ class Dictionary:
 
     def _read(self, side: str, rows: Rows | None, ids: FeatureIds) -> Tensor:
         if rows is None:
-            raise ValueError(f"dictionary {self.name!r}: {self.refusals.get(side, f'it holds no {side} vectors')}")
+            raise ValueError(f"dictionary {self.name!r}: it holds no {side} vectors")
         found = rows.read(ids)
         # Numbers of one byte have no isfinite of their own.
         bad = ~torch.isfinite(found.float() if found.dtype.itemsize == 1 else found).all(-1)
@@ -196,12 +299,10 @@ def directions(
         raise ValueError(f"matrix is {list(matrix.shape)} of {matrix.dtype}; expected a float matrix [n, d_model]")
     if keys.shape != matrix.shape:
         raise ValueError(f"keys are {list(keys.shape)} but values are {list(matrix.shape)}; they must agree")
-    if f"hook_{point}" not in STREAM:
+    if point not in ("resid_pre", "resid_mid", "resid_post"):
         raise ValueError(f"point is {point!r}; expected resid_pre, resid_mid or resid_post")
-    at = 2 * layer + STREAM[f"hook_{point}"]
-    rows, key_rows = MemoryRows(matrix), MemoryRows(keys)
-    hook = f"blocks.{layer}.hook_{point}"
-    return Dictionary(name, "directions", layer, *rows.shape, rows, key_rows, at, at, hook, hook)
+    hook = hook_point(f"blocks.{layer}.hook_{point}")
+    return Dictionary.at(name, "directions", layer, (MemoryRows(matrix), MemoryRows(keys)), (hook, hook))
 
 
 def neuron_dictionary(model: Any, layer: int) -> Dictionary:
@@ -210,8 +311,15 @@ def neuron_dictionary(model: Any, layer: int) -> Dictionary:
     if not 0 <= layer < model.n_layers:
         raise ValueError(f"layer is {layer}, but model {model.name!r} has layers 0 to {model.n_layers - 1}")
     mlp = model.blocks[layer].mlp
-    values = MemoryRows(mlp.W_out.mT)
-    hooks = f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out"
-    keys = MemoryRows(mlp.W_in)
-    name = f"neurons of layer {layer}"
-    return Dictionary(name, "neurons", layer, *values.shape, values, keys, 2 * layer + 2, 2 * layer + 1, *hooks)
+    hooks = hook_point(f"blocks.{layer}.mlp.hook_in"), hook_point(f"blocks.{layer}.hook_mlp_out")
+    rows = MemoryRows(mlp.W_out.mT), MemoryRows(mlp.W_in)
+    return Dictionary.at(f"neurons of layer {layer}", "neurons", layer, rows, hooks)
+
+
+def _check_width(dictionary: Dictionary, model: Model, width: int) -> None:
+    if dictionary.d_model != width:
+        raise ValueError(
+            f"dictionary {dictionary.name!r} has d_model {dictionary.d_model}, but model {model.name!r} has {width}"
+            f"{'' if width == model.d_model else ' at ' + repr(dictionary.writes.name)}: is this dictionary from "
+            "another model?"
+        )

@@ -14,11 +14,13 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
+from querylens_fast.dictionaries.pickles import PlainUnpickler, RefusedPickleError, check_expanded
 from querylens_fast.runs.atomic_write import write_whole
 
 FORMAT = "querylens_fast.features/1"
@@ -194,7 +196,7 @@ def convert_features(pkl: str | Path, json: str | Path) -> Path:
 def _read_json(path: Path) -> list[Feature]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"features file {str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("features"), list):
         raise ValueError(f"features file {str(path)!r} holds {_describe(data)}; expected the format {FORMAT!r}")
@@ -205,10 +207,14 @@ def _as_feature(state: Any, source: str, index: int) -> Feature:
     """A `Feature` from its fields, checked."""
     feature = _build(Feature, state, f"{source!r}, feature {index}")
     if isinstance(feature.feature, bool) or not isinstance(feature.feature, int) or feature.feature < 0:
-        raise ValueError(f"{source!r}, feature {index}: feature is {feature.feature!r}; expected an index from 0")
-    if not str(feature.layer).isdigit():
-        raise ValueError(f"{source!r}, feature {index}: layer is {feature.layer!r}; expected a layer number")
+        raise ValueError(f"{source!r}, feature {index}: feature is {brief(feature.feature)}; expected an index from 0")
+    if not isinstance(feature.layer, (str, int)) or not str(feature.layer).isdigit():
+        raise ValueError(f"{source!r}, feature {index}: layer is {brief(feature.layer)}; expected a layer number")
     if feature.activations is not None:
+        if not isinstance(feature.activations, (list, tuple)):
+            raise ValueError(
+                f"{source!r}, feature {index}: activations are {brief(feature.activations)}; expected a list"
+            )
         feature.activations = [_as_activation(a, f"{source!r}, feature {index}") for a in feature.activations]
     return feature
 
@@ -287,38 +293,28 @@ def _numpy_scalar(dtype: Any, data: bytes) -> Any:
     return np.frombuffer(data, np.dtype(dtype.code).newbyteorder("<"))[0].item()
 
 
-class RefusedPickleError(ValueError):
-    """A pickle asks for something that a list of features does not need."""
+_RECORDS = {name: type(name, (_Record,), {"name": name}) for name in ("Feature", "Activation")}
 
 
-class _FeatureUnpickler(pickle.Unpickler):
-    """Rebuilds records and plain containers; imports nothing."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        records: dict[str, Callable[..., Any]] = {
-            name: type(name, (_Record,), {"name": name}) for name in ("Feature", "Activation")
-        }
-        self._records = records
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in self._records:
-            return self._records[name]
-        if module in ("builtins", "__builtin__") and name in ("list", "dict", "tuple", "set", "frozenset"):
-            return {"list": list, "dict": dict, "tuple": tuple, "set": set, "frozenset": frozenset}[name]
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
-            return _numpy_scalar
-        if (module, name) == ("numpy", "dtype"):
-            return _Dtype
-        raise RefusedPickleError(
-            f"asks for {module}.{name}; only the data classes Feature and Activation, plain containers and numbers are "
-            "admitted, and nothing was run"
-        )
+def _admitted(module: str, name: str) -> Any:
+    if name in _RECORDS:
+        return _RECORDS[name]
+    if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
+        return _numpy_scalar
+    if (module, name) == ("numpy", "dtype"):
+        return _Dtype
+    raise RefusedPickleError(
+        f"asks for {module}.{name}; only the data classes Feature and Activation, plain containers and numbers are "
+        "admitted, and nothing was run"
+    )
 
 
 def _unpickle(path: Path) -> Any:
+    data = path.read_bytes()
     try:
-        return _FeatureUnpickler(io.BytesIO(path.read_bytes())).load()
+        found = PlainUnpickler(io.BytesIO(data), _admitted).load()
+        check_expanded(found, len(data))
+        return found
     except RefusedPickleError as error:
         raise RefusedPickleError(f"features file {str(path)!r} {error}") from None
     except Exception as error:

@@ -7,14 +7,14 @@ A new format is a new entry and, where its configuration is its own, a function 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from querylens_fast.dictionaries.hook_points import parse_hook
+from querylens_fast.dictionaries.config_files import read_mapping, section
+from querylens_fast.dictionaries.hook_points import hook_point
 
 Settings = Mapping[str, Any]
 
@@ -56,18 +56,7 @@ class Format:
         file = self._config_file(path)
         if file is None:
             return {}
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".yaml":
-            import yaml
-
-            try:
-                return yaml.safe_load(text) or {}
-            except yaml.YAMLError as error:
-                raise ValueError(f"{str(file)!r} is not valid YAML: {error}") from error
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{str(file)!r} is not valid JSON: {error}") from error
+        return read_mapping(file)
 
     def _config_file(self, path: Path) -> Path | None:
         return next((path.parent / name for name in self.config if (path.parent / name).is_file()), None)
@@ -79,14 +68,19 @@ def _as_they_are(path: Path, config: Settings) -> Settings:
 
 def _sae_lens(path: Path, config: Settings) -> Settings:
     """sae-lens's own, and what versions before 6 called otherwise or took for granted."""
-    version = config.get("sae_lens_version") or (config.get("metadata") or {}).get("sae_lens_version")
-    if version and int(str(version).split(".")[0]) >= 6:
+    version = config.get("sae_lens_version") or section(config, "metadata", path).get("sae_lens_version")
+    major = re.match(r"\d+", str(version or 0))
+    if major is None:
+        raise ValueError(
+            f"the configuration of {str(path)!r} has sae_lens_version={version!r}; expected one like '6.0'"
+        )
+    if int(major[0]) >= 6:
         return {"apply_b_dec_to_input": "transcoder" not in str(config.get("architecture")), **config}
     settings = {"architecture": "standard", "apply_b_dec_to_input": True, **config}
     settings["hook_name"] = config.get("hook_name", config.get("hook_point"))
     if isinstance(config.get("normalize_activations"), bool):
         settings["normalize_activations"] = "expected_average_only_in" if config["normalize_activations"] else "none"
-    options = config.get("activation_fn_kwargs") or {}
+    options = section(config, "activation_fn_kwargs", path)
     if config.get("activation_fn_str", config.get("activation_fn")) == "topk" and "k" in options:
         settings |= {"architecture": "topk", "k": options["k"]}
     return settings
@@ -167,48 +161,65 @@ def _llama_scope(path: Path, config: Settings) -> Settings:
 
 def _sparsify(path: Path, config: Settings) -> Settings:
     """The module's name is the folder's: layers.5 (the block's output), layers.5.mlp, …"""
-    folder = path.absolute().parent.name
-    hook = parse_hook(folder.replace("layers_", "layers."))
-    settings: dict[str, Any] = {"hook_name": folder, "k": config.get("k"), "architecture": "topk"}
-    settings["apply_b_dec_to_input"] = not config.get("normalize_decoder", False)
-    if config.get("activation", "topk") != "topk":
-        settings["architecture"] = config["activation"]  # read, but not run
-    if config.get("transcode"):
-        if hook is None:
-            return {**settings, "architecture": "topk_transcoder"}
-        if hook[1] != "mlp":
-            raise ValueError(
-                f"dictionary {str(path)!r} is a sparsify transcoder of {folder!r}; transcoders of an mlp are supported"
-            )
-        layer = hook[0]
-        settings |= {"hook_name": f"blocks.{layer}.mlp.hook_in", "hook_name_out": f"blocks.{layer}.hook_mlp_out"}
-        settings["architecture"] = "topk_transcoder"
-    elif hook is not None:
-        settings["hook_name"] = f"layers.{hook[0]}" + (f".{hook[1]}" if hook[1] else "")
-    return settings
+    folder = path.absolute().parent.name.replace("layers_", "layers.")
+    transcode = bool(config.get("transcode"))
+    settings: dict[str, Any] = {
+        "architecture": str(config.get("activation", "topk")) + ("_transcoder" if transcode else ""),
+        "k": config.get("k"),
+        "apply_b_dec_to_input": not transcode,
+    }
+    try:
+        hook = hook_point(folder)
+    except ValueError:
+        return {**settings, "unknown_site": "a folder named like layers.5 or layers.5.mlp"}
+    if not transcode:
+        return {**settings, "hook_name": folder}
+    if hook.site.name != "mlp_raw":
+        raise ValueError(
+            f"dictionary {str(path)!r} is a sparsify transcoder of {folder!r}; transcoders of an mlp are supported"
+        )
+    return {**settings, "hook_name": f"layers.{hook.layer}.mlp.input", "hook_name_out": folder}
+
+
+_LEARNED = {
+    "AutoEncoder": "standard",
+    "AutoEncoderNew": "standard",
+    "GatedAutoEncoder": "gated",
+    "AutoEncoderTopK": "topk",
+    "BatchTopKSAE": "jumprelu",
+    "MatryoshkaBatchTopKSAE": "jumprelu",
+    "JumpReluAutoEncoder": "jumprelu",
+}
+"""dictionary_learning's classes in sae-lens's terms. Others are read, but not run."""
+_SUBMODULES = {
+    "mlp": ("mlp.hook_in", "mlp.hook_out"),
+    "att": ("attn.hook_in", "attn.hook_out"),
+    "": ("hook_resid_pre", "hook_resid_post"),
+}
+"""Hook points of the input and the output of the submodule that a name with this text stands for."""
 
 
 def _dictionary_learning(path: Path, config: Settings) -> Settings:
-    trainer = config.get("trainer") or {}
+    """The submodule is in the trainer's settings; the buffer's ``io`` says whether its input or output is read."""
+    trainer, buffer = (section(config, name, path) for name in ("trainer", "buffer"))
     kind, submodule = trainer.get("dict_class", "AutoEncoder"), str(trainer.get("submodule_name") or "resid_post")
-    site = "hook_mlp_out" if "mlp" in submodule else "hook_attn_out" if "att" in submodule else "hook_resid_post"
-    architectures = {
-        "AutoEncoder": "standard",
-        "AutoEncoderNew": "standard",
-        "GatedAutoEncoder": "gated",
-        "AutoEncoderTopK": "topk",
-        "BatchTopKSAE": "jumprelu",
-        "MatryoshkaBatchTopKSAE": "jumprelu",
-        "JumpReluAutoEncoder": "jumprelu",
-    }
-    return {
-        # One that is not known is read, but not run.
-        "architecture": architectures.get(kind, kind),
-        "hook_name": f"blocks.{trainer['layer']}.{site}" if "layer" in trainer else None,
+    settings = {
+        "architecture": _LEARNED.get(kind, kind),
         "model_name": trainer.get("lm_name"),
         "k": trainer.get("k"),
         "apply_b_dec_to_input": kind not in ("JumpReluAutoEncoder", "AutoEncoderNew"),
     }
+    if "layer" not in trainer:
+        return settings
+    before, after = next(hooks for part, hooks in _SUBMODULES.items() if part in submodule)
+    io = buffer.get("io", "out")
+    if io not in ("in", "out", "in_and_out"):
+        raise ValueError(f"{str(path.parent / 'config.json')!r}: buffer io is {io!r}; expected in, out or in_and_out")
+    if "resid_pre" in submodule:
+        after = before
+    read = f"blocks.{trainer['layer']}.{after if io == 'out' else before}"
+    written = f"blocks.{trainer['layer']}.{before if io == 'in' else after}"
+    return {**settings, "hook_name": read, "hook_name_out": written if written != read else None}
 
 
 def _circuit_tracer(path: Path, config: Settings) -> Settings:

@@ -66,6 +66,26 @@ class SummedRows:
 
 
 @dataclass(frozen=True)
+class CarriedRows:
+    """Rows carried by a weight [D, m] of the model: W r for each row r [m]; computed in float32 or wider."""
+
+    rows: Rows
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.shape[0], self.weight.shape[0]
+
+    def read(self, ids: FeatureIds) -> Tensor:
+        found = self.rows.read(ids).to(self.weight.device)
+        dtype = torch.promote_types(torch.promote_types(found.dtype, self.weight.dtype), torch.float32)
+        return found.to(dtype) @ self.weight.mT.to(dtype)
+
+    def __str__(self) -> str:
+        return str(self.rows)
+
+
+@dataclass(frozen=True)
 class FileRows:
     """Rows [n, D] of a matrix that lies uncompressed in a file; only what is asked is read.
 

@@ -1,7 +1,8 @@
-"""Readouts: from a vector in the residual stream to a score for every token of the vocabulary.
+"""Readouts: from a vector of the residual stream to a score for every token of the vocabulary.
 
-Each readout is a matrix product with a few terms around it, which is all that `streamed_topk` needs: no readout ever
-builds a row of V scores, and the centred cosine never builds a centred copy of the embedding.
+Each readout is a matrix product with a few terms around it, which is all that `streamed_topk` needs: no row of V
+scores is stored, and the centered cosine makes no centered copy of the embedding. `LogitReadout` is for ablations of
+models with a logit soft cap, which cannot avoid the logits.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from querylens_fast.lens.presets import Preset
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import Norm, at_least_float32
 from querylens_fast.topk import api as ops
@@ -22,7 +24,10 @@ UNEMBEDDINGS = ("raw", "folded")
 
 @dataclass(frozen=True)
 class Scorer:
-    """score[i, v] = (⟨x_i, W_v⟩ + offset_i) · scale_v + bias_v, with x = factor · vectors (normed for unembed)."""
+    """score[i, v] = (⟨x_i, W_v⟩ + offset_i) · scale_v + bias_v, with x = factor · vectors (normed for unembed).
+
+    W stays in the model's dtype, and x is rounded to it once; products are summed in float32 or wider.
+    """
 
     model: Model
     W: Tensor
@@ -55,16 +60,38 @@ class Scorer:
         return ops.scores_at(x, self.W, token_ids.to(x.device), bias=self.bias, scale=self.scale, offset=offset)
 
     def prepare(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(x [n, D] in W's dtype, offset [n] or None): what stands for vectors [n, D] in the score's formula."""
+        """(x [n, D] in W's dtype, offset [n] or None) of the score's formula for vectors [n, D]."""
         vectors = vectors.to(self.model.device)
         if self.final_norm:
             vectors = self.model.final_norm(at_least_float32(vectors))
         x = (vectors if self.factor == 1.0 else vectors * self.factor).to(self.W.dtype)
         if self.centre is None:
             return x, None
-        # Of x as it was rounded: what both terms of ⟨x, w⟩ − ⟨x, c⟩ share then cancels.
+        # From the rounded x, so that what both terms of ⟨x, w⟩ − ⟨x, c⟩ share cancels.
         offset = -(x.to(self.centre) * self.centre).sum(1) / self.factor
         return x, offset.to(torch.promote_types(self.W.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class LogitReadout:
+    """The vectors are logits [n, V] already: they are sorted."""
+
+    final_norm: bool = False
+
+    def topk(self, vectors: Tensor, k: int, backend: str = "auto", *, bottom: bool = True) -> ops.TopK:
+        """The k highest and k lowest tokens of each row; equal scores by the lower id."""
+        high = vectors.sort(dim=1, descending=True, stable=True)
+        if not bottom:
+            return ops.TopK(high.values[:, :k], high.indices[:, :k], None, None)
+        low = vectors.sort(dim=1, stable=True)
+        return ops.TopK(high.values[:, :k], high.indices[:, :k], low.values[:, :k], low.indices[:, :k])
+
+    def scores_at(self, vectors: Tensor, token_ids: Tensor) -> Tensor:
+        """The scores of given tokens, [n, m], for token_ids [m] or [n, m]."""
+        return vectors.gather(1, token_ids.to(vectors.device).expand(len(vectors), -1))
+
+
+Readout = Scorer | LogitReadout
 
 
 def unembed(model: Model, final_norm: bool = True) -> Scorer:
@@ -136,15 +163,15 @@ def embed_cosine_centered(model: Model, centre: Tensor | None = None) -> Scorer:
     return Scorer(model, model.W_E, scale=scale, factor=model.embed_scale, centre=centre)
 
 
-def find_readout(model: Model, name: str | None, centre: Tensor | None, final_norm: bool = True) -> Scorer:
-    """The readout of a preset; None is the ablations' own."""
-    if name is None:
-        return logit_difference(model)
-    if name == "unembed":
+def find_readout(model: Model, preset: Preset, centre: Tensor | None, final_norm: bool = True) -> Readout:
+    """The readout of a preset. The ablations', which name none, depends on whether the model caps its logits."""
+    if preset.readout == "unembed":
         return unembed(model, final_norm)
-    if name == "embed":
+    if preset.readout == "embed":
         return embed(model)
-    return embed_cosine_centered(model, centre)
+    if preset.readout == "embed_cosine_centered":
+        return embed_cosine_centered(model, centre)
+    return logit_difference(model) if model.logit_softcap is None else LogitReadout()
 
 
 def _wide(x: Tensor | None) -> Tensor | None:

@@ -93,8 +93,8 @@ def attention_pairs(
     Memory: projections of both dictionaries for one head (OV: vectors), and k pairs a feature of a block; never
     features × features.
     """
-    model, dictionary = as_model(model), load_dictionary(dictionary)
-    dictionary.check_model(model)
+    model = as_model(model)
+    dictionary = load_dictionary(dictionary).on(model)
     n_heads = heads_of(model, layer)
     if k < 1:
         raise ValueError(f"k is {k}; expected at least 1")
@@ -104,8 +104,7 @@ def attention_pairs(
         raise ValueError(
             "circuit 'OV' moves features on to what reads them: pass other=, a dictionary behind the layer"
         )
-    target = dictionary if other is None else load_dictionary(other)
-    target.check_model(model)
+    target = dictionary if other is None else load_dictionary(other).on(model)
     point = dictionary.point("value")
     if point > 2 * layer:
         raise ValueError(f"dictionary {dictionary.name!r} writes after the attention of layer {layer} has read")

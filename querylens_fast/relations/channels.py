@@ -125,9 +125,7 @@ def subspace_channels(
     model = as_model(model)
     transport = load_transport(transport) if isinstance(transport, (str, Path)) else transport
     transport.check_model(model)
-    given = sorted((load_dictionary(d) for d in dictionaries), key=lambda d: d.point("value"))
-    for dictionary in given:
-        dictionary.check_model(model)
+    given = sorted((load_dictionary(d).on(model) for d in dictionaries), key=lambda d: d.point("value"))
     points = [d.point("value") for d in given]
     if len(set(points)) < len(points):
         raise ValueError("two of these dictionaries write at the same point of the residual stream; pass one for each")

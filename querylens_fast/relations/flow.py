@@ -225,16 +225,13 @@ def related(dictionaries: Sequence[Dictionary]) -> list[tuple[Dictionary, str, D
 
 def site(dictionary: Dictionary) -> str:
     """What a dictionary's values are written by: "residual", "attention" or "mlp" (transcoders and neurons)."""
-    if dictionary.kind in ("transcoder", "neurons"):
-        return "mlp"
-    hook = dictionary.hook_name_out or dictionary.hook_name
-    if "attn" in hook or "attention" in hook:
-        return "attention"
-    return "mlp" if "mlp" in hook or "feedforward" in hook else "residual"
+    return "mlp" if dictionary.kind in ("transcoder", "neurons") else dictionary.writes.site.written_by
 
 
 def _checked(dictionaries: Sequence[Any], side: Side) -> list[Dictionary]:
     given = [load_dictionary(d) for d in dictionaries]
+    for dictionary in given:
+        dictionary.check_direction(side)
     if len(given) < 2:
         raise ValueError(f"dictionaries holds {len(given)}; expected two or more, to compare one with the next")
     widths = sorted({d.d_model for d in given})

@@ -69,9 +69,7 @@ def attention_profiles(
     """
     model = as_model(model)
     several = dictionaries if isinstance(dictionaries, (list, tuple)) else [dictionaries]
-    given = [load_dictionary(d) for d in several]
-    for dictionary in given:
-        dictionary.check_model(model)
+    given = [load_dictionary(d).on(model) for d in several]
     asked = set(range(model.n_layers) if layers is None else layers)
     for layer in asked:
         heads_of(model, layer)

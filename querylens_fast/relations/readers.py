@@ -126,8 +126,8 @@ def _relate(
     resume: bool,
     progress: bool | None,
 ) -> TopK | RelationTable:
-    model, dictionary = as_model(model), load_dictionary(dictionary)
-    dictionary.check_model(model)
+    model = as_model(model)
+    dictionary = load_dictionary(dictionary).on(model)
     if k < 1:
         raise ValueError(f"k is {k}; expected at least 1")
     given = load_transport(transport) if isinstance(transport, (str, Path)) else transport
@@ -241,8 +241,7 @@ def _find_targets(
 
 def _features_target(model: Model, target: Any, side: str) -> Target:
     """A dictionary's features as readers (their keys) or writers (their values)."""
-    other = load_dictionary(target)
-    other.check_model(model)
+    other = load_dictionary(target).on(model)
     point = other.point(side)
     read = partial(_read, other, side, model)
     return rows_target(other.name, other.layer, point, other.n_features, read, other.fingerprint)

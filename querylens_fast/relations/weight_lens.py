@@ -102,7 +102,7 @@ def weight_lens(
     """
     model, thresholds = as_model(model), thresholds or WeightLensThresholds()
     several = dictionaries if isinstance(dictionaries, (list, tuple)) else [dictionaries]
-    given = sorted((load_dictionary(d) for d in several), key=lambda d: d.point("key"))
+    given = sorted((load_dictionary(d).on(model) for d in several), key=lambda d: d.point("key"))
     if not given:
         raise ValueError("dictionaries is an empty list; expected at least one")
     if features is not None and len(given) > 1:
@@ -112,9 +112,8 @@ def weight_lens(
             f"top_tokens, top_features are {thresholds.top_tokens}, {thresholds.top_features}; expected at least 2: z "
             "is taken within them"
         )
-    known = [*given, *(load_dictionary(d) for d in earlier)]
+    known = [*given, *(load_dictionary(d).on(model) for d in earlier)]
     for dictionary in known:
-        dictionary.check_model(model)
         if validate and dictionary.kind != "neurons":
             dictionary.check_runs()
     bos = _bos_token(model, bos_token_id) if validate else None
