@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from querylens_fast.runs.atomic_write import whole, write_whole
-from querylens_fast.runs.part_writer import changed_keys
 from querylens_fast.runs.run_lock import held, resumable
 
 RECORD = "querylens_fast.json"
@@ -49,7 +48,8 @@ def _refuse_others(folder: Path, record: Path, identity: dict[str, Any], resume:
     except ValueError as error:
         raise ValueError(f"{str(record)!r} is damaged ({error}); delete the folder and run again") from error
     if earlier != identity:
-        changed = ", ".join(changed_keys(earlier, identity)) if isinstance(earlier, dict) else "all of it"
+        was = earlier if isinstance(earlier, dict) else {}
+        changed = ", ".join(sorted(k for k in was.keys() | identity.keys() if was.get(k) != identity.get(k)))
         raise FileExistsError(
             f"{str(folder)!r} holds another export (different: {changed}); delete it or choose another folder"
         )
