@@ -9,8 +9,8 @@ other modules. This package does it for every feature of every layer.
     transport = ql.fit_transport(model, ql.load_tokens("corpus.txt", model=model))
     ql.signatures(ql.load_dictionary("sae_layer6"), model, transport=transport, out="layer6.parquet")
 
-Data goes one way: sources (`models`, `dictionaries`, `tokens`) → vectors → transition (`transport`, `transitions`,
-`ablations`) → `readouts` → streamed top-k (`ops`) → `signatures` → sinks (`store`).
+Data goes one way: sources (`models`, `dictionaries`) → vectors → stream transition (`transport`, `lens.transitions`) →
+readout (`lens.readouts`) → streamed top-k (`topk`) → `signatures` → files (`lens.storage`). docs/ has a page a topic.
 """
 
 import importlib

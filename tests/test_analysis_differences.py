@@ -1,4 +1,4 @@
-"""Where paper and reference code differ, and where we differ from both: each line of DIFFERENCES.md, pinned."""
+"""Where paper, reference code and this package differ: a test for each line of docs/reference-users.md."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 
 def test_every_test_named_in_the_page_exists() -> None:
-    page = (ROOT / "querylens_fast" / "analysis" / "DIFFERENCES.md").read_text()
+    page = (ROOT / "docs" / "reference-users.md").read_text()
     sources = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
     names = re.findall(r"`(test_\w+)`", page)
     assert len(names) > 20

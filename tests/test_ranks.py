@@ -141,7 +141,7 @@ def test_processes_need_one_folder(tmp_path: Path) -> None:
     processes = [start(rank, port, command, folder) for rank, folder in enumerate(folders)]
     outputs = [process.communicate(timeout=120) for process in processes]
     assert processes[0].returncode == 2 and not (folders[0] / "out.parquet").exists()
-    assert "holds 256 rows of 512: all processes of a run have to write to the same folder" in outputs[0][1]
+    assert "holds 256 rows of 512; all processes of a run have to write to the same folder" in outputs[0][1]
 
 
 @pytest.mark.slow

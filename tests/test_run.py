@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from golden_cases import CASES, GoldenCase, assert_close, assert_same_row, golden
@@ -19,6 +20,7 @@ from querylens_fast.analysis.configuration import CONFIGS, KEYS, compose, config
 from querylens_fast.analysis.run import main, run
 from querylens_fast.dictionaries.feature_lists import Feature, save_features_json
 from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.dictionaries.rows import MemoryRows
 from querylens_fast.lens.compute import signatures
 from querylens_fast.lens.storage import read_jsonl
 from querylens_fast.models.load import load_model
@@ -237,6 +239,23 @@ def test_the_package_has_the_reference_configurations() -> None:
     assert set(OmegaConf.load(CONFIGS / "base.yaml")) == set(KEYS)
 
 
+def test_the_packages_configurations_name_dictionaries_that_exist() -> None:
+    """Every layer's release and id is one of sae-lens; Gemma's layers and L0 are the paper's."""
+    directory = pytest.importorskip("sae_lens.loading.pretrained_saes_directory")
+    releases = directory.get_pretrained_saes_directory()
+    paper = {"gemma3-270m": [5, 9, 12, 15], "gemma3-1b": [7, 13, 17, 22], "gemma3-4b": [9, 17, 22, 29]}
+    for name in NAMES:
+        cfg = compose(name)
+        known = releases[cfg.dictionary].saes_map
+        assert cfg.layer == paper.get(name)
+        for layer in cfg.layer or [0]:
+            assert cfg.sae_id.replace("{layer}", str(layer)) in known
+        if name in paper:
+            for width in ("16k", "65k"):
+                assert f"layer_{cfg.layer[-1]}_width_{width}_l0_medium" in known
+                assert cfg.sae_id == "layer_{layer}_width_16k_l0_medium"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -345,3 +364,22 @@ def test_a_pad_token_id_of_the_configuration(tmp_path: Path) -> None:
     saved = load_file(str(out.with_name("tokens.safetensors")))
     assert torch.equal(saved["valid_mask"], ids != pad)
     assert json.loads(out.read_text())["stats"]["N"] == float((ids != pad).sum())
+
+
+def test_a_list_over_a_dictionary_that_is_in_memory(tmp_path: Path) -> None:
+    """A compressed file cannot be read in slices: needed rows stay, the fingerprint is the whole file's."""
+    case = golden("gpt2-standard-sae")
+    weights = load_file(str(case.sae_path(1) / "sae_weights.safetensors"))
+    path = tmp_path / "params.npz"
+    np.savez_compressed(path, **{name: tensor.numpy() for name, tensor in weights.items()}, threshold=np.zeros(96))
+    listed = save_features_json(
+        [Feature("m", i, 1, "res", sae_release=str(path)) for i in case.features], tmp_path / "list.json"
+    )
+    given = {"baseline": "query_lens_key", "features_pkl": listed, "output_filename": tmp_path / "rows.jsonl"}
+    rows = read_jsonl(run("base", overrides(case, **given)))
+    for row, feature in zip(rows, case.features, strict=True):
+        assert_same_row(row, case, "query_lens_key", 1, feature)
+    dictionary = load_dictionary(path, layer=1)
+    assert isinstance(dictionary.key_rows, MemoryRows)
+    record = json.loads((tmp_path / "rows.jsonl.run.json").read_text())
+    assert record["dictionary_fingerprints"] == [dictionary.fingerprint]

@@ -8,7 +8,7 @@ from typing import Any
 from querylens_fast.analysis.processes import local_tokens, total
 from querylens_fast.dictionaries.dictionary import Dictionary, neuron_dictionary
 from querylens_fast.dictionaries.load import load_dictionary
-from querylens_fast.lens.pipeline import plan
+from querylens_fast.lens.planning import plan
 from querylens_fast.lens.presets import Preset, find_preset
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model

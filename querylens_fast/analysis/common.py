@@ -21,7 +21,7 @@ from querylens_fast.analysis.calls import dictionary_of
 from querylens_fast.analysis.modules import jvp_attn, jvp_mlp, vjp_attn, vjp_mlp
 from querylens_fast.analysis.processes import distributed_mean, total
 from querylens_fast.lens import readouts
-from querylens_fast.lens.pipeline import plan
+from querylens_fast.lens.planning import plan
 from querylens_fast.lens.presets import PRESETS, find_preset
 from querylens_fast.models.load import as_model
 from querylens_fast.models.load import load_model as load_engine_model

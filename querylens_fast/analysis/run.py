@@ -21,9 +21,9 @@ from querylens_fast.analysis.calls import analyze, check_sample, preset_of
 from querylens_fast.analysis.common import load_model, resolve_baseline
 from querylens_fast.analysis.configuration import checked, compose, lens_options, parse_overrides
 from querylens_fast.analysis.processes import distribute_batch
-from querylens_fast.analysis.selection import Selection, select_features
+from querylens_fast.analysis.selection import Selected, Selection, select_features
 from querylens_fast.lens.options import Stats
-from querylens_fast.lens.pipeline import fit_if_cheaper, open_transport, plan
+from querylens_fast.lens.planning import fit_if_cheaper, open_transport, plan
 from querylens_fast.lens.presets import PRESETS, Preset
 from querylens_fast.lens.storage import FORMATS
 from querylens_fast.lens.stream import Batch, write
@@ -116,8 +116,9 @@ def run(config_name: str | Path, overrides: Sequence[str] = (), config_path: str
     """
     given = parse_overrides(overrides)
     cfg = compose(config_name, overrides, config_path)
-    if "dictionary" in given and "sae_id" not in given:
-        cfg.sae_id = None
+    for key in ("sae_id", "layer"):  # the named configuration's are of its own dictionary
+        if "dictionary" in given and key not in given:
+            cfg[key] = None
     if "dictionary" in given and not {"features", "features_pkl"} & given.keys():
         cfg.features = "all"
     if "features_pkl" in given and "features" not in given:
@@ -164,7 +165,7 @@ def _run(cfg: DictConfig, explicit: set[str]) -> Path:
             tokens.save(path.with_name("tokens.safetensors"))
 
     block_rows = options.block_rows or BLOCK_ROWS
-    return write(batches, path, _identity(batches), options, block_rows=block_rows, beside=describe).path
+    return write(batches, path, _identity(selected, batches), options, block_rows=block_rows, beside=describe).path
 
 
 def _preset(cfg: DictConfig) -> Preset:
@@ -227,7 +228,7 @@ def _result_path(cfg: DictConfig, selection: Selection) -> Path:
     return name if name.is_absolute() else Path("experiments") / selection.name / (cfg.baseline or "base") / name
 
 
-def _identity(batches: Sequence[Batch]) -> dict[str, Any]:
+def _identity(selected: Sequence[Selected], batches: Sequence[Batch]) -> dict[str, Any]:
     """What makes two runs the same run: everything but where the files lie."""
     first = batches[0].pipeline
     dictionaries = [batch.pipeline.dictionary for batch in batches]
@@ -239,6 +240,6 @@ def _identity(batches: Sequence[Batch]) -> dict[str, Any]:
         "layer": sorted({d.layer for d in dictionaries}),
         "features": hashlib.sha256(repr(members).encode()).hexdigest()[:16],
         "n_features": sum(len(batch.ids) for batch in batches),
-        "dictionary_fingerprints": [d.fingerprint for d in dictionaries],
+        "dictionary_fingerprints": [some.fingerprint for some in selected],
         **({} if block_rows is None else {"block_rows": block_rows}),
     }

@@ -27,9 +27,13 @@ NEURONS = "neurons"
 
 @dataclass
 class Selected:
-    """Features of one dictionary that follow each other: ids [n], and their names (None: by the dictionary)."""
+    """Features of one dictionary that follow each other: ids [n], and their names (None: by the dictionary).
+
+    The dictionary may hold the rows of these features alone; ``fingerprint`` is of the whole one.
+    """
 
     dictionary: Dictionary
+    fingerprint: str
     ids: Tensor
     names: list[str] | None
 
@@ -87,12 +91,13 @@ class Selection:
                 dictionary = neuron_dictionary(model, layer)
             else:
                 dictionary = load_dictionary(source, sae_id, layer).on(model)
-            found.append(Selected(dictionary, dictionary.select(self.ids), None))
+            found.append(Selected(dictionary, dictionary.fingerprint, dictionary.select(self.ids), None))
         return found
 
     def _of_list(self, model: Model, preset: Preset) -> list[Selected]:
         keys = [(f.sae_release, f.sae_id, int(f.layer)) for f in self.features]
         dictionaries = {key: _named_dictionary(model, *key) for key in dict.fromkeys(keys)}
+        fingerprints = {key: dictionary.fingerprint for key, dictionary in dictionaries.items()}
         for key, dictionary in dictionaries.items():
             members = [f for f, k in zip(self.features, keys, strict=True) if k == key]
             for f in members:
@@ -105,7 +110,7 @@ class Selection:
         for key, several in groupby(zip(keys, self.features, strict=True), key=lambda pair: pair[0]):
             members = [f for _, f in several]
             ids = torch.tensor([f.feature for f in members])
-            found.append(Selected(dictionaries[key], ids, [str(f) for f in members]))
+            found.append(Selected(dictionaries[key], fingerprints[key], ids, [str(f) for f in members]))
         return found
 
 

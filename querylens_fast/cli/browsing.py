@@ -1,4 +1,4 @@
-"""Commands that look into a result: one feature, or every feature that names a token."""
+"""Commands that read results: one feature, the features whose signature holds a token, and whether a file is whole."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def verify(
 
 
 def _cells(row: dict[str, Any], side: str) -> list[tuple[str, float]]:
-    """(token, score) of one side, the token as text with its spaces to be seen, or as its id."""
+    """(token, score) of one side; the token as text with marks for spaces, or as its id where there are no strings."""
     ids, scores = row[f"{side}_ids"], row[f"{side}_scores"]
     tokens = row.get(f"{side}_tokens")
     names = [str(i) for i in ids] if tokens is None else [_visible(t) for t in tokens]

@@ -1,4 +1,4 @@
-"""Choosing: the options, embedded defaults and tables that commands of `querylens_fast.relations` share."""
+"""What the commands of relations share: options, the embedded model and dictionaries as defaults, tables."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import typer
 from querylens_fast.cli.console import quiet_loading, say, wide_console
 
 MAX_CELL = 36
-"""Letters shown of a text."""
+"""Characters shown of a text."""
 EMBEDDED_LAYER = 1
-"""Of the embedded dictionary that commands on one dictionary take."""
+"""Layer of the embedded dictionary that commands on one dictionary take by default."""
 
 ModelOption = Annotated[str | None, typer.Option(help="Local folder or hub id. Default: the embedded model.")]
 OneOption = Annotated[
-    str | None, typer.Option(help="What `signatures` takes as one. Default: the embedded one of --layer.")
+    str | None, typer.Option(help="Folder, file or release of a dictionary. Default: the embedded one of --layer.")
 ]
 ManyOption = Annotated[
     list[str] | None, typer.Option("--dictionary", help="Repeat for more. Default: all embedded ones.")

@@ -1,4 +1,4 @@
-"""What every command shares: options, one-line errors, tables as wide as the terminal."""
+"""What every command shares: common options, one-line errors, tables as wide as the terminal."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def say(text: str) -> None:
 
 
 def quiet_loading() -> None:
-    """Model loading bars say nothing a user of a tiny local model needs."""
+    """Switch off transformers' progress bars."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

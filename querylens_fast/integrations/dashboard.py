@@ -15,14 +15,9 @@ from torch import Tensor
 
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.prefetch import prefetch
-from querylens_fast.lens.readouts import Scorer, dashboard
+from querylens_fast.lens.readouts import Scorer, dashboard, unit_rows
 from querylens_fast.models.model import Model
-from querylens_fast.models.norms import at_least_float32
-
-LOGITS_AT_ONCE = 1 << 24
-"""Logits held at a time for histograms: 64 MiB."""
-MIN_LENGTH = 1e-8
-"""Shortest length that a row is divided by, as in sae-lens: shorter rows keep their direction, not their length."""
+from querylens_fast.topk.api import TopK, streamed_topk
 
 
 class Histogram(NamedTuple):
@@ -102,28 +97,18 @@ class Dashboard:
 
     @torch.no_grad()
     def _rows(self, scorer: Scorer, ids: Tensor, vectors: Tensor) -> Rows:
-        rows = at_least_float32(vectors.to(self.model.device))
-        if self.unit_norm:
-            rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(MIN_LENGTH)
-        found = scorer.topk(rows, self.k).to("cpu")
-        assert found.top_ids is not None and found.bottom_ids is not None
-        histogram = row_histograms(scorer.prepare(rows)[0], scorer.W, self.bins) if self.bins else None
-        return Rows(ids, **found.sides(), histogram=histogram, vectors=vectors)
+        rows = vectors.to(self.model.device)
+        x, _ = scorer.prepare(unit_rows(rows) if self.unit_norm else rows)
+        found = streamed_topk(x, scorer.W, self.k, histogram=self.bins or None).to("cpu")
+        return Rows(ids, **found.sides(), histogram=_histogram(found), vectors=vectors)
 
 
-@torch.no_grad()
-def row_histograms(F: Tensor, W: Tensor, bins: int = 50) -> Histogram:
-    """For each row of F [n, D], the histogram of its scores F Wᵀ over the rows of W [V, D], as torch.histc counts.
-
-    A row whose scores are all equal has all of them in one bin. Memory: `LOGITS_AT_ONCE` scores.
-    """
-    heights, extremes, W = [], [], at_least_float32(W)
-    for rows in F.split(max(1, LOGITS_AT_ONCE // len(W))):
-        logits = at_least_float32(rows) @ W.mT
-        extremes.append(torch.stack(logits.aminmax(dim=1), 1).cpu())
-        heights += [torch.histc(row, bins).cpu() for row in logits]
-    if not heights:
-        return Histogram(torch.empty(0, bins, dtype=torch.int64), torch.empty(0, bins, dtype=torch.float64))
-    low, high = torch.cat(extremes).double().unbind(1)
-    middles = (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
-    return Histogram(torch.stack(heights).long(), low[:, None] + (high - low)[:, None] * middles)
+def _histogram(found: TopK) -> Histogram | None:
+    """Heights from the statistics; bins between the largest and the smallest score, all equal where these are."""
+    if found.statistics is None or found.top_scores is None or found.bottom_scores is None:
+        return None
+    heights = found.statistics.histogram
+    assert heights is not None
+    low, high = found.bottom_scores[:, :1].double(), found.top_scores[:, :1].double()
+    middles = (torch.arange(heights.shape[1], dtype=torch.float64) + 0.5) / heights.shape[1]
+    return Histogram(heights, low + (high - low) * middles)

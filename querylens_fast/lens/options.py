@@ -22,12 +22,14 @@ from querylens_fast.transport.transport import Transport
 
 Stats = Literal["auto", "none", "rel_var", "exact"]
 FileFormat = Literal["parquet", "jsonl"]
+Unembedding = Literal["raw", "folded"]
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "stats": ("auto", "none", "rel_var", "exact"),
     "submodule": ("both", "attn", "mlp", None),
     "backend": ("auto", "torch", "triton"),
     "format": ("parquet", "jsonl", None),
+    "unembedding": ("raw", "folded"),
 }
 
 
@@ -51,6 +53,9 @@ class LensOptions:
         adaptive_threshold: None: query_lens_value_adaptive mixes the full transport with the direct path by the
             relative variance. A number: it takes the most faithful transition with at most this variance instead.
         final_norm: Apply the final norm before the unembedding.
+        unit_norm: Divide each feature's vector by its length first. None: for the preset dashboard, as dashboards do.
+        unembedding: Of the preset dashboard: "raw", or "folded" with the final norm's scale and centered, as
+            transformer-lens processes it.
         submodule: "attn" or "mlp" counts the Jacobians of those modules alone; "both". None: as the transport was
             fitted, or both.
         through_norms: Take Jacobians through the modules' norms. None: as the transport was fitted, or yes.
@@ -60,8 +65,8 @@ class LensOptions:
         format: "parquet" or "jsonl"; by default from the ending of ``out``.
         token_strings: Write token strings beside ids (needs a tokenizer).
         block_rows: Features computed at a time, and lost when the run is killed. By default as many as keep a block's
-            vectors and its result under 32 MiB each, at most 32,768; 256 where each feature costs a pass through the
-            model.
+            vectors and its result under 32 MiB each (128 MiB without ``out``), at most 32,768; 256 where each feature
+            costs a pass through the model.
         resume: Continue what an earlier, killed run wrote to ``out``; False: refuse to touch it.
         progress: Show a progress bar; by default with ``out``.
     """
@@ -78,6 +83,8 @@ class LensOptions:
     token_change_value: float = 10.0
     adaptive_threshold: float | None = None
     final_norm: bool = True
+    unit_norm: bool | None = None
+    unembedding: Unembedding = "raw"
     submodule: Submodule | None = None
     through_norms: bool | None = None
     backend: str = "auto"
@@ -128,8 +135,15 @@ class LensOptions:
             )
         if lens.stream_transition != "tuned_lens" and self.tuned_lens is not None:
             raise ValueError(f"tuned_lens is given, but preset {lens.name!r} does not use one")
+        if self.unembedding != "raw" and not lens.is_dashboard:
+            raise ValueError(f"unembedding={self.unembedding!r} is for preset 'dashboard'; preset is {lens.name!r}")
         if self.layers and lens.stream_transition != "first_order":
             raise ValueError(f"layers=True is for first-order presets; {lens.name!r} has no terms by layer")
+
+    @property
+    def at_unit_length(self) -> bool:
+        """Whether vectors are divided by their length: as given, or as the preset has it."""
+        return self.lens.is_dashboard if self.unit_norm is None else self.unit_norm
 
     @property
     def lens(self) -> Preset:

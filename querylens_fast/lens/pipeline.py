@@ -1,7 +1,7 @@
 """The lens of one preset for one dictionary: feature vector → stream transition → readout → top and bottom tokens.
 
-`plan` checks that model, dictionary, transport and options belong together and builds a `Pipeline`; nothing is
-decided again afterwards. A pipeline is called with one block of feature ids and vectors at a time.
+`planning.plan` checks that everything belongs together and builds a `Pipeline`, which is then called with one block of
+feature ids and vectors at a time.
 """
 
 from __future__ import annotations
@@ -10,39 +10,23 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from querylens_fast.dictionaries.dictionary import Dictionary
-from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.lens.options import LensOptions
 from querylens_fast.lens.presets import Preset
-from querylens_fast.lens.readouts import Readout, Scorer, find_readout
+from querylens_fast.lens.readouts import Readout, Scorer, unit_rows
 from querylens_fast.lens.reliability import Jackknife
 from querylens_fast.lens.results import LayerTerm, Signatures, Source
-from querylens_fast.lens.transitions import (
-    Ablated,
-    Adaptive,
-    ExactStatistics,
-    Identity,
-    Moved,
-    Transition,
-    Transported,
-    Tuned,
-    Walked,
-)
-from querylens_fast.lens.tuned_lens import TunedLens, load_tuned_lens
-from querylens_fast.models.load import as_model
+from querylens_fast.lens.transitions import Moved, Transition, Transported
+from querylens_fast.lens.tuned_lens import TunedLens
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import at_least_float32
-from querylens_fast.models.tokens import Tokens, as_tokens
-from querylens_fast.transport.fit import fit_transport, mean_embedding
-from querylens_fast.transport.jacobians import Order
-from querylens_fast.transport.per_feature import Total, alone
-from querylens_fast.transport.transport import Transport, load_transport
+from querylens_fast.models.tokens import Tokens
+from querylens_fast.transport.transport import Transport
 
 ENERGY_EPS = 1e-12
 
@@ -91,14 +75,14 @@ class Pipeline:
     @torch.no_grad()
     def __call__(self, ids: Tensor, vectors: Tensor) -> Signatures:
         """The signatures of features ids [n] with vectors [n, D] (`read` has them)."""
-        moved = self._move(ids, vectors)
+        vectors = self._placed(vectors)
+        moved = self.transition(ids, vectors)
         found = self.readout.topk(moved.vectors, self.options.k, self.backend).to("cpu")
         sides: dict[str, Any] = found.sides()
         stats = {} if self.options.stats == "none" else dict(moved.stats)
         top_se = None
         if self.jackknife is not None:
-            own = vectors.to(self.model.device, self.model.dtype)
-            top_se, stats["stable_k"] = self.jackknife(own, sides["top_ids"], sides["top_scores"], self.backend)
+            top_se, stats["stable_k"] = self.jackknife(vectors, sides["top_ids"], sides["top_scores"], self.backend)
         return Signatures(
             self.source,
             ids,
@@ -121,7 +105,8 @@ class Pipeline:
     @torch.no_grad()
     def vectors(self, features: Any = None) -> Tensor:
         """What is read out for each feature: transported vectors [n, D]."""
-        return self._move(*self.read(features)).vectors
+        ids, vectors = self.read(features)
+        return self.transition(ids, self._placed(vectors)).vectors
 
     def scores_at(self, features: Any, token_ids: Tensor | Sequence[int]) -> Tensor:
         """Scores of given tokens for given features, [n, m]; token_ids [m] or [n, m].
@@ -148,10 +133,12 @@ class Pipeline:
     def identity(self, features: Tensor) -> dict[str, Any]:
         """What makes two runs the same run, for resuming and for the result's metadata.
 
-        The keys are those of files written before; ``submodule`` and ``through_norms`` are added where they were given.
+        The keys are those of files written before; those of options that have come since are added where they were given.
         """
         options, transition = self.options, self.preset.stream_transition
         given = {"submodule": options.submodule, "through_norms": options.through_norms}
+        given["unit_norm"] = options.at_unit_length or None
+        given["unembedding"] = options.unembedding if self.preset.is_dashboard else None
         return {
             "preset": self.preset.name,
             **self.preset.as_dict(),
@@ -176,8 +163,10 @@ class Pipeline:
             **{name: value for name, value in given.items() if value is not None},
         }
 
-    def _move(self, ids: Tensor, vectors: Tensor) -> Moved:
-        return self.transition(ids, vectors.to(self.model.device, self.model.dtype))
+    def _placed(self, vectors: Tensor) -> Tensor:
+        if self.options.at_unit_length and self.transition.reads_vectors:
+            vectors = unit_rows(vectors)
+        return vectors.to(self.model.device, self.model.dtype)
 
     def _layer_terms(self, moved: Moved) -> list[LayerTerm]:
         total = at_least_float32(moved.vectors)
@@ -190,192 +179,3 @@ class Pipeline:
             )
             for layer, mean in moved.layer_means
         ]
-
-
-def plan(
-    dictionary: Any,
-    model: Any,
-    options: LensOptions | None = None,
-    *,
-    n_features: int | None = None,
-    total: Total = alone,
-    **keywords: Any,
-) -> Pipeline:
-    """Check everything a run needs and put it together.
-
-    Args:
-        dictionary: As in `signatures`.
-        model: As in `signatures`.
-        options: The lens.
-        n_features: How many features will be asked for, which decides whether a transport is fitted; None: all.
-        total: Sums a tensor over the processes that hold the other parts of the tokens.
-        **keywords: The fields of `LensOptions`, instead of ``options``.
-
-    Raises:
-        ValueError: As `signatures`.
-        FileNotFoundError: As `signatures`.
-    """
-    given = LensOptions(**keywords) if options is None else options
-    preset, model = given.lens, as_model(model)
-    dictionary = load_dictionary(dictionary).on(model)
-    if not preset.is_ablation:
-        dictionary.check_direction(preset.feature_vector)
-    if given.k > model.vocab_size:
-        raise ValueError(f"k is {given.k}; expected 1 to the vocabulary's {model.vocab_size}")
-    if preset.needs_transport or preset.stream_transition == "tuned_lens":
-        dictionary.point(preset.feature_vector)
-    if preset.is_ablation and dictionary.kind != "neurons":
-        _ = dictionary.coder
-    tokens = None if given.tokens is None else as_tokens(given.tokens, model)
-    transport, tuned_lens = None, given.tuned_lens
-    if preset.needs_transport:
-        n = dictionary.n_features if n_features is None else n_features
-        transport = open_transport(model, given) or fit_if_cheaper(model, given, tokens, n)
-    if tuned_lens is not None and not isinstance(tuned_lens, TunedLens):
-        tuned_lens = load_tuned_lens(tuned_lens)
-    planned = _Plan(model, dictionary, preset, given, transport, tokens, tuned_lens, total)
-    readout = find_readout(model, preset, planned.centre(), given.final_norm)
-    return Pipeline(model, dictionary, preset, given, planned.transition(), readout, transport, tokens, tuned_lens)
-
-
-def open_transport(model: Model, options: LensOptions) -> Transport | None:
-    """The transport that was given, on the model's device, or None.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: It is of another model, or was fitted with another submodule or through_norms than the options say.
-    """
-    transport = options.transport
-    if transport is None:
-        return None
-    if isinstance(transport, (str, Path)):
-        transport = load_transport(transport)
-    transport.check_model(model)
-    for name in ("submodule", "through_norms"):
-        wanted, fitted = getattr(options, name), transport.metadata.get(name)
-        if wanted is not None and fitted != str(wanted):
-            raise ValueError(
-                f"transport was fitted with {name}={fitted}, but this call has {name}={wanted}; fit it again, or give "
-                "the call what the transport was fitted with"
-            )
-    return transport.to(model.device)
-
-
-def fit_if_cheaper(
-    model: Model, options: LensOptions, tokens: Tokens | None, n_features: int, seed: int = 0
-) -> Transport | None:
-    """A transport for n_features features where that costs fewer passes than carrying each feature, or is needed.
-
-    The adaptive preset and stats="rel_var" need one; stats="exact" carries each feature anyway.
-    """
-    preset = options.lens
-    adaptive = preset.stream_transition == "adaptive"
-    needed = adaptive or options.stats == "rel_var"
-    if tokens is None or not (needed or (options.stats != "exact" and n_features >= model.d_model)):
-        return None
-    return fit_transport(
-        model,
-        tokens,
-        sides=(preset.feature_vector,),
-        orders=_orders(preset, options.adaptive_threshold),
-        energy="probes" if needed else "none",
-        seed=seed,
-        submodule=options.submodule or "both",
-        through_norms=options.through_norms is not False,
-        max_memory_gib=options.max_memory_gib,
-        progress=bool(options.out if options.progress is None else options.progress),
-    )
-
-
-def _orders(preset: Preset, threshold: float | None) -> tuple[Order, ...]:
-    """The orders a preset's transport has to hold."""
-    if preset.stream_transition == "adaptive" and threshold is not None:
-        return ("first_order", "full")
-    return ("first_order",) if preset.stream_transition == "first_order" else ("full",)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What `plan` has checked, and how it becomes a transition and a centering vector."""
-
-    model: Model
-    dictionary: Dictionary
-    preset: Preset
-    options: LensOptions
-    transport: Transport | None
-    tokens: Tokens | None
-    tuned_lens: TunedLens | None
-    total: Total
-
-    def transition(self) -> Transition:
-        kind, options = self.preset.stream_transition, self.options
-        if kind == "tuned_lens" and self.tuned_lens is not None:
-            return Tuned.of(self.tuned_lens, self.dictionary, self.model.n_layers)
-        if self.preset.is_ablation and self.tokens is not None:
-            value = options.token_change_value if kind == "token_change" else None
-            sample = self.tokens, self.dictionary, value, options.max_memory_gib, self.total
-            return Ablated(self.model, *sample)
-        if not self.preset.needs_transport:
-            return Identity()
-        if self.transport is None:
-            return self._walk()
-        self._check_transport(self.transport)
-        if options.stats == "exact":
-            return ExactStatistics(self._transported(self.transport), self._walk())
-        return self._transported(self.transport)
-
-    def centre(self) -> Tensor | None:
-        """The sample's mean embedding, for a transported key's cosine; None: the vocabulary's."""
-        if not self.preset.needs_transport or self.preset.readout != "embed_cosine_centered":
-            return None
-        if self.transport is not None:
-            if self.transport.centre is None:
-                raise ValueError(
-                    f"preset {self.preset.name!r} centers on the sample's mean embedding, which the transport of "
-                    f"{self.transport.metadata['tokens']} does not know; fit one with fit_transport"
-                )
-            return self.transport.centre
-        assert self.tokens is not None  # LensOptions requires a transport or tokens
-        mean = mean_embedding(self.model, self.tokens)
-        n = torch.tensor(float(self.tokens.n_valid), dtype=mean.dtype, device=mean.device)
-        return self.total(mean * (n / self.total(n)))
-
-    def _transported(self, transport: Transport) -> Transition:
-        side, point = self.preset.feature_vector, self.dictionary.point(self.preset.feature_vector)
-        order = _orders(self.preset, self.options.adaptive_threshold)[-1]
-        rel_var = self.options.stats in ("auto", "rel_var") and (side, order) in transport.energies
-        if self.preset.stream_transition == "adaptive":
-            return Adaptive(transport, point, self.options.adaptive_threshold, rel_var)
-        layer = self.dictionary.layer if self.options.layers else None
-        return Transported(transport, side, order, point, rel_var, layer)
-
-    def _walk(self) -> Walked:
-        assert self.tokens is not None  # LensOptions requires a transport or tokens
-        options, fitted = self.options, {} if self.transport is None else self.transport.metadata
-        through_norms = options.through_norms
-        if through_norms is None:
-            through_norms = fitted.get("through_norms", "True") == "True"
-        return Walked(
-            self.model,
-            self.tokens,
-            self.preset.feature_vector,
-            _orders(self.preset, self.options.adaptive_threshold)[-1],
-            self.dictionary.point(self.preset.feature_vector),
-            layer=self.dictionary.layer if options.layers and self.transport is None else None,
-            submodule=options.submodule or fitted.get("submodule", "both"),  # type: ignore[arg-type]
-            through_norms=through_norms,
-            max_memory_gib=options.max_memory_gib,
-            total=self.total,
-        )
-
-    def _check_transport(self, transport: Transport) -> None:
-        side = self.preset.feature_vector
-        needed = _orders(self.preset, self.options.adaptive_threshold)
-        for order in needed:
-            transport.matrix(side, order, self.dictionary.point(side))
-            wants_energy = self.options.stats == "rel_var" or len(needed) > 1
-            if wants_energy and (side, order) not in transport.energies:
-                raise ValueError(
-                    f"preset {self.preset.name!r} with stats={self.options.stats!r} needs energies for {side}/{order}: "
-                    "fit the transport with energy='probes' or energy='exact'"
-                )

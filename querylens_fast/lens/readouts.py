@@ -18,8 +18,10 @@ from querylens_fast.models.norms import Norm, at_least_float32
 from querylens_fast.topk import api as ops
 
 COSINE_EPS = 1e-8
-ROWS_AT_ONCE = 8192
+MIN_LENGTH = 1e-8
 UNEMBEDDINGS = ("raw", "folded")
+ROWS_AT_ONCE = 1024
+"""Token embeddings widened to float32 at a time: as many as stay in the cache (8,192 take twelve times as long)."""
 
 
 @dataclass(frozen=True)
@@ -152,19 +154,23 @@ def embed_cosine_centered(model: Model, centre: Tensor | None = None) -> Scorer:
     ``centre`` c [D] is the mean embedding over the sample's valid tokens where there is a sample (a transport's
     ``centre``), else, as in the reference, the mean over the vocabulary.
     """
+    parts = model.W_E.split(ROWS_AT_ONCE)
     if centre is None:
-        centre = at_least_float32(model.W_E).mean(0) * model.embed_scale
+        centre = torch.stack([at_least_float32(rows).sum(0) for rows in parts]).sum(0) / len(model.W_E)
+        centre = centre * model.embed_scale
     centre = at_least_float32(centre.to(model.device))
-    norms = torch.cat(
-        [(at_least_float32(rows) * model.embed_scale - centre).norm(dim=1) for rows in model.W_E.split(ROWS_AT_ONCE)]
-    )
+    norms = torch.cat([(at_least_float32(rows) * model.embed_scale - centre).norm(dim=1) for rows in parts])
     # An embedding that is the centre itself has no direction: its score is 0.
     scale = torch.where(norms > COSINE_EPS, 1 / norms.clamp_min(COSINE_EPS), torch.zeros_like(norms))
     return Scorer(model, model.W_E, scale=scale, factor=model.embed_scale, centre=centre)
 
 
-def find_readout(model: Model, preset: Preset, centre: Tensor | None, final_norm: bool = True) -> Readout:
+def find_readout(
+    model: Model, preset: Preset, centre: Tensor | None, final_norm: bool = True, unembedding: str = "raw"
+) -> Readout:
     """The readout of a preset. The ablations', which name none, depends on whether the model caps its logits."""
+    if preset.is_dashboard:
+        return dashboard(model, unembedding)
     if preset.readout == "unembed":
         return unembed(model, final_norm)
     if preset.readout == "embed":
@@ -172,6 +178,12 @@ def find_readout(model: Model, preset: Preset, centre: Tensor | None, final_norm
     if preset.readout == "embed_cosine_centered":
         return embed_cosine_centered(model, centre)
     return logit_difference(model) if model.logit_softcap is None else LogitReadout()
+
+
+def unit_rows(vectors: Tensor) -> Tensor:
+    """Vectors [n, D] over their length, in float32 or wider; over 1e-8 where they are shorter, as sae-lens does."""
+    wide = at_least_float32(vectors)
+    return wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(MIN_LENGTH)
 
 
 def _wide(x: Tensor | None) -> Tensor | None:

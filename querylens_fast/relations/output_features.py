@@ -28,7 +28,8 @@ from torch import Tensor
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.dictionaries.rows import MemoryRows
-from querylens_fast.lens.pipeline import Pipeline, plan
+from querylens_fast.lens.pipeline import Pipeline
+from querylens_fast.lens.planning import plan
 from querylens_fast.lens.presets import Preset, find_preset
 from querylens_fast.lens.similarity import embedding_similarity, string_similarity, vocabulary_centre
 from querylens_fast.models.load import as_model
