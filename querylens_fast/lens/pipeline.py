@@ -133,7 +133,7 @@ class Pipeline:
     def identity(self, features: Tensor) -> dict[str, Any]:
         """What makes two runs the same run, for resuming and for the result's metadata.
 
-        The keys are those of files written before; those of options that have come since are added where they were given.
+        The keys are those of files written before; options that have come since are added where they were given.
         """
         options, transition = self.options, self.preset.stream_transition
         given = {"submodule": options.submodule, "through_norms": options.through_norms}
