@@ -158,7 +158,9 @@ def test_new_batches_are_saedashboards_numbers(model, dictionaries, tmp_path) ->
         for sign, side in (("pos", "top"), ("neg", "bottom")):
             found = wanted[side]
             assert torch.allclose(torch.tensor(feature[f"{sign}_values"]), found.values[i], atol=1e-5)
-            pieces = [vocabulary[t].replace("Ġ", " ").replace("Ċ", "\n").replace("ĉ", "\t") for t in found.indices[i].tolist()]
+            pieces = [
+                vocabulary[t].replace("Ġ", " ").replace("Ċ", "\n").replace("ĉ", "\t") for t in found.indices[i].tolist()
+            ]
             assert feature[f"{sign}_str"] == pieces
         heights = torch.tensor(feature["logits_hist_data_bar_heights"]).float()
         assert int(heights.sum()) == model.vocab_size and (heights - wanted["heights"][i]).abs().sum() <= 4

@@ -1,4 +1,4 @@
-"""sae-lens's statistics and enrichment: equal to its own on a real SAE, and the dashboard readout's two unembeddings."""
+"""sae-lens's statistics and enrichment: equal to its own on a real SAE, and dashboards' two unembeddings."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_the_folded_unembedding_is_transformer_lenss(model) -> None:
 
     from querylens_fast.lens.readouts import dashboard
 
-    hf = AutoModelForCausalLM.from_pretrained(ASSETS / "model")
+    hf = AutoModelForCausalLM.from_pretrained(ASSETS / "model", dtype=torch.float32)
     c = hf.config
     hooked = HookedTransformer(
         dict(

@@ -39,7 +39,8 @@ class LensOptions:
 
     Attributes:
         preset: A name in `PRESETS`, or (feature_vector, stream_transition, readout).
-        transport: From `fit_transport` or `load_transport`, or a file. Without one, give ``tokens``: fewer features
+        transport: From `fit_transport` or `load_transport`, a file of a transport or of a Jacobian lens (.pt), or the
+            name of a published lens's model (needs transformer-lens). Without one, give ``tokens``: fewer features
             than d_model are then carried through the model one by one, more through a transport fitted for the call.
         k: Tokens on each side.
         features: None or "all", a slice, a range "start:stop", or feature ids.

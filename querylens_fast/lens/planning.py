@@ -35,7 +35,8 @@ from querylens_fast.models.tokens import Tokens, as_tokens
 from querylens_fast.transport.fit import fit_transport, mean_embedding
 from querylens_fast.transport.jacobians import Order
 from querylens_fast.transport.per_feature import Total, alone
-from querylens_fast.transport.transport import Transport, load_transport
+from querylens_fast.transport.published import find_transport
+from querylens_fast.transport.transport import Transport
 
 
 def plan(
@@ -95,7 +96,7 @@ def open_transport(model: Model, options: LensOptions) -> Transport | None:
     if transport is None:
         return None
     if isinstance(transport, (str, Path)):
-        transport = load_transport(transport)
+        transport = find_transport(transport, model)
     transport.check_model(model)
     for name in ("submodule", "through_norms"):
         wanted, fitted = getattr(options, name), transport.metadata.get(name)
