@@ -149,9 +149,8 @@ def _by_layer(sources: list[str]) -> dict[int, Any]:
 
     found: dict[int, Any] = {}
     for source in sources:
-        is_result = Path(source).suffix in RESULTS
-        given = source if is_result else ql.load_dictionary(source)
-        layer = read_identity(source).get("layer", -1) if is_result else given.layer
+        given: Any = source if Path(source).suffix in RESULTS else ql.load_dictionary(source)
+        layer = read_identity(source).get("layer", -1) if given is source else given.layer
         if layer in found:
             raise ValueError(f"{source!r} is of layer {layer}, as one before it; give one for each layer")
         found[layer] = given

@@ -26,13 +26,17 @@ def tokens_and_scores(ids: Tensor, scores: Tensor, strings: Sequence[str]) -> tu
     ids, scores = ids.cpu(), scores.cpu().double()
     kept = torch.isfinite(scores) & (ids >= 0)
     numbers = rounded(scores)
-    texts = [[strings[i] if 0 <= i < len(strings) else OUT_OF_RANGE for i in row] for row in ids.tolist()]
+    texts = [[_string(strings, i) for i in row] for row in ids.tolist()]
     if not bool(kept.all()):
         for i in (~kept).any(1).nonzero()[:, 0].tolist():
             chosen = kept[i].tolist()
             texts[i] = [text for text, keep in zip(texts[i], chosen, strict=True) if keep]
             numbers[i] = [number for number, keep in zip(numbers[i], chosen, strict=True) if keep]
     return texts, numbers
+
+
+def _string(strings: Sequence[str], index: int) -> str:
+    return strings[index] if 0 <= index < len(strings) else OUT_OF_RANGE
 
 
 def vector_lists(vectors: Tensor) -> list[list[float]]:

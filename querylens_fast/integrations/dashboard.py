@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,8 +99,9 @@ class Dashboard:
     def _rows(self, scorer: Scorer, ids: Tensor, vectors: Tensor) -> Rows:
         rows = vectors.to(self.model.device)
         x, _ = scorer.prepare(unit_rows(rows) if self.unit_norm else rows)
-        found = streamed_topk(x, scorer.W, self.k, histogram=self.bins or None).to("cpu")
-        return Rows(ids, **found.sides(), histogram=_histogram(found), vectors=vectors)
+        found = streamed_topk(x, scorer.W, self.k, histogram=self.bins or None).to("cpu")  # type: ignore[arg-type]
+        sides: dict[str, Any] = found.sides()
+        return Rows(ids, **sides, histogram=_histogram(found), vectors=vectors)
 
 
 def _histogram(found: TopK) -> Histogram | None:

@@ -153,7 +153,8 @@ def _of_result(source: Any, model: Model, k: int, dictionary: Dictionary | None)
         for rows in slices:
             ids = features[rows]
             vectors = None if dictionary is None else dictionary.values(ids)
-            yield Rows(ids, **{name: x[:, :k] for name, x in stored.read(rows).items()}, vectors=vectors)
+            sides: dict[str, Any] = {name: x[:, :k] for name, x in stored.read(rows).items()}
+            yield Rows(ids, **sides, vectors=vectors)
 
     kept = {name: identity[name] for name in sorted(identity) if name != "block_rows"}
     kept |= {"exported_k": k, "rows": hashlib.sha256(features.numpy().tobytes()).hexdigest()[:16]}
