@@ -139,7 +139,9 @@ def test_vectors_are_read_once(gpt2: ql.Model, sample: ql.Tokens) -> None:
     assert sum(reads) == 40
 
 
-def test_wrong_options_are_named() -> None:
+def test_wrong_options_are_named(gpt2: ql.Model, neurons: ql.Dictionary) -> None:
+    with pytest.raises(TypeError, match="unexpected option 'presett'; the options are preset, transport"):
+        ql.signatures(neurons, gpt2, presett="logit_lens_key")
     for given, message in (
         ({"k": 2.5}, "k is 2.5; expected a whole number"),
         ({"format": "csv"}, "format is 'csv'; expected parquet, jsonl, None"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from golden_cases import CASES, GoldenCase, assert_close, assert_same_row, golden
@@ -96,7 +97,6 @@ def test_whole_dictionaries(name: str) -> None:
     assert out == Path(f"experiments/sae_layerlayers-layer{','.join(map(str, case.layers))}") / (
         "query_lens_key_approx/feature_analysis.parquet"
     )
-    import pyarrow.parquet as pq
 
     rows = pq.read_table(out).to_pylist()
     assert len(rows) == case.config["d_sae"] * len(case.layers)
@@ -383,3 +383,20 @@ def test_a_list_over_a_dictionary_that_is_in_memory(tmp_path: Path) -> None:
     assert isinstance(dictionary.key_rows, MemoryRows)
     record = json.loads((tmp_path / "rows.jsonl.run.json").read_text())
     assert record["dictionary_fingerprints"] == [dictionary.fingerprint]
+
+
+def test_options_of_signatures_are_keys(tmp_path: Path) -> None:
+    """Keys that the reference does not have reach the lens and the file."""
+    case, out = golden("gpt2-standard-sae"), tmp_path / "rows.parquet"
+    given = {"dictionary": case.sae_path(1), "baseline": "logit_lens_value", "output_filename": out, "features": "all"}
+    keys = {"token_strings": "false", "block_rows": 40, "backend": "torch", "progress": "false"}
+    assert run("base", overrides(case, **given, **keys)) == out
+    table = pq.read_table(out)
+    assert "top_tokens" not in table.column_names and table.num_rows == 96
+    assert json.loads(table.schema.metadata[b"querylens_fast"])["block_rows"] == 40
+    with pytest.raises(FileExistsError, match="another run .*block_rows"):
+        run("base", overrides(case, **given, **{**keys, "block_rows": 50}))
+    with pytest.raises(FileExistsError, match="exists already"):
+        run("base", overrides(case, **given, **keys, resume="false"))
+    with pytest.raises(ValueError, match="backend is 'cublas'"):
+        run("base", overrides(case, **given, **{**keys, "backend": "cublas"}))

@@ -6,13 +6,14 @@ A command names its groups of flags as defaults of parameters, and gets each gro
     def transport(model: str, fitting: Flags = flags_of(ql.fit_transport, "energy", "seed")) -> None:
         ql.fit_transport(model, **fitting)
 
-A name that is in two groups is one flag, and goes to both.
+A name that is in two groups is one flag, with the later group's default and help, and goes to both.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
@@ -76,5 +77,6 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _first_sentence(text: str) -> str:
-    plain = " ".join(text.split()).replace("``", "").replace("`", "")
-    return plain.split(". ")[0].rstrip(".") + "." if plain else ""
+    plain = " ".join(text.split()).replace("`", "")
+    sentence = re.split(r"\.(?= [A-Z\"])", plain)[0].rstrip(".")
+    return sentence if sentence[-1:] in ("", "…") else f"{sentence}."

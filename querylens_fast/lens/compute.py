@@ -23,8 +23,7 @@ BLOCK_BYTES = 1 << 25
 """Of one block's vectors or result, with ``out``; about eight of them are in memory at a time. The sizes that follow
 from it are part of a run's identity."""
 IN_MEMORY = 4
-"""How much larger blocks are without ``out``: at d_model 2304 a product of 8,192 rows takes 0.8 of the time of
-four of 2,048."""
+"""How many times larger blocks are without ``out``: one large product is faster than several small ones."""
 
 
 @takes(LensOptions)
@@ -47,14 +46,14 @@ def signatures(dictionary: Any, model: Any, **options: Any) -> Any:
         FileExistsError: ``out`` holds the result of another run.
         OSError: The disk is full; what was written stays and the run resumes.
 
-    Within `ranks.joined` the blocks of a result are dealt out to the processes, on any number of which it
+    Within `processes.joined` the blocks of a result are shared among the processes, on any number of which the run
     resumes; the file is byte for byte that of one process. It has to lie where all of them can write.
 
     Memory: the model, a bfloat16 copy of its unembedding on processors that multiply in it, and about 0.6 GiB, whatever
     the dictionary's width: it is read a block at a time (token_change and zero_out hold the dictionary and its
     activations on the sample). The disk holds a Parquet result twice while it is finished.
     """
-    dictionary, given = load_dictionary(dictionary), LensOptions(**options)
+    dictionary, given = load_dictionary(dictionary), LensOptions.of(options)
     chosen = dictionary.select(given.features)
     pipeline = plan(dictionary, model, given, n_features=len(chosen))
     block_rows = given.block_rows or rows_per_block(pipeline)

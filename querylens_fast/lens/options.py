@@ -8,7 +8,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -96,6 +96,15 @@ class LensOptions:
     block_rows: int | None = None
     resume: bool = True
     progress: bool | None = None
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> LensOptions:
+        """Options from keyword arguments. Raises TypeError for a name that is none, with those that are."""
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise TypeError(f"unexpected option {name!r}; the options are {', '.join(known)}")
+        return cls(**given)
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model.

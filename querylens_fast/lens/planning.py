@@ -62,7 +62,7 @@ def plan(
         ValueError: As `signatures`.
         FileNotFoundError: As `signatures`.
     """
-    given = LensOptions(**keywords) if options is None else options
+    given = LensOptions.of(keywords) if options is None else options
     preset, model = given.lens, as_model(model)
     dictionary = load_dictionary(dictionary).on(model)
     if not preset.is_ablation:

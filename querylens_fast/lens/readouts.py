@@ -21,7 +21,7 @@ COSINE_EPS = 1e-8
 MIN_LENGTH = 1e-8
 UNEMBEDDINGS = ("raw", "folded")
 ROWS_AT_ONCE = 1024
-"""Token embeddings widened to float32 at a time: as many as stay in the cache (8,192 take twelve times as long)."""
+"""Token embeddings widened to float32 at a time: as many as stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
