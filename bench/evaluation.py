@@ -8,8 +8,8 @@ reached the target. *Straightforward*: for each feature the whole model is run f
 on [1, 1000] to the same tolerance in KL, ranks by two sorts. Both find the same tokens (compared before any time counts).
 
 The second part (`--adaptive`) takes the output scores of the fixed transitions, of the adaptive preset and of the best
-fixed transition for each feature (the oracle), on the two halves of a seeded sample: the adaptive rule was chosen on
-the first, and is reported on the second.
+fixed transition for each feature (the oracle), on the two halves of a seeded sample. The adaptive rule was chosen on the
+first half, and is reported on the second.
 """
 
 from __future__ import annotations

@@ -13,6 +13,9 @@ Data goes one way: sources (`models`, `dictionaries`) → vectors → stream tra
 readout (`lens.readouts`) → streamed top-k (`topk`) → `signatures` → files (`lens.storage`). docs/ has a page a topic.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from querylens_fast.dictionaries.dictionary import Dictionary, directions, neuron_dictionary
 from querylens_fast.dictionaries.feature_lists import Activation, Feature
 from querylens_fast.dictionaries.load import load_dictionary
@@ -44,6 +47,12 @@ from querylens_fast.transport.jacobian_lens import export_jacobian_lens, import_
 from querylens_fast.transport.partial import Passage, fit_passage
 from querylens_fast.transport.transport import Transport, load_transport
 
+if TYPE_CHECKING:
+    from querylens_fast import integrations as integrations
+    from querylens_fast.integrations.circuit_tracer import annotate_graph, export_circuit_tracer
+    from querylens_fast.integrations.neuronpedia import export_neuronpedia
+    from querylens_fast.integrations.saedashboard import export_saedashboard
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -68,6 +77,7 @@ __all__ = [
     "Tokens",
     "Transport",
     "UnsupportedModelError",
+    "annotate_graph",
     "as_model",
     "attention_pairs",
     "attention_profiles",
@@ -76,7 +86,10 @@ __all__ = [
     "weight_descriptions",
     "directions",
     "downstream",
+    "export_circuit_tracer",
     "export_jacobian_lens",
+    "export_neuronpedia",
+    "export_saedashboard",
     "feature_chains",
     "feature_flow",
     "feature_sample",
@@ -108,3 +121,19 @@ __all__ = [
     "verify",
     "weight_lens",
 ]
+
+_INTEGRATIONS = {
+    "annotate_graph": "circuit_tracer",
+    "export_circuit_tracer": "circuit_tracer",
+    "export_neuronpedia": "neuronpedia",
+    "export_saedashboard": "saedashboard",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Integrations are imported when they are asked for."""
+    if name == "integrations":
+        return importlib.import_module("querylens_fast.integrations")
+    if name in _INTEGRATIONS:
+        return getattr(importlib.import_module(f"querylens_fast.integrations.{_INTEGRATIONS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

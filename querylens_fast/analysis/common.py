@@ -258,7 +258,7 @@ def jacobian_linearity(
 BASELINE_REGISTRY: dict[str, dict[str, str | None]] = {
     name: {key: value for key, value in preset.as_dict().items() if key != "baseline"}
     for name, preset in PRESETS.items()
-    if preset.stream_transition != "adaptive"
+    if preset.stream_transition != "adaptive" and not preset.is_dashboard
 }
 """The reference's nine presets: name → feature_vector, stream_transition, readout."""
 

@@ -10,7 +10,7 @@ import logging
 
 import typer
 
-from querylens_fast.cli import browsing, computing, explaining, lenses, relating, reliability, showing
+from querylens_fast.cli import browsing, computing, explaining, exporting, lenses, relating, reliability, showing
 
 app = typer.Typer(
     help="Token signatures for every feature of sparse autoencoders and transcoders.",
@@ -51,6 +51,8 @@ app.add_typer(evaluate, name="evaluate")
 app.command()(reliability.stability)
 evaluate.command("input")(showing.evaluate_input)
 app.command()(computing.topk)
+app.command()(exporting.export)
+app.command("annotate-graph")(exporting.annotate_graph)
 app.command("convert-transport")(lenses.convert_transport)
 app.command("convert-features")(computing.convert_features)
 app.command(context_settings=OWN_ARGUMENTS)(showing.bench)

@@ -22,12 +22,14 @@ from querylens_fast.transport.transport import Transport
 
 Stats = Literal["auto", "none", "rel_var", "exact"]
 FileFormat = Literal["parquet", "jsonl"]
+Unembedding = Literal["raw", "folded"]
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "stats": ("auto", "none", "rel_var", "exact"),
     "submodule": ("both", "attn", "mlp", None),
     "backend": ("auto", "torch", "triton"),
     "format": ("parquet", "jsonl", None),
+    "unembedding": ("raw", "folded"),
 }
 
 
@@ -37,7 +39,8 @@ class LensOptions:
 
     Attributes:
         preset: A name in `PRESETS`, or (feature_vector, stream_transition, readout).
-        transport: From `fit_transport` or `load_transport`, or a file. Without one, give ``tokens``: fewer features
+        transport: From `fit_transport` or `load_transport`, a file of a transport or of a Jacobian lens (.pt), or the
+            name of a published lens's model (needs transformer-lens). Without one, give ``tokens``: fewer features
             than d_model are then carried through the model one by one, more through a transport fitted for the call.
         k: Tokens on each side.
         features: None or "all", a slice, a range "start:stop", or feature ids.
@@ -51,6 +54,9 @@ class LensOptions:
         adaptive_threshold: None: query_lens_value_adaptive mixes the full transport with the direct path by the
             relative variance. A number: it takes the most faithful transition with at most this variance instead.
         final_norm: Apply the final norm before the unembedding.
+        unit_norm: Divide each feature's vector by its length first. None: for the preset dashboard, as dashboards do.
+        unembedding: Of the preset dashboard: "raw", or "folded" with the final norm's scale and centered, as
+            transformer-lens processes it.
         submodule: "attn" or "mlp" counts the Jacobians of those modules alone; "both". None: as the transport was
             fitted, or both.
         through_norms: Take Jacobians through the modules' norms. None: as the transport was fitted, or yes.
@@ -78,6 +84,8 @@ class LensOptions:
     token_change_value: float = 10.0
     adaptive_threshold: float | None = None
     final_norm: bool = True
+    unit_norm: bool | None = None
+    unembedding: Unembedding = "raw"
     submodule: Submodule | None = None
     through_norms: bool | None = None
     backend: str = "auto"
@@ -137,8 +145,15 @@ class LensOptions:
             )
         if lens.stream_transition != "tuned_lens" and self.tuned_lens is not None:
             raise ValueError(f"tuned_lens is given, but preset {lens.name!r} does not use one")
+        if self.unembedding != "raw" and not lens.is_dashboard:
+            raise ValueError(f"unembedding={self.unembedding!r} is for preset 'dashboard'; preset is {lens.name!r}")
         if self.layers and lens.stream_transition != "first_order":
             raise ValueError(f"layers=True is for first-order presets; {lens.name!r} has no terms by layer")
+
+    @property
+    def at_unit_length(self) -> bool:
+        """Whether vectors are divided by their length: as given, or as the preset has it."""
+        return self.lens.is_dashboard if self.unit_norm is None else self.unit_norm
 
     @property
     def lens(self) -> Preset:

@@ -18,7 +18,7 @@ from torch import Tensor
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.lens.options import LensOptions
 from querylens_fast.lens.presets import Preset
-from querylens_fast.lens.readouts import Readout, Scorer
+from querylens_fast.lens.readouts import Readout, Scorer, unit_rows
 from querylens_fast.lens.reliability import Jackknife
 from querylens_fast.lens.results import LayerTerm, Signatures, Source
 from querylens_fast.lens.transitions import Moved, Transition, Transported
@@ -133,10 +133,12 @@ class Pipeline:
     def identity(self, features: Tensor) -> dict[str, Any]:
         """What makes two runs the same run, for resuming and for the result's metadata.
 
-        The keys are those of files written before; ``submodule`` and ``through_norms`` are added where they were given.
+        The keys are those of files written before; options that have come since are added where they were given.
         """
         options, transition = self.options, self.preset.stream_transition
         given = {"submodule": options.submodule, "through_norms": options.through_norms}
+        given["unit_norm"] = options.at_unit_length or None
+        given["unembedding"] = options.unembedding if self.preset.is_dashboard else None
         return {
             "preset": self.preset.name,
             **self.preset.as_dict(),
@@ -162,6 +164,8 @@ class Pipeline:
         }
 
     def _placed(self, vectors: Tensor) -> Tensor:
+        if self.options.at_unit_length and self.transition.reads_vectors:
+            vectors = unit_rows(vectors)
         return vectors.to(self.model.device, self.model.dtype)
 
     def _layer_terms(self, moved: Moved) -> list[LayerTerm]:

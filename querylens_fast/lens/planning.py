@@ -35,7 +35,8 @@ from querylens_fast.models.tokens import Tokens, as_tokens
 from querylens_fast.transport.fit import fit_transport, mean_embedding
 from querylens_fast.transport.jacobians import Order
 from querylens_fast.transport.per_feature import Total, alone
-from querylens_fast.transport.transport import Transport, load_transport
+from querylens_fast.transport.published import find_transport
+from querylens_fast.transport.transport import Transport
 
 
 def plan(
@@ -80,7 +81,7 @@ def plan(
     if tuned_lens is not None and not isinstance(tuned_lens, TunedLens):
         tuned_lens = load_tuned_lens(tuned_lens)
     planned = _Plan(model, dictionary, preset, given, transport, tokens, tuned_lens, total)
-    readout = find_readout(model, preset, planned.centre(), given.final_norm)
+    readout = find_readout(model, preset, planned.centre(), given.final_norm, given.unembedding)
     return Pipeline(model, dictionary, preset, given, planned.transition(), readout, transport, tokens, tuned_lens)
 
 
@@ -95,7 +96,7 @@ def open_transport(model: Model, options: LensOptions) -> Transport | None:
     if transport is None:
         return None
     if isinstance(transport, (str, Path)):
-        transport = load_transport(transport)
+        transport = find_transport(transport, model)
     transport.check_model(model)
     for name in ("submodule", "through_norms"):
         wanted, fitted = getattr(options, name), transport.metadata.get(name)

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from querylens_fast.lens.presets import Preset
 from querylens_fast.models.model import Model
-from querylens_fast.models.norms import at_least_float32
+from querylens_fast.models.norms import Norm, at_least_float32
 from querylens_fast.topk import api as ops
 
 COSINE_EPS = 1e-8
+MIN_LENGTH = 1e-8
+UNEMBEDDINGS = ("raw", "folded")
 ROWS_AT_ONCE = 1024
 """Token embeddings widened to float32 at a time: as many as stay in the processor's cache."""
 
@@ -99,6 +101,43 @@ def unembed(model: Model, final_norm: bool = True) -> Scorer:
     return Scorer(model, model.W_U, bias=_wide(model.b_U), final_norm=final_norm)
 
 
+def dashboard(model: Model, unembedding: str = "raw") -> Scorer:
+    """W_U alone, as dashboards read decoder rows: no final norm on the vector and no b_U.
+
+    ``unembedding="raw"`` is the checkpoint's matrix (SAEDashboard's main branch). "folded" is the matrix that
+    transformer-lens's ``from_pretrained`` makes (SAEDashboard 0.8.0, sae-lens's tutorials): columns times the final
+    norm's scale; for LayerNorm, each row minus its mean over d_model; without a logit soft cap, minus the mean row.
+
+    Raises:
+        ValueError: Another name, a hooked model whose W_U is folded already, or a final norm that cannot be folded.
+    """
+    if unembedding not in UNEMBEDDINGS:
+        raise ValueError(f"unembedding is {unembedding!r}; expected {' or '.join(UNEMBEDDINGS)}")
+    is_folded = "folded" in model.convention
+    if is_folded and unembedding == "raw":
+        raise ValueError(
+            f"unembedding is 'raw', but model {model.name!r} has the final norm folded into W_U; pass "
+            "unembedding='folded', or load the checkpoint with load_model"
+        )
+    return Scorer(model, model.W_U if is_folded or unembedding == "raw" else _folded_unembedding(model))
+
+
+def _folded_unembedding(model: Model) -> Tensor:
+    norm = model.final_norm
+    if not isinstance(norm, Norm):
+        raise ValueError(
+            f"unembedding is 'folded', but the final norm of {model.name!r} ({type(norm).__name__}) is no scale that "
+            "could be multiplied into W_U; pass unembedding='raw'"
+        )
+    W = at_least_float32(model.W_U)
+    W = W.clone() if norm.weight is None else W * norm.weight.to(W)
+    if norm.centred:
+        W -= W.mean(1, keepdim=True)
+    if model.logit_softcap is None:
+        W -= W.mean(0)
+    return W.to(model.W_U.dtype)
+
+
 def logit_difference(model: Model) -> Scorer:
     """W_U alone, for differences of normed residuals (the ablations)."""
     return Scorer(model, model.W_U)
@@ -126,8 +165,12 @@ def embed_cosine_centered(model: Model, centre: Tensor | None = None) -> Scorer:
     return Scorer(model, model.W_E, scale=scale, factor=model.embed_scale, centre=centre)
 
 
-def find_readout(model: Model, preset: Preset, centre: Tensor | None, final_norm: bool = True) -> Readout:
+def find_readout(
+    model: Model, preset: Preset, centre: Tensor | None, final_norm: bool = True, unembedding: str = "raw"
+) -> Readout:
     """The readout of a preset. The ablations', which name none, depends on whether the model caps its logits."""
+    if preset.is_dashboard:
+        return dashboard(model, unembedding)
     if preset.readout == "unembed":
         return unembed(model, final_norm)
     if preset.readout == "embed":
@@ -135,6 +178,12 @@ def find_readout(model: Model, preset: Preset, centre: Tensor | None, final_norm
     if preset.readout == "embed_cosine_centered":
         return embed_cosine_centered(model, centre)
     return logit_difference(model) if model.logit_softcap is None else LogitReadout()
+
+
+def unit_rows(vectors: Tensor) -> Tensor:
+    """Vectors [n, D] over their length, in float32 or wider; over 1e-8 where they are shorter, as sae-lens does."""
+    wide = at_least_float32(vectors)
+    return wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(MIN_LENGTH)
 
 
 def _wide(x: Tensor | None) -> Tensor | None:
