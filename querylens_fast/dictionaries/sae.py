@@ -93,7 +93,7 @@ class Coder:
         if activation == "abstopk":
             return torch.zeros_like(pre).scatter(-1, *_chosen(pre, pre.abs().topk(self.k or 0, dim=-1).indices))
         if activation == "groupmax":
-            groups = pre.relu().unflatten(-1, (self.k, -1))
+            groups = pre.relu().unflatten(-1, (self.k or 1, -1))
             return torch.zeros_like(groups).scatter(-1, *_chosen(groups, groups.argmax(-1, keepdim=True))).flatten(-2)
         if activation == "jumprelu":
             return pre.relu() * (pre > w["threshold"])
