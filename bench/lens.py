@@ -26,7 +26,7 @@ from bench.cases import MODEL_SHAPES
 from bench.machine import machine, sync
 from bench.record import save
 from querylens_fast.demo.showcase import load_example
-from querylens_fast.models.load import parse_dtype
+from querylens_fast.models.folders import parse_dtype
 from querylens_fast.transport.jacobians import Side
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -9,19 +9,27 @@ other modules. This package does it for every feature of every layer.
     transport = ql.fit_transport(model, ql.load_tokens("corpus.txt", model=model))
     ql.signatures(ql.load_dictionary("sae_layer6"), model, transport=transport, out="layer6.parquet")
 
-Data goes one way: sources (`models`, `dictionaries`, `tokens`) → vectors → transition (`transport`, `transitions`,
-`ablations`) → `readouts` → streamed top-k (`ops`) → `signatures` → sinks (`store`).
+Data goes one way: sources (`models`, `dictionaries`) → vectors → stream transition (`transport`, `lens.transitions`) →
+readout (`lens.readouts`) → streamed top-k (`topk`) → `signatures` → files (`lens.storage`). docs/ has a page a topic.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from querylens_fast.dictionaries.dictionary import Dictionary, directions, neuron_dictionary
 from querylens_fast.dictionaries.feature_lists import Activation, Feature
 from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample, load_feature_sample
+from querylens_fast.evaluation.generation import SteeredText, steer
+from querylens_fast.evaluation.output_score import Promoted, output_scores, promoted_tokens
+from querylens_fast.evaluation.stability import Stability, stability
 from querylens_fast.lens.compute import Signatures, scores_at, signatures
 from querylens_fast.lens.presets import PRESETS, Preset, find_preset
 from querylens_fast.lens.search import Hits, search, show
-from querylens_fast.lens.storage import StoredSignatures
+from querylens_fast.lens.storage import StoredSignatures, verify
+from querylens_fast.models.errors import UnsupportedModelError
 from querylens_fast.models.load import as_model, load_model
-from querylens_fast.models.model import Model, UnsupportedModelError
+from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, load_tokens
 from querylens_fast.relations.attention import attention_pairs
 from querylens_fast.relations.channel_statistics import ChannelTest, channel_sweep, channel_test
@@ -39,6 +47,12 @@ from querylens_fast.transport.jacobian_lens import export_jacobian_lens, import_
 from querylens_fast.transport.partial import Passage, fit_passage
 from querylens_fast.transport.transport import Transport, load_transport
 
+if TYPE_CHECKING:
+    from querylens_fast import integrations as integrations
+    from querylens_fast.integrations.circuit_tracer import annotate_graph, export_circuit_tracer
+    from querylens_fast.integrations.neuronpedia import export_neuronpedia
+    from querylens_fast.integrations.saedashboard import export_saedashboard
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -47,18 +61,23 @@ __all__ = [
     "ChannelTest",
     "Dictionary",
     "Feature",
+    "FeatureSample",
+    "Promoted",
+    "SteeredText",
     "Hits",
     "Model",
     "Passage",
     "Preset",
     "RelationTable",
     "Signatures",
+    "Stability",
     "StoredSignatures",
     "TopK",
     "WeightLensThresholds",
     "Tokens",
     "Transport",
     "UnsupportedModelError",
+    "annotate_graph",
     "as_model",
     "attention_pairs",
     "attention_profiles",
@@ -67,9 +86,17 @@ __all__ = [
     "weight_descriptions",
     "directions",
     "downstream",
+    "export_circuit_tracer",
     "export_jacobian_lens",
+    "export_neuronpedia",
+    "export_saedashboard",
     "feature_chains",
     "feature_flow",
+    "feature_sample",
+    "load_feature_sample",
+    "output_scores",
+    "promoted_tokens",
+    "steer",
     "find_preset",
     "fit_passage",
     "fit_transport",
@@ -86,9 +113,27 @@ __all__ = [
     "search",
     "show",
     "signatures",
+    "stability",
     "streamed_topk",
     "subspace_channels",
     "token_features",
     "upstream",
+    "verify",
     "weight_lens",
 ]
+
+_INTEGRATIONS = {
+    "annotate_graph": "circuit_tracer",
+    "export_circuit_tracer": "circuit_tracer",
+    "export_neuronpedia": "neuronpedia",
+    "export_saedashboard": "saedashboard",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Integrations are imported when they are asked for."""
+    if name == "integrations":
+        return importlib.import_module("querylens_fast.integrations")
+    if name in _INTEGRATIONS:
+        return getattr(importlib.import_module(f"querylens_fast.integrations.{_INTEGRATIONS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

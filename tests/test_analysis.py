@@ -11,11 +11,11 @@ import torch
 from golden_cases import CASES, assert_close, assert_same_row, golden
 
 from querylens_fast.analysis import common, jvp, vjp
-from querylens_fast.analysis.lens import distribute_batch
+from querylens_fast.analysis.processes import distribute_batch
 from querylens_fast.analysis.run import analyze_identity, analyze_token_change, analyze_tuned_lens
 from querylens_fast.dictionaries.feature_lists import Feature
 from querylens_fast.dictionaries.load import load_dictionary
-from querylens_fast.lens.transitions import load_tuned_lens
+from querylens_fast.lens.tuned_lens import load_tuned_lens
 from querylens_fast.models.load import load_model
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, load_tokens

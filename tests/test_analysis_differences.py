@@ -1,4 +1,4 @@
-"""Where paper and reference code differ, and where we differ from both: each line of DIFFERENCES.md, pinned."""
+"""Where paper, reference code and this package differ: a test for each line of docs/reference-users.md."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 
 def test_every_test_named_in_the_page_exists() -> None:
-    page = (ROOT / "querylens_fast" / "analysis" / "DIFFERENCES.md").read_text()
+    page = (ROOT / "docs" / "reference-users.md").read_text()
     sources = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
     names = re.findall(r"`(test_\w+)`", page)
     assert len(names) > 20
@@ -65,9 +65,9 @@ def test_residuals_ignore_padding_jacobians_do_not(gpt2: ql.Model, sample: ql.To
     first = gpt2.blocks[1].attention
     masked = first.linearise(pre[1], gpt2.masking(sample.ids[row], sample.valid_mask[row]))
     t = torch.randn(2, *pre[1].shape, dtype=torch.float64)
-    assert close(lin.jvp(2, t), masked.jvp(t))
-    assert not close(lin.jvp(2, t), first.linearise(pre[1], gpt2.masking(sample.ids[row])).jvp(t))
-    assert close(lin.jvp(3, t), gpt2.blocks[1].mlp.linearise(mid[1]).jvp(t))
+    assert close(lin.apply(2, t, "forward"), masked.jvp(t))
+    assert not close(lin.apply(2, t, "forward"), first.linearise(pre[1], gpt2.masking(sample.ids[row])).jvp(t))
+    assert close(lin.apply(3, t, "forward"), gpt2.blocks[1].mlp.linearise(mid[1]).jvp(t))
 
 
 def test_first_order_keys_enter_at_padded_queries(gpt2: ql.Model, sample: ql.Tokens) -> None:
@@ -77,7 +77,7 @@ def test_first_order_keys_enter_at_padded_queries(gpt2: ql.Model, sample: ql.Tok
         lin = linearise(gpt2, sample, slice(row, row + 1))
         everywhere = lin.everywhere(key[None])
         for total, start in ((expected, everywhere), (masked, everywhere * lin.mask)):
-            total += ((lin.vjp(0, start) + everywhere) * lin.mask).sum((0, 1, 2))
+            total += ((lin.apply(0, start, "backward") + everywhere) * lin.mask).sum((0, 1, 2))
     found = walk_features(gpt2, sample, key[None], 1, "key", "first_order").mean[0]
     assert close(found, expected / sample.n_valid)
     assert not close(found, masked / sample.n_valid)

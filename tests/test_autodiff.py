@@ -1,15 +1,15 @@
 """Autodiff through transformers' own layers: the oracle of the hand-written blocks, and the way in for other models."""
 
-import logging
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-from brute_force import hidden_to_final
-from tiny_models import ARCHITECTURES, BY_AUTODIFF, D_MODEL, LAYERS, VOCAB, save_tiny_model
+from tiny_models import ARCHITECTURES, D_MODEL, LAYERS, VOCAB, save_tiny_model
 from torch import Tensor
 
 import querylens_fast as ql
+from querylens_fast.models.autodiff import graph_bytes
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -39,30 +39,48 @@ def test_hand_written_blocks_agree_with_autodiff(architecture: str, padded: ql.T
     assert (ours.metadata["routing"] == "held fixed: experts and weights") == (architecture == "qwen3_moe")
 
 
-@pytest.mark.parametrize("architecture", BY_AUTODIFF)
-def test_other_architectures_by_autodiff(architecture: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = save_tiny_model(architecture, tmp_path)
-    with pytest.raises(ql.UnsupportedModelError, match="linearisation='autodiff'"):
-        ql.load_model(folder)
-    with caplog.at_level(logging.INFO):
-        model = ql.load_model(folder, dtype="float64", linearisation="autodiff")
-    assert "linearised by autodiff" in caplog.text
+def test_a_family_without_a_layout_is_differentiated_and_said_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_tiny_model("olmo2", tmp_path)
+    with pytest.raises(ql.UnsupportedModelError, match="'olmo2'; linearisations are written out for .*gpt2"):
+        ql.load_model(folder, linearisation="hand-written")
+    model = ql.load_model(folder, dtype="float64")
+    assert "linearised by autodiff through its own layers: no linearisation is written out" in caplog.text
     tokens = ql.load_tokens(torch.randint(3, VOCAB, (2, 5), generator=torch.Generator().manual_seed(7)))
     transport = ql.fit_transport(model, tokens, sides=("value",), orders=("full",), progress=False)
-    base = model.source(tokens.ids, output_hidden_states=True).hidden_states[1]
-    v = torch.randn(D_MODEL, dtype=torch.float64)
-    moved = torch.func.jvp(lambda x: hidden_to_final(model.source, 0, x), (base,), (v.expand_as(base),))[1]
-    assert relative(transport.apply(v[None], "value", "full", 2)[0], moved.mean((0, 1))) < 1e-6
+    assert transport.metadata["linearisation"] == "autodiff"
     found = ql.signatures(ql.directions(torch.randn(3, D_MODEL), layer=0), model, transport=transport, k=3)
     assert torch.isfinite(found.top_scores).all()
 
 
-def test_parallel_layers_are_refused(tmp_path: Path) -> None:
-    folder = save_tiny_model("gpt_neox", tmp_path)
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"use_parallel_residual": false', '"use_parallel_residual": true'))
-    with pytest.raises(ql.UnsupportedModelError, match="does not reproduce"):
-        ql.load_model(folder, linearisation="autodiff")
+@pytest.mark.parametrize("architecture", ["olmo2", "gemma3"])
+@pytest.mark.parametrize(("hook", "side"), [("layers.1.mlp", "value"), ("layers.1.self_attn", "value")])
+def test_modules_in_front_of_a_norm_are_refused_under_autodiff(
+    architecture: str, hook: str, side: str, tmp_path: Path
+) -> None:
+    """The norm behind the module is found by what reaches the stream, whichever way the model is linearised."""
+    model = ql.load_model(save_tiny_model(architecture, tmp_path), linearisation="autodiff")
+    dictionary = dataclasses.replace(
+        ql.directions(torch.randn(5, D_MODEL), layer=1), hook_name=hook, hook_name_out=hook
+    )
+    with pytest.raises(ValueError, match=rf"its {side}s are of '{hook}', which .* norms"):
+        ql.signatures(dictionary, model, preset=f"logit_lens_{side}")
+
+
+def test_both_ways_of_one_model_share_transports(gpt2: ql.Model, gpt2_folder: Path, padded: ql.Tokens) -> None:
+    model = ql.load_model(gpt2_folder, dtype="float64", linearisation="autodiff")
+    assert model.fingerprint == gpt2.fingerprint
+    ql.fit_transport(gpt2, padded, orders=("full",), progress=False).check_model(model)
+    ql.fit_transport(model, padded, orders=("full",), progress=False).check_model(gpt2)
+
+
+def test_memory_is_planned_from_the_graphs(gpt2_folder: Path, padded: ql.Tokens) -> None:
+    model = ql.load_model(gpt2_folder, dtype="float64", linearisation="autodiff")
+    short, long = (graph_bytes(model, n) for n in (6, 12))
+    assert long[0] > 1.9 * short[0] and long[1] > 1.9 * short[1]
+    with pytest.raises(ValueError, match="max_memory_gib is 1e-05, but one sequence of 6 tokens needs"):
+        ql.fit_transport(model, padded, max_memory_gib=1e-5, progress=False)
 
 
 def test_what_autodiff_cannot_do_is_named(gpt2_folder: Path, padded: ql.Tokens) -> None:
@@ -71,7 +89,7 @@ def test_what_autodiff_cannot_do_is_named(gpt2_folder: Path, padded: ql.Tokens) 
         ql.neuron_dictionary(model, 0)
     with pytest.raises(ql.UnsupportedModelError, match="cannot leave out its norms"):
         ql.fit_transport(model, padded, through_norms=False, progress=False)
-    with pytest.raises(ValueError, match="linearisation is 'magic'; expected 'hand-written' or 'autodiff'"):
+    with pytest.raises(ValueError, match="linearisation is 'magic'; expected one of auto, hand-written"):
         ql.load_model(gpt2_folder, linearisation="magic")  # type: ignore[arg-type]
     assert ql.as_model(model.source, linearisation="autodiff").linearisation == "autodiff"
     assert ql.as_model(model.source).linearisation == "hand-written"

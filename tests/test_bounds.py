@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import querylens_fast as ql
 from querylens_fast.topk import api as ops
-from querylens_fast.topk import bf16_candidates as narrow
+from querylens_fast.topk import bf16_candidates, bounds, rescore
 from querylens_fast.topk import certify as certified
-from querylens_fast.topk import torch_backend as blocked
-from querylens_fast.topk.torch_backend import Epilogue
+from querylens_fast.topk.narrow import NarrowProduct
+from querylens_fast.topk.request import Epilogue, Request
 
 EXPONENTS = st.sampled_from([-39, -30, -25, -21, -12, 0, 10])
 
@@ -53,10 +53,14 @@ def test_the_narrow_product_stays_in_its_bound(
     seed: int, d: int, exponents: tuple[int, int], terms: int, cancelling: bool
 ) -> None:
     F, W, epilogue = problem(seed, 9, 40, d, exponents, terms, cancelling)
-    folded = narrow._fold_columns(W, epilogue, set_apart=False)
-    seen = narrow._fold_rows(F, epilogue, folded.W.shape[1]).float() @ folded.W.float().T
-    bound = folded.bound.rows(F, epilogue)
-    assert bool(((seen.double() - exact(F, W, epilogue)).abs() <= bound[:, None].double()).all())
+    product = NarrowProduct(Request(F, W, 1, epilogue), exact=True)
+    product.start(slice(None))
+    everything = slice(0, product.n_columns)
+    seen = product._F.float() @ product._tile(everything).float().T
+    columns = torch.arange(len(W)) if product.columns is None else product.columns
+    bound = product.bound([everything]).rows(F, epilogue)[0]
+    error = (seen.double() - exact(F, W, epilogue)[:, columns]).abs()
+    assert bool((error <= bound[:, None].double()).all())
 
 
 @settings(max_examples=150, deadline=None)
@@ -71,7 +75,7 @@ def test_products_of_rounded_operands_stay_in_their_bound(
     seed: int, d: int, exponents: tuple[int, int], terms: int, dtype: torch.dtype
 ) -> None:
     F, W, epilogue = problem(seed, 9, 40, d, exponents, terms, False)
-    bound = certified.ErrorBound.of(W, epilogue, dtype).rows(F, epilogue)
+    bound = bounds.measure(W, epilogue, dtype).rows(F, epilogue)
     seen = epilogue.apply_(F.to(dtype).float() @ W.to(dtype).float().T, slice(None), slice(None))
     error = (seen.double() - exact(F, W, epilogue)).abs()
     assert bool((error <= bound[:, None].double()).logical_or(bound[:, None].isinf() | bound[:, None].isnan()).all())
@@ -83,7 +87,7 @@ def test_small_numbers_are_not_certified_wrongly(
     exponents: tuple[int, int], cancelling: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bfloat16 pass, whether or not it pays here."""
-    monkeypatch.setattr(narrow, "faster_in_bfloat16", lambda: True)
+    monkeypatch.setattr(bf16_candidates, "faster_in_bfloat16", lambda: True)
     F, W, _ = problem(3, 256, 3000, 24, exponents, 0, cancelling)
     found = ql.streamed_topk(F, W, 5)
     plain = ql.streamed_topk(F, W, 5, precision="float32")
@@ -97,7 +101,7 @@ def test_equal_rows_with_offsets_that_are_alike_in_half_precision(monkeypatch: p
     """Rows without proof are scored once for all that are alike; the offset counts in full."""
     F, offset = torch.zeros(4, 8, dtype=torch.float16), torch.tensor([1.0, 1.0001, 70000.0, 80000.0])
     W = torch.randn(300, 8).half()
-    bound = certified.ErrorBound.of(W, Epilogue(None, None, offset), torch.float16)
+    bound = bounds.measure(W, Epilogue(None, None, offset), torch.float16)
 
     def propose(rows: slice, wide: bool):
         ids = torch.arange(5).expand(4, -1)
@@ -110,7 +114,7 @@ def test_equal_rows_with_offsets_that_are_alike_in_half_precision(monkeypatch: p
 
 
 def test_scores_at_given_twice_gather_a_bounded_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "CAST_ELEMENTS", 1000)
+    monkeypatch.setattr(rescore, "BLOCK_ELEMENTS", 250)
     F, W = torch.randn(50, 16), torch.randn(40, 16)
     ids = torch.randint(0, 40, (50, 30))
     gathered = []

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import querylens_fast as ql
 from querylens_fast.cli import app
+from querylens_fast.demo import showcase
 from querylens_fast.demo.showcase import PRESETS, load_example
 from querylens_fast.evaluation.input_score import MaxActivating, evaluate_presets, input_scores, max_activating_tokens
 
@@ -35,8 +36,11 @@ def refused(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's files; its transport is fitted on fewer sequences than a user's."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    output = call("demo", "--out", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(showcase, "FIT_SEQUENCES", 4)
+        output = call("demo", "--out", folder)
     assert "10240 features × 4 signatures in" in output and str(folder) in output
     assert "Query:" in output and "sae_layer3" in output and "transcoder_layer1" in output
     return folder

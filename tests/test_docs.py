@@ -17,6 +17,7 @@ import contextlib
 import doctest
 import io
 import re
+import runpy
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,6 +127,13 @@ def test_examples(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
         if output is not None:
             assert same_words(printed.getvalue(), output), f"{where} printed\n{printed.getvalue()}\nnot\n{output}"
+
+
+def test_generated_pages_are_current() -> None:
+    """docs/command-line.md and the table of options are what the code says now; else: python docs/generate.py"""
+    write = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    for name, now in (("command-line.md", write["command_line_page"]()), ("signatures.md", write["signatures_page"]())):
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == now, f"{name}: run python docs/generate.py"
 
 
 def test_what_an_example_is(tmp_path: Path) -> None:

@@ -121,6 +121,20 @@ def test_adaptive_takes_the_transition_its_rule_names(case, fitted) -> None:
     assert len(set(found.choices or [])) >= 2
 
 
+def test_adaptive_mixes_by_the_relative_variance(case, fitted) -> None:
+    """Without a threshold: (1 − r/2) M v + r/2 v, r the relative variance of the full transport."""
+    model, _, transport, _ = fitted
+    dictionary = ql.load_dictionary(case.sae_path(case.layers[0]))
+    options = {"transport": transport, "k": 5, "vectors": True}
+    found = ql.signatures(dictionary, model, preset="query_lens_value_adaptive", **options)
+    full = ql.signatures(dictionary, model, preset="query_lens_value", **options)
+    weight = full.stats["rel_var"][:, None] / 2
+    own = dictionary.values(slice(None)).to(full.vectors)
+    assert found.vectors is not None and full.vectors is not None
+    assert torch.allclose(found.vectors, (1 - weight) * full.vectors + weight * own, rtol=1e-5, atol=1e-7)
+    assert float(weight.max()) > 0.01
+
+
 def test_any_three_components_combine(case, fitted) -> None:
     model, _, transport, _ = fitted
     dictionary = ql.load_dictionary(case.sae_path(case.layers[0]))
@@ -132,7 +146,7 @@ def test_any_three_components_combine(case, fitted) -> None:
                     dictionary, model, preset=(vector, transition, readout), transport=given, k=3, features="0:4"
                 )
                 assert found.preset == f"{vector}_{transition}_{readout}"
-                assert ql.find_preset(found.preset) == found.pipeline.preset
+                assert ql.find_preset(found.preset) == found.source.lens
                 assert torch.isfinite(found.top_scores).all()
 
 

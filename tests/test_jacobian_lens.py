@@ -1,5 +1,8 @@
 """Jacobian-lens files: both ways, against transformer-lens's own reader and writer; what they cannot do is refused."""
 
+import io
+import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -93,12 +96,64 @@ def test_what_a_lens_cannot_do_is_named(lens_file: Path, gpt2: ql.Model, sample:
         ({"J": {LAYERS: torch.eye(D_MODEL)}}, r"has matrices for layers \[3\]"),
         ({"J": {0: torch.eye(D_MODEL)}, "metadata": {"target_layer": 1}}, "carries to layer 1, not to the last"),
         ({"J": {0: Path("x")}}, "damaged, or holds more than tensors"),
+        ([1, 2], "is no Jacobian lens"),
+        (torch.eye(3), "is no Jacobian lens"),
+        ({"J": {float("inf"): torch.eye(D_MODEL)}}, "expected layer numbers"),
+        ({"J": {0: torch.eye(D_MODEL), "0": torch.eye(D_MODEL)}}, "expected layer numbers, each once"),
+        ({"J": {"9" * 9999: torch.eye(D_MODEL)}}, "expected layer numbers"),
+        ({"J": {10**40: torch.eye(D_MODEL)}}, "has matrices for layers"),
+        ({"J": {0: [[1.0]]}}, "is list; expected floats"),
+        ({"J": {0: torch.eye(D_MODEL).to_sparse()}}, "expected floats"),
+        ({"J": {0: torch.eye(D_MODEL).cfloat()}}, "expected floats"),
+        ({"J": {0: torch.eye(D_MODEL, device="meta")}}, "expected floats"),
+        ({"J": {0: torch.full((D_MODEL, D_MODEL), torch.inf)}}, "NaN or infinite"),
+        ({"J": {0: torch.eye(D_MODEL)}, "metadata": [1]}, "its metadata is a list"),
+        ({"J": {0: torch.eye(D_MODEL)}, "metadata": {"target_layer": torch.ones(2)}}, "carries to layer"),
+        ({"J": {0: torch.eye(D_MODEL)}, "target_layer": 1}, "carries to layer 1"),
     ],
 )
 def test_files_that_are_no_lens_of_the_model(content: dict, message: str, gpt2: ql.Model, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "lens.pt")
     with pytest.raises(ValueError, match=message):
         ql.import_jacobian_lens(tmp_path / "lens.pt", gpt2)
+
+
+def hostile_files() -> dict[str, bytes]:
+    """Bytes that torch, zipfile or pickle answer with an exception of their own, or by running or waiting."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("archive/data.pkl", b"\0" * (1 << 24))
+    saved = io.BytesIO()
+    torch.save({"J": {0: torch.eye(D_MODEL)}}, saved)
+    whole = saved.getvalue()
+    found = {"empty": b"", "text": b"J: 1", "zip bomb": archive.getvalue(), "runs code": pickle.dumps(print)}
+    found |= {"pickle": pickle.dumps({"J": 1}), "deep pickle": b"\x80\x02" + b"]" * 10**5 + b"."}
+    found |= {f"cut at {at}": whole[:at] for at in range(0, len(whole), 97)}
+    for at in range(30, len(whole), 61):
+        found[f"changed at {at}"] = whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]
+    return found
+
+
+def test_hostile_bytes_are_refused_by_name(gpt2: ql.Model, tmp_path: Path) -> None:
+    path = tmp_path / "lens.pt"
+    for name, content in hostile_files().items():
+        path.write_bytes(content)
+        try:
+            found = ql.import_jacobian_lens(path, gpt2)
+        except ValueError as error:
+            assert "lens.pt" in str(error), name
+        else:
+            assert torch.equal(found.matrix("value", "full", 2), torch.eye(D_MODEL)), name
+
+
+def test_metadata_that_is_exponentially_long_is_cut(gpt2: ql.Model, tmp_path: Path) -> None:
+    nested: list = []
+    for _ in range(60):
+        nested = [nested, nested]
+    content = {"J": {0: torch.eye(D_MODEL)}, "n_prompts": nested, "metadata": {"corpus": nested, "note": "x" * 10**6}}
+    torch.save(content, tmp_path / "lens.pt")
+    found = ql.import_jacobian_lens(tmp_path / "lens.pt", gpt2)
+    assert all(len(value) <= 10_000 for value in found.metadata.values())
 
 
 def test_missing_damaged_and_unwritable_files(fitted: ql.Transport, gpt2: ql.Model, tmp_path: Path) -> None:

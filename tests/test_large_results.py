@@ -25,7 +25,7 @@ import querylens_fast as ql
 from querylens_fast.cli import app
 from querylens_fast.lens.compute import BLOCK_BYTES, MAX_BLOCK_ROWS, MIN_BLOCK_ROWS, rows_per_block
 from querylens_fast.lens.parquet import ROW_GROUP, ParquetSink
-from querylens_fast.lens.pipeline import plan
+from querylens_fast.lens.planning import plan
 
 K = 5
 
@@ -268,11 +268,13 @@ def test_blocks_are_sized_by_what_they_cost(gpt2: ql.Model, sample: ql.Tokens, t
     """Many features where they are rows of a product, few where each is a pass through the model."""
     dictionary = ql.load_dictionary(dictionary_file(tmp_path / "d.safetensors", 40), layer=1)
     cheap = plan(dictionary, gpt2, preset="logit_lens_value", k=K)
-    long_lists = plan(dictionary, gpt2, preset="logit_lens_value", k=VOCAB)
+    long_lists = plan(dictionary, gpt2, preset="logit_lens_value", k=VOCAB, out="x.parquet")
+    in_memory = plan(dictionary, gpt2, preset="logit_lens_value", k=VOCAB)
     walked = plan(dictionary, gpt2, preset="query_lens_value", tokens=sample, n_features=3)
     ablated = plan(ql.neuron_dictionary(gpt2, 1), gpt2, preset="zero_out", tokens=sample)
     assert rows_per_block(cheap) == MAX_BLOCK_ROWS > rows_per_block(long_lists) > MIN_BLOCK_ROWS
     assert rows_per_block(long_lists) * 24 * VOCAB <= BLOCK_BYTES
+    assert rows_per_block(in_memory) == min(4 * rows_per_block(long_lists), MAX_BLOCK_ROWS)
     assert rows_per_block(walked) == rows_per_block(ablated) == MIN_BLOCK_ROWS
 
 

@@ -113,15 +113,6 @@ def test_a_model_made_in_memory_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> 
     assert ql.as_model(source).tokenizer is None
 
 
-def test_an_unsupported_architecture_is_refused_by_name(tmp_path: Path) -> None:
-    config = transformers.GPTNeoXConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ql.UnsupportedModelError, match="gpt_neox.*supported are gemma2"):
-        ql.load_model(tmp_path)
-
-
 def test_a_variation_we_do_not_reproduce_is_refused(tmp_path: Path) -> None:
     """Gemma 3 with bidirectional attention has the supported type and other logits."""
     folder = save_tiny_model("gemma3", tmp_path)

@@ -123,3 +123,21 @@ def test_statistics_alone() -> None:
 def test_edges_that_do_not_ascend_are_refused(edges: list) -> None:
     with pytest.raises(ValueError, match="histogram is .*: expected two or more edges in ascending order"):
         streamed_topk(torch.zeros(1, 2), torch.zeros(3, 2), 1, histogram=edges)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bins_between_each_rows_own_extremes(dtype: torch.dtype) -> None:
+    """histogram=N counts as torch.histc does over the row's own range; counts add up to V."""
+    generator = torch.Generator().manual_seed(3)
+    F, W = torch.randn(30, 24, generator=generator).to(dtype), torch.randn(3001, 24, generator=generator).to(dtype)
+    F[4] = 0
+    found = streamed_topk(F, W, 3, histogram=50).statistics
+    assert found is not None and found.histogram is not None and found.edges is not None
+    assert found.histogram.shape == (30, 50) and found.edges.shape == (30, 51)
+    assert bool((found.histogram.sum(1) == 3001).all())
+    scores = F.float() @ W.float().T
+    for i in (0, 7, 29):
+        low, high = scores[i].min(), scores[i].max()
+        assert torch.allclose(found.edges[i], torch.linspace(float(low), float(high), 51).double(), atol=1e-4)
+        expected = torch.histc(scores[i], 50, float(low), float(high))
+        assert (found.histogram[i] - expected).abs().sum() <= 4  # a score at an edge may fall on either side

@@ -1,5 +1,6 @@
 """The wheel carries both packages and the demo's files, and works from outside the checkout."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def test_wheel_installs_and_runs_elsewhere(wheel: Path, tmp_path: Path) -> None:
     libraries = [p for p in sys.path if p.endswith("site-packages")]
     (site / "libraries.pth").write_text("\n".join(libraries))
     python = tmp_path / "env" / "bin" / "python"
-    used = subprocess.run([python, "-c", USE], capture_output=True, text=True, cwd=tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    used = subprocess.run([python, "-c", USE], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert used.returncode == 0, used.stderr[-2000:]
     assert "torch.Size([2, 3])" in used.stdout
 

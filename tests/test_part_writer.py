@@ -12,14 +12,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from typer.testing import CliRunner
 
 import querylens_fast as ql
+from querylens_fast.cli import app
 from querylens_fast.demo import ASSETS
 from querylens_fast.relations.tables import Block, tabulate
 from querylens_fast.runs.atomic_write import whole, write_whole
 from querylens_fast.runs.part_writer import PartWriter, read_identity, verify
 from querylens_fast.runs.run_lock import held
-from querylens_fast.runs.sealed_parquet import DamagedFile, opened, read_sealed
+from querylens_fast.runs.run_record import DamagedFile, read_record
+from querylens_fast.runs.sealed_parquet import opened, read_sealed
 
 EARLIER = Path(__file__).parent / "earlier"
 """Results and half-finished runs written by the version before parts had digests."""
@@ -157,7 +161,7 @@ def test_a_part_damaged_after_it_was_checked(finished: Path, tmp_path: Path) -> 
     assert out.read_bytes() == finished.read_bytes()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"format": "querylens_fast.parts/2"}', "flipped", "gone"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"k": 3}', "flipped", "gone"])
 def test_a_damaged_record_of_the_run(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The parts say what run they are of; with none that can be read it is an error that names the record."""
     out = tmp_path / "out.parquet"
@@ -167,12 +171,15 @@ def test_a_damaged_record_of_the_run(text: str, tmp_path: Path, caplog: pytest.L
     record.unlink() if text == "gone" else record.write_text(text)
     with caplog.at_level(logging.WARNING):
         assert write(out, STARTS)[1] == STARTS[2:]
-    assert "run.json' is damaged" in caplog.text
-    assert json.loads(record.read_text())["identity"] == IDENTITY
+    assert "run.json" in caplog.text and "the parts say that they are of this run" in caplog.text
+    assert read_record(record) == (IDENTITY, True)
     record.unlink() if text == "gone" else record.write_text(text)
     for part in writer.parts.glob("part-*"):
         part.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"run.json' is missing or damaged .* delete .*parts' or choose another out"):
+    error, message = (DamagedFile, r"run.json' is .*; delete .*parts' or choose another out")
+    if text == '{"k": 3}':
+        error, message = FileExistsError, "another run"
+    with pytest.raises(error, match=message):
         write(out, STARTS)
 
 
@@ -262,7 +269,7 @@ def test_an_earlier_versions_runs_are_resumed(earlier: Path, monkeypatch: pytest
     from querylens_fast.lens.pipeline import Pipeline
 
     computed, original = [], Pipeline.__call__
-    monkeypatch.setattr(Pipeline, "__call__", lambda self, f: computed.append(f.tolist()) or original(self, f))
+    monkeypatch.setattr(Pipeline, "__call__", lambda self, f, v: computed.append(f.tolist()) or original(self, f, v))
     model, sae = ql.load_model("model"), ql.load_dictionary("sae")
     options = {"preset": "logit_lens_value", "k": 3, "features": "0:40", "block_rows": 10, "progress": False}
     for name in ("whole.parquet", "whole.jsonl"):
@@ -304,3 +311,59 @@ def test_an_edit_that_keeps_the_metadata_is_noticed(finished: Path, tmp_path: Pa
     assert "was edited: another program has written it again" in verify(path)[0]
     with pytest.raises(DamagedFile, match="was edited"):
         read_sealed(path)
+
+
+def test_verify(gpt2: ql.Model, earlier: Path, tmp_path: Path) -> None:
+    """By the function and the command: exit code 1 names what is damaged, 2 what is missing."""
+    runner = CliRunner()
+    dictionary = ql.directions(torch.randn(9, gpt2.d_model), layer=1)
+    paths = [tmp_path / "s.parquet", tmp_path / "s.jsonl"]
+    for path in paths:
+        ql.signatures(dictionary, gpt2, preset="logit_lens_value", k=2, out=path, progress=False)
+    paths.append(ql.downstream(dictionary, gpt2, targets="unembed", out=tmp_path / "r.parquet", progress=False).path)
+    assert [ql.verify(path) for path in paths] == [[], [], []]
+    done = runner.invoke(app, ["verify", *map(str, paths), "whole.parquet"])
+    assert done.exit_code == 0 and done.stdout.count("as it was written") == 4
+    assert done.stdout.count("an earlier version wrote no digests") == 1
+    for path in paths:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        assert str(path) in ql.verify(path)[0]
+        done = runner.invoke(app, ["verify", str(path), "whole.parquet"])
+        assert done.exit_code == 1 and str(path) in done.stdout
+    assert runner.invoke(app, ["verify", "none.parquet"]).exit_code == 2
+
+
+def test_reading_verifies_what_it_reads(gpt2: ql.Model, tmp_path: Path) -> None:
+    """A flipped bit in rows or footer: an error that names the file, or rows that are right."""
+    dictionary = ql.directions(torch.randn(300, gpt2.d_model), layer=1)
+    path = tmp_path / "s.parquet"
+    stored = ql.signatures(dictionary, gpt2, preset="logit_lens_value", k=9, out=path, progress=False)
+    related = ql.downstream(dictionary, gpt2, targets="unembed", out=tmp_path / "r.parquet", progress=False)
+    readers: dict[Path, list[Callable[[], object]]] = {
+        path: [
+            lambda: stored.table().to_pydict(),
+            lambda: ql.show(path, 7),
+            lambda: ql.search(path, 5).scores.tolist(),
+            lambda: ql.search(path, "w5").features.tolist(),
+            lambda: stored.metadata(),
+        ],
+        tmp_path / "r.parquet": [
+            lambda: ql.read_table(tmp_path / "r.parquet").table().to_pydict(),
+            lambda: related.head(3).to_pydict(),
+            lambda: len(related),
+        ],
+    }
+    generator = random.Random(2)
+    for file, calls in readers.items():
+        data, truths = file.read_bytes(), [call() for call in calls]
+        for _ in range(60):
+            changed = bytearray(data)
+            changed[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+            file.write_bytes(changed)
+            for call, truth in zip(calls, truths, strict=True):
+                try:
+                    assert call() == truth
+                except ValueError as error:
+                    assert str(file) in str(error)

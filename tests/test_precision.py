@@ -8,12 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from querylens_fast.topk import bf16_candidates as narrow
+from querylens_fast.topk import bf16_candidates, torch_backend
 from querylens_fast.topk import buffers as workspace
-from querylens_fast.topk import torch_backend as blocked
 from querylens_fast.topk.api import TopK, streamed_topk
-
-NONE = blocked.Epilogue(None, None, None)
+from querylens_fast.topk.request import Request
 
 
 def gaussian(*shape: int, seed: int) -> torch.Tensor:
@@ -35,7 +33,7 @@ def check_exact(found: TopK, F: torch.Tensor, W: torch.Tensor, k: int, atol: flo
 
 def narrow_topk(F: torch.Tensor, W: torch.Tensor, k: int) -> tuple[TopK, int, int]:
     """The bfloat16 pass itself, whatever the processor; with its counts."""
-    found = narrow.topk(F, W, k, NONE, top=True, bottom=True, block_rows=None)
+    found = bf16_candidates.topk(Request(F, W, k))
     assert found.top is not None and found.bottom is not None
     return TopK(*found.top, *found.bottom), found.widened_rows, found.fallback_rows
 
@@ -129,7 +127,7 @@ def test_ties_across_the_kth_place(n_equal: int, k: int, seed: int, kind: str) -
         start = 0 if kind == "prefix" else 4000
         scores[:, start : start + n_equal * 3 : 3] = 1
     for largest in (True, False):
-        found = blocked.best_of_tile(scores, k, largest=largest)
+        found = torch_backend.topk(Request(torch.eye(3), scores.T.contiguous(), k))[0 if largest else 1]
         expected, order = oracle.topk(scores.double(), k, largest)
         assert torch.equal(found.ids, order) and torch.equal(found.scores.double(), expected)
 

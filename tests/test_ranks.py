@@ -141,13 +141,21 @@ def test_processes_need_one_folder(tmp_path: Path) -> None:
     processes = [start(rank, port, command, folder) for rank, folder in enumerate(folders)]
     outputs = [process.communicate(timeout=120) for process in processes]
     assert processes[0].returncode == 2 and not (folders[0] / "out.parquet").exists()
-    assert "holds 256 rows of 512: all processes of a run have to write to the same folder" in outputs[0][1]
+    assert "holds 256 rows of 512; all processes of a run have to write to the same folder" in outputs[0][1]
 
 
-def test_jsonl_is_refused(tmp_path: Path) -> None:
-    done = torchrun([*SIGNATURES, "--out", "out.jsonl"], tmp_path)
-    assert done.returncode != 0
-    assert "several processes write Parquet alone" in done.stderr
+@pytest.mark.slow
+def test_jsonl_over_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    """Rows of a run that was stopped, with one process, stay; the file is the one that nobody interrupted."""
+    alone([*SIGNATURES, "--out", "one.jsonl"], tmp_path)
+    lines = (tmp_path / "one.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "two.jsonl").write_bytes(b"".join([*lines[:128], *lines[256:384]]))
+    (tmp_path / "two.jsonl.run.json").write_bytes((tmp_path / "one.jsonl.run.json").read_bytes())
+    done = torchrun([*SIGNATURES, "--out", "two.jsonl"], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("2048 signatures") == 1
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.parts"))
 
 
 def test_variables_of_torchrun_are_wanted_together(tmp_path: Path) -> None:

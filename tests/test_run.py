@@ -8,6 +8,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from golden_cases import CASES, GoldenCase, assert_close, assert_same_row, golden
@@ -19,6 +21,7 @@ from querylens_fast.analysis.configuration import CONFIGS, KEYS, compose, config
 from querylens_fast.analysis.run import main, run
 from querylens_fast.dictionaries.feature_lists import Feature, save_features_json
 from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.dictionaries.rows import MemoryRows
 from querylens_fast.lens.compute import signatures
 from querylens_fast.lens.storage import read_jsonl
 from querylens_fast.models.load import load_model
@@ -94,7 +97,6 @@ def test_whole_dictionaries(name: str) -> None:
     assert out == Path(f"experiments/sae_layerlayers-layer{','.join(map(str, case.layers))}") / (
         "query_lens_key_approx/feature_analysis.parquet"
     )
-    import pyarrow.parquet as pq
 
     rows = pq.read_table(out).to_pylist()
     assert len(rows) == case.config["d_sae"] * len(case.layers)
@@ -145,7 +147,7 @@ def test_neurons_ranges_and_id_files(tmp_path: Path) -> None:
     assert by_list[0]["top_ids"] == by_file[0]["top_ids"] and by_list[0]["feature_str"] == "Feature mlp-/1/5"
     adaptive = {**neurons, "baseline": "query_lens_value_adaptive", "features": "0:3"}
     rows = read_jsonl(run("base", overrides(case, **adaptive)))
-    assert {row["transition"] for row in rows} <= {"identity", "first_order", "full"}
+    assert {row["transition"] for row in rows} == {"shrunk"}
 
 
 def test_submodules_and_norms_reach_the_walk() -> None:
@@ -235,6 +237,23 @@ def test_the_package_has_the_reference_configurations() -> None:
         assert cfg.params_path == f"tuned_lens/{name}/params.pt" and "{layer}" in cfg.sae_id
     assert compose("qwen3-4b").model == "Qwen/Qwen3-4B"
     assert set(OmegaConf.load(CONFIGS / "base.yaml")) == set(KEYS)
+
+
+def test_the_packages_configurations_name_dictionaries_that_exist() -> None:
+    """Every layer's release and id is one of sae-lens; Gemma's layers and L0 are the paper's."""
+    directory = pytest.importorskip("sae_lens.loading.pretrained_saes_directory")
+    releases = directory.get_pretrained_saes_directory()
+    paper = {"gemma3-270m": [5, 9, 12, 15], "gemma3-1b": [7, 13, 17, 22], "gemma3-4b": [9, 17, 22, 29]}
+    for name in NAMES:
+        cfg = compose(name)
+        known = releases[cfg.dictionary].saes_map
+        assert cfg.layer == paper.get(name)
+        for layer in cfg.layer or [0]:
+            assert cfg.sae_id.replace("{layer}", str(layer)) in known
+        if name in paper:
+            for width in ("16k", "65k"):
+                assert f"layer_{cfg.layer[-1]}_width_{width}_l0_medium" in known
+                assert cfg.sae_id == "layer_{layer}_width_16k_l0_medium"
 
 
 @pytest.mark.parametrize(
@@ -345,3 +364,39 @@ def test_a_pad_token_id_of_the_configuration(tmp_path: Path) -> None:
     saved = load_file(str(out.with_name("tokens.safetensors")))
     assert torch.equal(saved["valid_mask"], ids != pad)
     assert json.loads(out.read_text())["stats"]["N"] == float((ids != pad).sum())
+
+
+def test_a_list_over_a_dictionary_that_is_in_memory(tmp_path: Path) -> None:
+    """A compressed file cannot be read in slices: needed rows stay, the fingerprint is the whole file's."""
+    case = golden("gpt2-standard-sae")
+    weights = load_file(str(case.sae_path(1) / "sae_weights.safetensors"))
+    path = tmp_path / "params.npz"
+    np.savez_compressed(path, **{name: tensor.numpy() for name, tensor in weights.items()}, threshold=np.zeros(96))
+    listed = save_features_json(
+        [Feature("m", i, 1, "res", sae_release=str(path)) for i in case.features], tmp_path / "list.json"
+    )
+    given = {"baseline": "query_lens_key", "features_pkl": listed, "output_filename": tmp_path / "rows.jsonl"}
+    rows = read_jsonl(run("base", overrides(case, **given)))
+    for row, feature in zip(rows, case.features, strict=True):
+        assert_same_row(row, case, "query_lens_key", 1, feature)
+    dictionary = load_dictionary(path, layer=1)
+    assert isinstance(dictionary.key_rows, MemoryRows)
+    record = json.loads((tmp_path / "rows.jsonl.run.json").read_text())
+    assert record["dictionary_fingerprints"] == [dictionary.fingerprint]
+
+
+def test_options_of_signatures_are_keys(tmp_path: Path) -> None:
+    """Keys that the reference does not have reach the lens and the file."""
+    case, out = golden("gpt2-standard-sae"), tmp_path / "rows.parquet"
+    given = {"dictionary": case.sae_path(1), "baseline": "logit_lens_value", "output_filename": out, "features": "all"}
+    keys = {"token_strings": "false", "block_rows": 40, "backend": "torch", "progress": "false"}
+    assert run("base", overrides(case, **given, **keys)) == out
+    table = pq.read_table(out)
+    assert "top_tokens" not in table.column_names and table.num_rows == 96
+    assert json.loads(table.schema.metadata[b"querylens_fast"])["block_rows"] == 40
+    with pytest.raises(FileExistsError, match="another run .*block_rows"):
+        run("base", overrides(case, **given, **{**keys, "block_rows": 50}))
+    with pytest.raises(FileExistsError, match="exists already"):
+        run("base", overrides(case, **given, **keys, resume="false"))
+    with pytest.raises(ValueError, match="backend is 'cublas'"):
+        run("base", overrides(case, **given, **{**keys, "backend": "cublas"}))

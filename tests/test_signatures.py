@@ -1,7 +1,6 @@
 """Signatures: what comes out in memory, in Parquet and in JSONL; resuming; refusals before anything is written."""
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -92,11 +91,11 @@ def test_blocks_do_not_matter(gpt2: ql.Model, neurons: ql.Dictionary, transport:
 
 def test_few_features_walk_and_many_fit(gpt2: ql.Model, neurons: ql.Dictionary, sample: ql.Tokens, monkeypatch) -> None:
     """Without a transport a small selection is walked, a large one fits its own; the answers agree."""
-    import querylens_fast.lens.pipeline as pipeline
+    import querylens_fast.lens.planning as planning
 
     fits = []
-    original = pipeline.fit_transport
-    monkeypatch.setattr(pipeline, "fit_transport", lambda *a, **k: fits.append(1) or original(*a, **k))
+    original = planning.fit_transport
+    monkeypatch.setattr(planning, "fit_transport", lambda *a, **k: fits.append(1) or original(*a, **k))
     few = ql.signatures(neurons, gpt2, tokens=sample, k=K, features="0:5", stats="none")
     assert not fits and not few.stats
     many = ql.signatures(neurons, gpt2, tokens=sample, k=K)
@@ -176,11 +175,11 @@ def test_a_stopped_run_resumes(
     options = {"transport": transport, "k": K, "block_rows": 16, "progress": False}
     original = Pipeline.__call__
 
-    def stop_after_two(self, features):
+    def stop_after_two(self, ids, vectors):
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(len(features))
-        return original(self, features)
+        done.append(len(ids))
+        return original(self, ids, vectors)
 
     monkeypatch.setattr(Pipeline, "__call__", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
@@ -189,7 +188,7 @@ def test_a_stopped_run_resumes(
         with open(out, "a") as file:
             file.write('{"feature_index": 32, "half')
     done.clear()
-    monkeypatch.setattr(Pipeline, "__call__", lambda self, f: done.append(len(f)) or original(self, f))
+    monkeypatch.setattr(Pipeline, "__call__", lambda self, ids, v: done.append(len(ids)) or original(self, ids, v))
     stored = ql.signatures(neurons, gpt2, out=out, **options)
     assert sum(done) == neurons.n_features - 32
     table = stored.table().to_pydict()
@@ -228,15 +227,20 @@ def test_a_file_that_is_not_ours_is_left_alone(gpt2: ql.Model, neurons: ql.Dicti
         ql.signatures(neurons, gpt2, preset="logit_lens_value", out=pq_file, progress=False)
 
 
+def write_signatures(model_folder: Path, out: Path) -> None:
+    model = ql.load_model(model_folder)
+    matrix = torch.randn(4000, model.d_model, generator=torch.Generator().manual_seed(0))
+    options = {"preset": "logit_lens_value", "k": 20, "block_rows": 500, "progress": False}
+    ql.signatures(ql.directions(matrix, layer=1), model, out=out, **options)
+
+
 FULL_DISK = """
 import resource, signal, sys
-import querylens_fast as ql
+from pathlib import Path
+from test_signatures import write_signatures
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-model = ql.load_model(sys.argv[1])
-matrix = __import__("torch").randn(4000, model.d_model, generator=__import__("torch").Generator().manual_seed(0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
-ql.signatures(ql.directions(matrix, layer=1), model, preset="logit_lens_value", k=20, out=sys.argv[2], block_rows=500,
-              progress=False)
+write_signatures(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -244,13 +248,12 @@ ql.signatures(ql.directions(matrix, layer=1), model, preset="logit_lens_value", 
 def test_a_full_disk_loses_nothing(gpt2_folder: Path, tmp_path: Path, suffix: str) -> None:
     """A file-size limit stands for the disk: the error says what to do, and the run resumes when there is room."""
     out = tmp_path / f"out.{suffix}"
-    script = [sys.executable, "-c", FULL_DISK, str(gpt2_folder), str(out)]
     limit = "400000" if suffix == "parquet" else "1000000"
-    failed = subprocess.run([*script, limit], capture_output=True, text=True)
+    script = [sys.executable, "-c", FULL_DISK, str(gpt2_folder), str(out), limit]
+    failed = subprocess.run(script, capture_output=True, text=True, cwd=Path(__file__).parent)
     assert failed.returncode == 1
     assert "is kept; run the same call again" in failed.stderr
-    finished = subprocess.run([*script, str(resource.RLIM_INFINITY)], capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
+    write_signatures(gpt2_folder, out)
     if suffix == "parquet":
         assert pq.read_table(out)["feature"].to_pylist() == list(range(4000))
     else:
@@ -274,7 +277,11 @@ def test_refusals_write_nothing(
         ({"stats": "all"}, "stats is 'all'"),
         ({"stats": "exact"}, "pass tokens="),
         ({"stats": "rel_var", "transport": no_energy}, "energy='probes'"),
-        ({"preset": "query_lens_value_adaptive", "transport": no_energy}, "not value/first_order"),
+        ({"preset": "query_lens_value_adaptive", "transport": no_energy}, "needs energies for value/full"),
+        (
+            {"preset": "query_lens_value_adaptive", "transport": no_energy, "adaptive_threshold": 0.5},
+            "not value/first_order",
+        ),
         ({"preset": "query_lens_value_adaptive", "adaptive_threshold": 2}, "adaptive_threshold is 2"),
         ({"preset": "token_change"}, "pass tokens="),
         ({"preset": "tuned_lens"}, "needs tuned_lens='params.pt'"),

@@ -15,11 +15,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from querylens_fast.topk import bf16_candidates as narrow
-from querylens_fast.topk import torch_backend as blocked
+from querylens_fast.topk import bf16_candidates, torch_backend
 from querylens_fast.topk import triton_backend as fused
 from querylens_fast.topk.api import streamed_topk
-from querylens_fast.topk.torch_backend import Epilogue, Side
+from querylens_fast.topk.request import Epilogue, Request, Side
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,11 +99,11 @@ def test_torch_backend_equals_a_stable_sort(problem: Problem, dtype: torch.dtype
 
 
 @quick
-@given(problems(), st.sampled_from([1, 2, 5, 100]), st.sampled_from([1, 3, 64, 129, 600]))
-def test_tile_size_changes_nothing(problem: Problem, rows: int, cols: int) -> None:
+@given(problems(), st.sampled_from([1, 2, 5, 100]), st.sampled_from([None, 4096, 1 << 15]))
+def test_tile_size_changes_nothing(problem: Problem, rows: int, max_bytes: int | None) -> None:
     F, W, k, epilogue = problem
     check(
-        poisoned(lambda: blocked.topk(F, W, k, epilogue, top=True, bottom=True, block_rows=rows, block_cols=cols)),
+        poisoned(lambda: torch_backend.topk(Request(F, W, k, epilogue, block_rows=rows, max_bytes=max_bytes))[:2]),
         problem,
     )
 
@@ -113,7 +112,8 @@ def test_tile_size_changes_nothing(problem: Problem, rows: int, cols: int) -> No
 @given(problems(min_columns=64), st.sampled_from([None, 1, 4]))
 def test_bfloat16_candidates_equal_a_stable_sort(problem: Problem, rows: int | None) -> None:
     F, W, k, epilogue = problem
-    check(poisoned(lambda: narrow.topk(F, W, k, epilogue, top=True, bottom=True, block_rows=rows)[:2]), problem)
+    found = poisoned(lambda: bf16_candidates.topk(Request(F, W, k, epilogue, block_rows=rows))[:2])
+    check(found, problem)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")

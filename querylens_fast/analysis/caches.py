@@ -1,7 +1,7 @@
 """Residual caches: the reference's `ResidCache` and `VJPResidCache`.
 
-The engine linearises the model itself, so these need hold nothing but the padding mask; the residuals a reference
-script may ask for are computed chunk by chunk, when first asked for.
+The engine linearises the model itself and needs only the padding mask of a cache; the residuals that a script may ask
+for are computed chunk by chunk, when first asked for.
 """
 
 from __future__ import annotations
@@ -77,8 +77,15 @@ class _Cache(Generic[Chunk]):
             chunk = self._built[i] = self._build(i)
         return chunk
 
-    def _defer(self, masks: list[Tensor], build: Callable[[int], Chunk]) -> None:
-        self._built, self._masks, self._build = [None] * len(masks), list(masks), build
+    def _chosen(self, i: int, kind: str) -> tuple[Chunk, Tensor | None, Tensor | None]:
+        """(chunk, attn, mlp) of chunk i; kind "attn" or "mlp" leaves the other one out."""
+        if kind not in MODULE_TYPES:
+            raise ValueError(f"kind is {kind!r}; expected one of {', '.join(MODULE_TYPES)}")
+        chunk = self._chunk(i)
+        return chunk, chunk.attn if kind != "mlp" else None, chunk.mlp if kind != "attn" else None
+
+    def _defer(self, sample: _Sample, build: Callable[[int], Chunk]) -> None:
+        self._built, self._masks, self._build = [None] * len(sample.masks), list(sample.masks), build
 
 
 class ResidCache(_Cache[ResidChunk]):
@@ -86,8 +93,7 @@ class ResidCache(_Cache[ResidChunk]):
 
     def get(self, micro_step: int, kind: str = "all") -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(attn [L, B, S, d], mlp [L, B, S, d], valid_mask [B, S]) of a chunk; kind "attn" or "mlp" leaves one out."""
-        chunk = self._chunk(micro_step)
-        attn, mlp = _chosen(chunk, kind)
+        chunk, attn, mlp = self._chosen(micro_step, kind)
         return attn, mlp, chunk.valid_mask
 
     @staticmethod
@@ -115,13 +121,10 @@ class ResidCache(_Cache[ResidChunk]):
             ValueError: An unknown module_type, or ids outside the vocabulary.
         """
         cache = ResidCache([], _checked(module_type))
-        engine, ids, masks = _split(model, local_pile_sample, accumulation_steps, pad_token_id)
-
-        def build(i: int) -> ResidChunk:
-            attn, mlp = _residuals(engine, ids[i], cache.module_type, use_layer_norm, return_device)
-            return ResidChunk(attn, mlp, masks[i].to(return_device))
-
-        cache._defer(masks, build)
+        sample = _Sample(model, local_pile_sample, accumulation_steps, pad_token_id)
+        cache._defer(
+            sample, lambda i: ResidChunk(*sample.residuals(i, cache.module_type, use_layer_norm, return_device))
+        )
         return cache
 
 
@@ -132,8 +135,7 @@ class VJPResidCache(_Cache[VJPResidChunk]):
         self, micro_step: int, kind: str = "all"
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """(attn, mlp, embed [B, S, d], valid_mask [B, S]) of a chunk; kind "attn" or "mlp" leaves one out."""
-        chunk = self._chunk(micro_step)
-        attn, mlp = _chosen(chunk, kind)
+        chunk, attn, mlp = self._chosen(micro_step, kind)
         return attn, mlp, chunk.embed, chunk.valid_mask
 
     @staticmethod
@@ -149,14 +151,14 @@ class VJPResidCache(_Cache[VJPResidChunk]):
     ) -> VJPResidCache:
         """As `ResidCache.build_for_local_pile_sample`; ``cache_embed`` adds the token embeddings."""
         cache = VJPResidCache([], _checked(module_type))
-        engine, ids, masks = _split(model, local_pile_sample, accumulation_steps, pad_token_id)
+        sample = _Sample(model, local_pile_sample, accumulation_steps, pad_token_id)
 
         def build(i: int) -> VJPResidChunk:
-            attn, mlp = _residuals(engine, ids[i], cache.module_type, use_layer_norm, return_device)
-            embed = engine.embed(ids[i]).to(return_device) if cache_embed else None
-            return VJPResidChunk(attn, mlp, embed, masks[i].to(return_device))
+            attn, mlp, mask = sample.residuals(i, cache.module_type, use_layer_norm, return_device)
+            embed = sample.model.embed(sample.ids[i]).to(return_device) if cache_embed else None
+            return VJPResidChunk(attn, mlp, embed, mask)
 
-        cache._defer(masks, build)
+        cache._defer(sample, build)
         return cache
 
 
@@ -166,35 +168,29 @@ def _checked(module_type: str) -> str:
     return module_type.lower()
 
 
-def _chosen(chunk: ResidChunk | VJPResidChunk, kind: str) -> tuple[Tensor | None, Tensor | None]:
-    if kind not in MODULE_TYPES:
-        raise ValueError(f"kind is {kind!r}; expected one of {', '.join(MODULE_TYPES)}")
-    return chunk.attn if kind != "mlp" else None, chunk.mlp if kind != "attn" else None
+class _Sample:
+    """The engine's model, and ids and masks [B, S] of each chunk."""
 
+    def __init__(self, model: Any, sample: Tensor, steps: int, pad_token_id: int | None) -> None:
+        self.model: Model = as_model(model)
+        tokens = as_tokens(sample, self.model)
+        mask = tokens.valid_mask if pad_token_id is None else tokens.ids != pad_token_id
+        n, steps = len(tokens.ids), min(max(int(steps), 1), len(tokens.ids))
+        bounds = [i * (n // steps) for i in range(steps)] + [n]
+        parts = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        self.ids, self.masks = [tokens.ids[p] for p in parts], [mask[p] for p in parts]
 
-def _split(
-    model: Any, sample: Tensor, steps: int, pad_token_id: int | None
-) -> tuple[Model, list[Tensor], list[Tensor]]:
-    """The engine's model, and ids and masks of each chunk."""
-    engine = as_model(model)
-    tokens = as_tokens(sample, engine)
-    mask = tokens.valid_mask if pad_token_id is None else tokens.ids != pad_token_id
-    n, steps = len(tokens.ids), min(max(int(steps), 1), len(tokens.ids))
-    bounds = [i * (n // steps) for i in range(steps)] + [n]
-    parts = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
-    return engine, [tokens.ids[p] for p in parts], [mask[p] for p in parts]
-
-
-@torch.no_grad()
-def _residuals(
-    model: Model, ids: Tensor, module_type: str, use_layer_norm: bool, device: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """(resid_pre, resid_mid), each [L, B, S, d] or None, from a plain forward pass without a mask."""
-    pre, mid, _ = model.residuals(ids)
-    if not use_layer_norm:
-        pre = [block.attention.norm(x) for block, x in zip(model.blocks, pre, strict=True)]
-        mid = [block.mlp.norm(x) for block, x in zip(model.blocks, mid, strict=True)]
-    return (
-        torch.stack(pre).to(device) if module_type != "mlp" else None,
-        torch.stack(mid).to(device) if module_type != "attn" else None,
-    )
+    @torch.no_grad()
+    def residuals(
+        self, i: int, module_type: str, use_layer_norm: bool, device: str
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """(resid_pre, resid_mid, mask) of chunk i, [L, B, S, d] or None, from a plain forward pass without a mask."""
+        pre, mid, _ = self.model.residuals(self.ids[i])
+        if not use_layer_norm:
+            pre = [block.attention.norm(x) for block, x in zip(self.model.blocks, pre, strict=True)]
+            mid = [block.mlp.norm(x) for block, x in zip(self.model.blocks, mid, strict=True)]
+        return (
+            torch.stack(pre).to(device) if module_type != "mlp" else None,
+            torch.stack(mid).to(device) if module_type != "attn" else None,
+            self.masks[i].to(device),
+        )

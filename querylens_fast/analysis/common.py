@@ -1,7 +1,7 @@
-"""The reference's ``analysis.common`` over this package's engine.
+"""The reference's ``analysis.common``: feature vectors, readouts, the ablation and the statistics, one call at a time.
 
-Residual caches are in `caches`; what is here are the module Jacobians, the feature vectors, the readouts, the ablation
-and the statistics, one call at a time. Each takes a hooked model, a transformers model or a `Model`.
+Each function takes a hooked model, a transformers model or a `Model`. Residual caches are in `caches`, Jacobians of
+single modules in `modules`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from querylens_fast.analysis.caches import ResidCache, ResidChunk, VJPResidCache, VJPResidChunk
-from querylens_fast.analysis.lens import dictionary_of, distributed_mean, gathered
+from querylens_fast.analysis.calls import dictionary_of
+from querylens_fast.analysis.modules import jvp_attn, jvp_mlp, vjp_attn, vjp_mlp
+from querylens_fast.analysis.processes import distributed_mean, total
 from querylens_fast.lens import readouts
-from querylens_fast.lens.ablations import ablate
+from querylens_fast.lens.planning import plan
 from querylens_fast.lens.presets import PRESETS, find_preset
-from querylens_fast.models.blocks import LinearAttention, LinearMLP, Masking
 from querylens_fast.models.load import as_model
 from querylens_fast.models.load import load_model as load_engine_model
 from querylens_fast.models.model import Model
-from querylens_fast.models.norms import IDENTITY, at_least_float32
+from querylens_fast.models.norms import at_least_float32
 from querylens_fast.models.tokens import Tokens, as_tokens
-from querylens_fast.topk import torch_backend as blocked
 from querylens_fast.transport.per_feature import STATISTICS, linearity
 
 __all__ = [
@@ -95,108 +95,6 @@ def load_model(
     return model
 
 
-# --- Jacobians of single modules ---------------------------------------------------------------------------------
-
-
-def _expand_to_BSD(vec: Tensor, B: int, S: int, d_model: int, device: Any, dtype: torch.dtype) -> Tensor:
-    """vec [d], [S, d] or [B, S, d] at every position, [B, S, d]."""
-    if tuple(vec.shape) not in ((d_model,), (S, d_model), (B, S, d_model)):
-        raise ValueError(
-            f"vector is {list(vec.shape)}; expected {[d_model]}, {[S, d_model]} or {[B, S, d_model]} for this batch"
-        )
-    return vec.to(device=device, dtype=dtype).expand(B, S, d_model)
-
-
-def jvp_mlp(
-    model: Any,
-    layer_idx: int,
-    X: Tensor,
-    f_vec: Tensor,
-    return_output: bool = False,
-    use_layer_norm: bool = False,
-) -> Any:
-    """J_M f: the MLP's Jacobian at X [B, S, d] applied to f_vec ([d], [S, d] or [B, S, d]).
-
-    X is the residual stream before the MLP with ``use_layer_norm``, else the MLP's own (normed) input; norms after the
-    MLP count in the first case only. ``return_output`` gives (output, product), both [B, S, d].
-    """
-    linear, engine = _linear_mlp(model, layer_idx, X, use_layer_norm)
-    moved = linear.jvp(_everywhere(f_vec, X, engine))[0]
-    return (linear.output, moved) if return_output else moved
-
-
-def jvp_attn(
-    model: Any,
-    layer_idx: int,
-    X: Tensor,
-    f_vec: Tensor,
-    return_output: bool = False,
-    use_layer_norm: bool = False,
-    attention_mask: Tensor | None = None,
-) -> Any:
-    """J_A f, as `jvp_mlp`; ``attention_mask`` [B, S] bool hides padding."""
-    linear, engine = _linear_attention(model, layer_idx, X, use_layer_norm, attention_mask)
-    moved = linear.jvp(_everywhere(f_vec, X, engine))[0]
-    return (linear.output, moved) if return_output else moved
-
-
-def vjp_mlp(model: Any, layer_idx: int, X: Tensor, out_cotangent: Tensor, use_layer_norm: bool = False) -> Tensor:
-    """J_Mᵀ g for out_cotangent g ([d], [S, d] or [B, S, d]), [B, S, d]; X as in `jvp_mlp`."""
-    linear, engine = _linear_mlp(model, layer_idx, X, use_layer_norm)
-    return linear.vjp(_everywhere(out_cotangent, X, engine))[0]
-
-
-def vjp_attn(
-    model: Any,
-    layer_idx: int,
-    X: Tensor,
-    out_cotangent: Tensor,
-    use_layer_norm: bool = False,
-    attention_mask: Tensor | None = None,
-) -> Tensor:
-    """J_Aᵀ g for out_cotangent g, [B, S, d]; X and the mask as in `jvp_attn`."""
-    linear, engine = _linear_attention(model, layer_idx, X, use_layer_norm, attention_mask)
-    return linear.vjp(_everywhere(out_cotangent, X, engine))[0]
-
-
-def _everywhere(vec: Tensor, X: Tensor, model: Model) -> Tensor:
-    """vec as one direction of the engine over X [B, S, d], [1, B, S, d]."""
-    return _expand_to_BSD(vec, X.shape[0], X.shape[1], X.shape[2], model.device, model.dtype)[None]
-
-
-@torch.no_grad()
-def _linear_mlp(model: Any, layer: int, X: Tensor, use_layer_norm: bool) -> tuple[LinearMLP, Model]:
-    engine = as_model(model)
-    mlp = engine.blocks[layer].mlp
-    if not use_layer_norm:
-        mlp = dataclasses.replace(mlp, norm=IDENTITY, post_norm=IDENTITY)
-    return mlp.linearise(_checked_input(X, engine)), engine
-
-
-@torch.no_grad()
-def _linear_attention(
-    model: Any, layer: int, X: Tensor, use_layer_norm: bool, mask: Tensor | None
-) -> tuple[LinearAttention, Model]:
-    engine = as_model(model)
-    attention = engine.blocks[layer].attention
-    if not use_layer_norm:
-        attention = dataclasses.replace(attention, norm=IDENTITY, post_norm=IDENTITY)
-    X = _checked_input(X, engine)
-    valid = None if mask is None else mask.to(engine.device).bool()
-    return attention.linearise(X, Masking(valid, (X.shape[0], X.shape[1]), engine.device)), engine
-
-
-def _checked_input(X: Tensor, model: Model) -> Tensor:
-    if X.ndim != 3 or X.shape[2] != model.d_model or X.dtype != model.dtype:
-        raise ValueError(
-            f"X is {list(X.shape)} of {X.dtype}; expected [B, S, {model.d_model}] of {model.dtype}, as the model is"
-        )
-    return X.to(model.device)
-
-
-# --- feature vectors ---------------------------------------------------------------------------------------------
-
-
 def get_feature_vector(model: Any, f: Any, sae: Any = None) -> Tensor:
     """The feature's value vector [d]: its decoder row, or the neuron's output weights where ``sae`` is None."""
     return _vector(model, f, sae, "value")
@@ -213,17 +111,16 @@ def _vector(model: Any, f: Any, sae: Any, side: str) -> Tensor:
     return dictionary.vectors(side, dictionary.select([int(f.feature)]))[0].to(engine.device, engine.dtype)
 
 
-# --- readouts ----------------------------------------------------------------------------------------------------
-
-
 def apply_unembed(model: Any, vec: Tensor, use_ln_final: bool = True) -> Tensor:
     """Logits [..., V] of vec [..., d]: the final norm applied as a function, then W_U and b_U. Float32 or wider."""
-    return _every_score(readouts.unembed(as_model(model), use_ln_final), vec)
+    engine = as_model(model)
+    return _every_score(readouts.unembed(engine, use_ln_final), vec.to(engine.dtype), engine)
 
 
 def apply_embed(model: Any, vec: Tensor) -> Tensor:
     """⟨vec, token embedding⟩ for every token, [..., V]; embeddings carry the model's own scale."""
-    return _every_score(readouts.embed(as_model(model)), vec)
+    engine = as_model(model)
+    return _every_score(readouts.embed(engine), vec.to(engine.dtype), engine)
 
 
 def apply_embed_cosine_centered(
@@ -234,18 +131,19 @@ def apply_embed_cosine_centered(
     ``center_vec`` c is [d] or [1, d]; None: the mean over the vocabulary. ``eps`` bounds ‖e − c‖ from below; a token
     whose embedding is the centre scores 0.
     """
-    centre = None if center_vec is None else center_vec.reshape(-1)
-    scorer = readouts.embed_cosine_centered(as_model(model), centre)
+    engine, centre = as_model(model), None if center_vec is None else center_vec.reshape(-1)
+    scorer = readouts.embed_cosine_centered(engine, centre)
     if scorer.scale is not None:
         scorer = dataclasses.replace(scorer, scale=scorer.scale.clamp_max(1 / eps))
-    return _every_score(scorer, vec)
+    return _every_score(scorer, vec.to(engine.dtype), engine)
 
 
 @torch.no_grad()
-def _every_score(scorer: readouts.Scorer, vec: Tensor) -> Tensor:
-    rows = vec.reshape(-1, vec.shape[-1]).to(scorer.W.device, scorer.model.dtype)
-    columns = torch.arange(len(scorer.W), device=scorer.W.device).split(COLUMNS_AT_ONCE)
-    return torch.cat([scorer.scores_at(rows, ids) for ids in columns], dim=1).reshape(*vec.shape[:-1], -1)
+def _every_score(readout: readouts.Readout, vec: Tensor, model: Model) -> Tensor:
+    """The scores of the whole vocabulary, [..., V], for vec [..., d]."""
+    rows = vec.reshape(-1, vec.shape[-1]).to(model.device)
+    columns = torch.arange(model.vocab_size, device=model.device).split(COLUMNS_AT_ONCE)
+    return torch.cat([readout.scores_at(rows, ids) for ids in columns], dim=1).reshape(*vec.shape[:-1], -1)
 
 
 def get_logits_tokens(
@@ -257,12 +155,9 @@ def get_logits_tokens(
     """
     model = as_model(getattr(model_wrapper, "m", model_wrapper))
     rows = at_least_float32(logits.reshape(-1, logits.shape[-1]))
-    k = min(k, rows.shape[1])
-    top, bottom = (blocked.best_of_tile(rows, k, largest=largest).ids.tolist() for largest in (True, False))
+    found = readouts.LogitReadout().topk(rows, min(k, rows.shape[1]))
+    top, bottom = found.top_ids.tolist(), found.bottom_ids.tolist()  # type: ignore[union-attr]
     return ([model.str_tokens(i) for i in top], [model.str_tokens(i) for i in bottom]), (top, bottom)
-
-
-# --- token change ------------------------------------------------------------------------------------------------
 
 
 def set_feature_act_hook(act: Tensor, hook: Any, feature: int, value: float) -> Tensor:
@@ -283,13 +178,12 @@ def compute_token_change(
     engine = as_model(model)
     ids = prompts if isinstance(prompts, Tensor) else _prompt_ids(model, engine, prompts)
     tokens = as_tokens(ids, engine)
-    # Every position counts here, pads included.
-    tokens = Tokens(tokens.ids, torch.ones_like(tokens.valid_mask))
-    dictionary = dictionary_of(engine, f, sae)
-    changed = ablate(engine, tokens, dictionary, dictionary.select([int(f.feature)]), value, invert_sign)
-    if changed.shape[1] != engine.d_model:
-        return changed[0]
-    return _every_score(readouts.logit_difference(engine), changed)[0]
+    tokens = Tokens(tokens.ids, torch.ones_like(tokens.valid_mask))  # every position counts here, pads included
+    lens = plan(
+        dictionary_of(engine, f, sae), engine, preset="token_change", tokens=tokens, token_change_value=float(value)
+    )
+    changed = _every_score(lens.readout, lens.vectors([int(f.feature)]), engine)[0]
+    return -changed if invert_sign else changed
 
 
 def _prompt_ids(model: Any, engine: Model, prompts: Sequence[str]) -> Tensor:
@@ -334,9 +228,6 @@ def load_reference_token_changes(jsonl_path: str | None) -> dict[str, dict[Any, 
     return found
 
 
-# --- statistics and presets --------------------------------------------------------------------------------------
-
-
 def distributed_mean_vector(vec: Tensor, count: float | Tensor | None = None) -> Tensor:
     """Mean over processes: Σ vec / Σ count where a count is given (vec is a sum then), else the plain mean.
 
@@ -359,17 +250,15 @@ def jacobian_linearity(
     """
     mask = torch.ones(V.shape[:2], dtype=torch.bool) if valid_mask is None else valid_mask.bool()
     bundle = V[mask.to(V.device)][None]
-    if dist.is_initialized():
-        bundle = gathered(bundle)
-    if bundle.shape[1] == 0:
+    if not total(torch.tensor(bundle.shape[1], device=V.device)):
         return dict.fromkeys(STATISTICS, 0.0)
-    return {name: float(value[0]) for name, value in linearity(bundle, eps, energy_eps).items()}
+    return {name: float(value[0]) for name, value in linearity(bundle, eps, energy_eps, total).items()}
 
 
 BASELINE_REGISTRY: dict[str, dict[str, str | None]] = {
     name: {key: value for key, value in preset.as_dict().items() if key != "baseline"}
     for name, preset in PRESETS.items()
-    if preset.stream_transition != "adaptive"
+    if preset.stream_transition != "adaptive" and not preset.is_dashboard
 }
 """The reference's nine presets: name → feature_vector, stream_transition, readout."""
 

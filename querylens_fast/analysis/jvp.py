@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from querylens_fast.analysis.caches import ResidCache
-from querylens_fast.analysis.lens import analyze, preset_of
+from querylens_fast.analysis.calls import analyze, preset_of
 from querylens_fast.transport.transport import Transport
 
 
@@ -58,10 +58,10 @@ def analyze_feature(
         model,
         f,
         sae,
+        preset_of("value", stream_transition, "unembed"),
         pile_sample,
         rank,
         world_size,
-        preset_of("value", stream_transition, "unembed"),
         resid_cache=resid_cache,
         transport=transport,
         submodule=submodule,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from querylens_fast.analysis.caches import VJPResidCache
-from querylens_fast.analysis.lens import analyze, preset_of
+from querylens_fast.analysis.calls import analyze, preset_of
 from querylens_fast.transport.transport import Transport
 
 
@@ -28,20 +28,8 @@ def analyze_feature(
 ) -> dict[str, Any]:
     """What activates a feature's key vector, earlier modules included; read out by the centred cosine.
 
-    Args:
-        model: As in `jvp.analyze_feature`, and so all that is not named here.
-        f: A `Feature`.
-        sae: A sae-lens object, a path or a `Dictionary`; None for an MLP neuron.
-        pile_sample: Token ids [B, S].
-        rank: Of this process.
-        world_size: Number of processes.
-        stream_transition: "first_order" or "full".
-        submodule: "both", "attn" or "mlp".
-        k: Tokens on each side.
-        use_vjp_layer_norm: Take Jacobians through the modules' norms.
-        accumulation_steps: Kept for the reference's callers.
-        resid_cache: Says what is padding.
-        transport: Fitted with the same options over the same sample.
+    Arguments are those of `jvp.analyze_feature`, without the unembedding's norm; ``use_vjp_layer_norm`` takes Jacobians
+    through the modules' norms, and ``resid_cache`` is a `VJPResidCache`.
 
     Returns:
         As `jvp.analyze_feature`; layer_indices run l + 1 (the identity), l, …, 0.
@@ -55,10 +43,10 @@ def analyze_feature(
         model,
         f,
         sae,
+        preset_of("key", stream_transition, "embed_cosine_centered"),
         pile_sample,
         rank,
         world_size,
-        preset_of("key", stream_transition, "embed_cosine_centered"),
         resid_cache=resid_cache,
         transport=transport,
         submodule=submodule,

@@ -10,7 +10,7 @@ import logging
 
 import typer
 
-from querylens_fast.cli import browsing, computing, explaining, lenses, relating, showing
+from querylens_fast.cli import browsing, computing, explaining, exporting, lenses, relating, reliability, showing
 
 app = typer.Typer(
     help="Token signatures for every feature of sparse autoencoders and transcoders.",
@@ -35,6 +35,7 @@ app.command()(computing.transport)
 app.command()(computing.signatures)
 app.command()(browsing.show)
 app.command()(browsing.search)
+app.command()(browsing.verify)
 app.command()(relating.downstream)
 app.command()(relating.upstream)
 app.command()(relating.flow)
@@ -47,8 +48,11 @@ app.command("attention-pairs")(explaining.attention_pairs)
 app.command("attention-profiles")(explaining.attention_profiles)
 app.command()(explaining.channels)
 app.add_typer(evaluate, name="evaluate")
+app.command()(reliability.stability)
 evaluate.command("input")(showing.evaluate_input)
 app.command()(computing.topk)
+app.command()(exporting.export)
+app.command("annotate-graph")(exporting.annotate_graph)
 app.command("convert-transport")(lenses.convert_transport)
 app.command("convert-features")(computing.convert_features)
 app.command(context_settings=OWN_ARGUMENTS)(showing.bench)

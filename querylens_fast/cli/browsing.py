@@ -1,4 +1,4 @@
-"""Commands that look into a result: one feature, or every feature that names a token."""
+"""Commands that read results: one feature, the features whose signature holds a token, and whether a file is whole."""
 
 from __future__ import annotations
 
@@ -83,8 +83,24 @@ def search(
         wide_console(100).print(table, markup=False)
 
 
+def verify(
+    results: Annotated[list[Path], typer.Argument(help="Results of any command, Parquet or JSONL.")],
+) -> None:
+    """Compare results with the digests written with them; exit code 1 when one is damaged, edited or incomplete."""
+    with reported_errors():
+        from querylens_fast.lens.storage import is_checked
+        from querylens_fast.lens.storage import verify as problems_of
+
+        found = {path: problems_of(path) for path in results}
+        for path, problems in found.items():
+            note = "" if problems or is_checked(path) else " (an earlier version wrote no digests: it can be decoded)"
+            say("\n".join(problems) if problems else f"{path}: as it was written{note}")
+    if any(found.values()):
+        raise typer.Exit(1)
+
+
 def _cells(row: dict[str, Any], side: str) -> list[tuple[str, float]]:
-    """(token, score) of one side, the token as text with its spaces to be seen, or as its id."""
+    """(token, score) of one side; the token as text with marks for spaces, or as its id where there are no strings."""
     ids, scores = row[f"{side}_ids"], row[f"{side}_scores"]
     tokens = row.get(f"{side}_tokens")
     names = [str(i) for i in ids] if tokens is None else [_visible(t) for t in tokens]

@@ -1,4 +1,4 @@
-"""Commands that compute: a transport, the signatures of a dictionary, the reference's run, any product."""
+"""Commands that compute: a transport, the signatures of a dictionary, a run of the reference's kind, any product."""
 
 from __future__ import annotations
 
@@ -8,17 +8,41 @@ from typing import Annotated, Any
 
 import typer
 
-from querylens_fast.cli.console import (
-    DeviceOption,
-    DtypeOption,
-    LinearisationOption,
-    MemoryOption,
-    quiet_loading,
-    reported_errors,
-    say,
-)
+import querylens_fast as ql
+from querylens_fast.cli.console import DeviceOption, quiet_loading, reported_errors, say
+from querylens_fast.cli.flags import Flags, flags_of, with_flags
+from querylens_fast.lens.options import LensOptions
 from querylens_fast.runs import processes as ranks
 from querylens_fast.runs.run_lock import held
+
+ModelArgument = Annotated[str, typer.Argument(help="Local folder or hub id.")]
+LOADING = flags_of(ql.load_model, "device", "dtype", "linearisation")
+SAMPLING = flags_of(ql.load_tokens, "num_samples", "max_length", "seed")
+FITTING = flags_of(
+    ql.fit_transport,
+    *("energy", "n_probes", "seed", "groups", "until", "k", "submodule", "through_norms", "max_memory_gib"),
+    defaults={"seed": 42},
+    helps={"seed": "Of the draw of sequences, of the probes, and of the features that --until compares."},
+)
+PRODUCT = flags_of(ql.streamed_topk, "backend", "precision", helps={"precision": "exact, float32 or bf16."})
+DICTIONARY = flags_of(ql.load_dictionary, "sae_id", "layer", "kind", "hook_name", "hook_name_out")
+LENS = flags_of(
+    LensOptions,
+    *("preset", "transport", "tokens", "tuned_lens", "features", "k", "stats", "layers", "token_change_value"),
+    *("adaptive_threshold", "final_norm", "submodule", "through_norms", "format", "token_strings", "block_rows"),
+    *("resume", "progress", "backend", "max_memory_gib"),
+    defaults={"features": "all"},
+    helps={
+        "preset": f"{', '.join(ql.PRESETS)}, or components like key_identity_embed.",
+        "transport": "A transport file (querylens-fast transport).",
+        "tokens": "Token file, text file or dataset name; used to carry features through the model, or to fit.",
+        "features": "all, start:stop, or ids like 1,5,9.",
+        "adaptive_threshold": "With query_lens_value_adaptive: choose a transition by this largest relative variance.",
+        "submodule": "both, attn or mlp: whose Jacobians count. Default: as the transport was fitted.",
+        "progress": "Show a progress bar.",
+        "resume": "Continue what a killed run wrote, or refuse a file that exists.",
+    },
+)
 
 
 def run(
@@ -30,7 +54,7 @@ def run(
         Path | None, typer.Option("--config-path", "-cp", help="Folder of your own YAML configs.")
     ] = None,
 ) -> None:
-    """The reference's run: one preset over a list of features or a whole dictionary, resumable."""
+    """One preset over a list of features or whole dictionaries, configured as HYU-NLP/query-lens is; resumable."""
     with reported_errors():
         from querylens_fast.analysis.run import run as run_config
 
@@ -38,37 +62,24 @@ def run(
     say(f"results: {Path(path).resolve()}")
 
 
+@with_flags
 def transport(
-    model: Annotated[str, typer.Argument(help="Local folder or hub id.")],
+    model: ModelArgument,
     tokens: Annotated[str, typer.Argument(help="Token file, text file or dataset name.")],
     out: Annotated[Path, typer.Option(help="The transport file to write.")] = Path("transport.safetensors"),
-    num_samples: Annotated[int | None, typer.Option(help="Sequences to draw.")] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens a sequence, for text.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of the draw and the probes.")] = 42,
-    energy: Annotated[str, typer.Option(help="none, probes or exact: what rel_var needs.")] = "none",
-    n_probes: Annotated[int, typer.Option(help="Sign probes a sequence.")] = 64,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
-    linearisation: LinearisationOption = "hand-written",
-    max_memory_gib: MemoryOption = 2.0,
+    sampling: Flags = SAMPLING,
+    fitting: Flags = FITTING,
+    loading: Flags = LOADING,
 ) -> None:
     """Fit a model's transport once, for every dictionary of it."""
     with reported_errors(), ranks.joined() as group, held(out) if group.leads else nullcontext():
-        import querylens_fast as ql
-
         if out.is_dir():
             raise ValueError(f"out is {str(out)!r}, a folder; expected the file to write")
         quiet_loading()
-        loaded = ql.load_model(model, device=group.device(device), dtype=dtype, linearisation=linearisation)  # type: ignore[arg-type]
-        sample = ql.load_tokens(tokens, model=loaded, num_samples=num_samples, max_length=max_length, seed=seed)
-        fitted = ql.fit_transport(
-            loaded,
-            sample,
-            energy=energy,  # type: ignore[arg-type]
-            n_probes=n_probes,
-            seed=seed,
-            max_memory_gib=max_memory_gib,  # type: ignore[arg-type]
-        )
+        loaded = ql.load_model(model, **{**loading, "device": group.device(loading["device"])})
+        sample = ql.load_tokens(tokens, model=loaded, **sampling)
+        fitted = ql.fit_transport(loaded, sample, **fitting)
+        sample = sample.head(int(fitted.metadata["n_sequences"]))
         if group.leads:
             fitted.save(out)
             sample.save(Path(f"{out}.tokens.safetensors"))
@@ -76,83 +87,46 @@ def transport(
         say(f"transport of {loaded.name} over {sample.n_valid} tokens: {out.resolve()}")
 
 
+@with_flags
 def signatures(
     dictionary: Annotated[str, typer.Argument(help="sae-lens folder, weights file, or release (with --sae-id).")],
-    model: Annotated[str, typer.Argument(help="Local folder or hub id.")],
+    model: ModelArgument,
     out: Annotated[Path, typer.Option(help="A .parquet or .jsonl file.")] = Path("signatures.parquet"),
-    preset: Annotated[str, typer.Option(help="See `querylens_fast.PRESETS`.")] = "query_lens_value",
-    transport: Annotated[Path | None, typer.Option(help="A transport file.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Token file, text file or dataset name.")] = None,
-    sae_id: Annotated[str | None, typer.Option(help="The id within a release.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Where the dictionary does not say.")] = None,
-    kind: Annotated[str | None, typer.Option(help="sae or transcoder, where the dictionary does not say.")] = None,
-    hook_name: Annotated[str | None, typer.Option(help="What it reads, like blocks.3.hook_resid_post.")] = None,
-    hook_name_out: Annotated[str | None, typer.Option(help="What it writes, where that is elsewhere.")] = None,
-    features: Annotated[str, typer.Option(help="all, start:stop, or ids like 1,5,9.")] = "all",
-    tuned_lens: Annotated[Path | None, typer.Option(help="Params file of the tuned-lens library.")] = None,
-    stats: Annotated[str, typer.Option(help="auto, none, rel_var or exact.")] = "auto",
-    k: Annotated[int, typer.Option(help="Tokens a side.")] = 25,
-    token_strings: Annotated[bool, typer.Option(help="Write token strings beside ids.")] = True,
-    block_rows: Annotated[
-        int | None, typer.Option(help="Features computed at a time: what a killed run loses.", show_default="by memory")
-    ] = None,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
-    linearisation: LinearisationOption = "hand-written",
-    max_memory_gib: MemoryOption = 2.0,
+    of_dictionary: Flags = DICTIONARY,
+    options: Flags = LENS,
+    loading: Flags = LOADING,
+    sampling: Flags = SAMPLING,
 ) -> None:
     """Signatures of one dictionary's features, streamed to a file; run again to resume."""
     with reported_errors(), ranks.joined() as group:
-        import querylens_fast as ql
-
-        source = ql.load_dictionary(
-            dictionary,
-            sae_id,
-            layer,
-            kind=kind,  # type: ignore[arg-type]
-            hook_name=hook_name,
-            hook_name_out=hook_name_out,
-        )
+        source = ql.load_dictionary(dictionary, **of_dictionary)
         quiet_loading()
-        loaded = ql.load_model(model, device=group.device(device), dtype=dtype, linearisation=linearisation)  # type: ignore[arg-type]
-        sample = None if tokens is None else ql.load_tokens(tokens, model=loaded)
-        stored = ql.signatures(
-            source,
-            loaded,
-            preset=preset,
-            transport=transport,
-            tokens=sample,
-            tuned_lens=tuned_lens,
-            stats=stats,  # type: ignore[arg-type]
-            k=k,
-            features=features,
-            out=out,
-            max_memory_gib=max_memory_gib,
-            token_strings=token_strings,
-            block_rows=block_rows,
-        )
+        loaded = ql.load_model(model, **{**loading, "device": group.device(loading["device"])})
+        if options["tokens"] is not None:
+            options["tokens"] = ql.load_tokens(options["tokens"], model=loaded, **sampling)
+        stored = ql.signatures(source, loaded, out=out, **options)
     if group.leads:
         say(f"{stored.n_features} signatures: {stored.path.resolve()}")
 
 
+@with_flags
 def topk(
     rows: Annotated[str, typer.Argument(help="file.safetensors:name of a matrix [n, d].")],
     columns: Annotated[str, typer.Argument(help="file.safetensors:name of a matrix [V, d].")],
-    k: Annotated[int, typer.Option(help="Entries a side.")] = 25,
+    k: Annotated[int, typer.Option(help="Entries on each side.")] = 25,
     out: Annotated[Path, typer.Option(help="safetensors file for ids and scores.")] = Path("topk.safetensors"),
     device: DeviceOption = "cpu",
-    backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
+    product: Flags = PRODUCT,
 ) -> None:
-    """Top-k and bottom-k of each row of A·Bᵀ for two matrices in safetensors files, without holding the product."""
+    """Top-k and bottom-k of each row of A·Bᵀ for two matrices in safetensors files, without storing the product."""
     with reported_errors():
         from safetensors.torch import save_file
 
-        from querylens_fast.models.load import parse_device
+        from querylens_fast.models.folders import parse_device
         from querylens_fast.runs.atomic_write import whole
-        from querylens_fast.topk.api import streamed_topk
 
         a, b = (_read_matrix(spec).to(parse_device(device)) for spec in (rows, columns))
-        found = streamed_topk(a, b.to(a.dtype), k, backend=backend)
+        found = ql.streamed_topk(a, b.to(a.dtype), k, **product)
         with whole(out) as partial:
             save_file({name: x.cpu().contiguous() for name, x in found.sides().items()}, str(partial))
     say(f"top and bottom {k} of {a.shape[0]} × {b.shape[0]}: {out.resolve()}")

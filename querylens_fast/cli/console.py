@@ -1,4 +1,4 @@
-"""What every command shares: options, one-line errors, tables as wide as the terminal."""
+"""What every command shares: common options, one-line errors, tables as wide as the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from querylens_fast.runs.processes import RankStopped
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
 LinearisationOption = Annotated[
-    str, typer.Option(help="hand-written, or autodiff for architectures without a hand-written one.")
+    str, typer.Option(help="auto, hand-written, autodiff (through the model's own layers), or none (readout alone).")
 ]
 MemoryOption = Annotated[float, typer.Option(help="Bound on the working memory, GiB.")]
 
@@ -44,7 +44,7 @@ def say(text: str) -> None:
 
 
 def quiet_loading() -> None:
-    """Model loading bars say nothing a user of a tiny local model needs."""
+    """Switch off transformers' progress bars."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -10,183 +10,142 @@ from typing import Annotated, Any
 
 import typer
 
+import querylens_fast as ql
 from querylens_fast.cli.choosing import (
-    FeaturesOption,
-    LayerOption,
+    MODEL,
+    ONE,
     ManyOption,
-    ModelOption,
-    OneOption,
-    OutOption,
-    SaeIdOption,
     ShowOption,
-    TransportOption,
-    TunedLensOption,
     chosen_dictionaries,
     chosen_dictionary,
     chosen_model,
     chosen_pair,
+    relation_flags,
     report,
+    sample_for,
 )
-from querylens_fast.cli.console import DeviceOption, DtypeOption, reported_errors, say, wide_console
+from querylens_fast.cli.console import reported_errors, say, wide_console
+from querylens_fast.cli.flags import Flags, with_flags
+from querylens_fast.relations.channels import SPACES
+from querylens_fast.relations.flow import site
+
+WEIGHT_LENS = relation_flags(ql.weight_lens, "validate", "bos_token_id", "features", out="weight_lens.parquet")
+OUTPUT_FEATURES = relation_flags(
+    ql.output_features,
+    *("preset", "transport", "tuned_lens", "k", "level", "features"),
+    out="output_features.parquet",
+    preset="A value preset of signatures.",
+    k="Highest tokens that are compared.",
+)
+PAIRS = relation_flags(
+    ql.attention_pairs,
+    *("circuit", "per", "features", "k"),
+    out="attention_pairs.parquet",
+    k="Pairs on each side.",
+    per="Rank the pairs of every head, or of every feature in it (feature).",
+)
+PROFILES = relation_flags(ql.attention_profiles, out="attention_profiles.parquet")
+CHANNELS = relation_flags(
+    ql.subspace_channels, "rank", out="channels.parquet", rank="Of the maps. Default: d_model // layers."
+)
 
 
+@with_flags
 def weight_lens(
-    model: ModelOption = None,
     dictionary: ManyOption = None,
-    features: FeaturesOption = "all",
     earlier: Annotated[list[str] | None, typer.Option(help="Dictionaries that are read only; repeat.")] = None,
     token_z: Annotated[float, typer.Option(help="Tokens count above this z-score.")] = 5.5,
     feature_z: Annotated[float, typer.Option(help="Earlier features count above this z-score.")] = 4.0,
     top_tokens: Annotated[int, typer.Option(help="Largest scores of a feature that z is taken in.")] = 1000,
     top_features: Annotated[int, typer.Option(help="The same, of each earlier dictionary.")] = 100,
-    validate: Annotated[bool, typer.Option(help="Accept only tokens that activate the feature behind BOS.")] = True,
-    bos_token_id: Annotated[int | None, typer.Option(help="Default: the tokenizer's, else the model's.")] = None,
-    out: OutOption = Path("weight_lens.parquet"),
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
+    model: Flags = MODEL,
+    asked: Flags = WEIGHT_LENS,
     show: ShowOption = 10,
 ) -> None:
     """WeightLens: tokens and earlier features that stand out in a feature's weights; shows the descriptions."""
     with reported_errors():
-        import querylens_fast as ql
-
-        loaded = chosen_model(model, bool(dictionary), device, dtype)
-        found = ql.weight_lens(
-            chosen_dictionaries(dictionary),
-            loaded,
-            earlier=earlier or (),
-            thresholds=ql.WeightLensThresholds(token_z, top_tokens, feature_z, top_features),
-            validate=validate,
-            bos_token_id=bos_token_id,
-            features=None if features == "all" else features,
-            out=out,
-        )
+        loaded = chosen_model(bool(dictionary), **model)
+        thresholds = ql.WeightLensThresholds(token_z, top_tokens, feature_z, top_features)
+        given = chosen_dictionaries(dictionary)
+        asked["features"] = None if asked["features"] == "all" else asked["features"]
+        found = ql.weight_lens(given, loaded, earlier=earlier or (), thresholds=thresholds, **asked)
         report(found, show, shown=ql.weight_descriptions(found))
 
 
+@with_flags
 def output_features(
-    model: ModelOption = None,
-    dictionary: OneOption = None,
-    sae_id: SaeIdOption = None,
-    layer: LayerOption = None,
-    features: FeaturesOption = "all",
-    preset: Annotated[str, typer.Option(help="A value preset of `signatures`.")] = "logit_lens_value",
-    transport: TransportOption = None,
-    tuned_lens: TunedLensOption = None,
-    k: Annotated[int, typer.Option(help="Highest tokens that are compared.")] = 10,
-    level: Annotated[float, typer.Option(help="Quantile of random directions that is the threshold.")] = 0.99,
-    out: OutOption = Path("output_features.parquet"),
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
-    show: ShowOption = 10,
+    model: Flags = MODEL, dictionary: Flags = ONE, asked: Flags = OUTPUT_FEATURES, show: ShowOption = 10
 ) -> None:
     """Which features predict output tokens; shows those that do, the most peaked first."""
     with reported_errors():
         import pyarrow.compute as pc
 
-        import querylens_fast as ql
-
-        loaded, source = chosen_pair(model, dictionary, sae_id, layer, device, dtype)
-        found = ql.output_features(
-            source,
-            loaded,
-            preset=preset,
-            transport=transport,
-            tuned_lens=tuned_lens,
-            k=k,
-            level=level,
-            features=features,
-            out=out,
-        )
+        loaded, source = chosen_pair(model, dictionary)
+        found = ql.output_features(source, loaded, **asked)
         columns = ["source_id", "kurtosis", "top_mass", "string_similarity", "embedding_similarity"]
         table = found.table([*columns, "predicts", "tokens"]).filter(pc.field("predicts"))
         say(f"{len(table)} of {len(found)} features predict tokens")
         report(found, show, shown=table.sort_by([("kurtosis", "descending")]).drop_columns("predicts"))
 
 
+@with_flags
 def attention_pairs(
     attention_layer: Annotated[int, typer.Option(help="Layer of the attention.")],
-    model: ModelOption = None,
-    dictionary: OneOption = None,
-    sae_id: SaeIdOption = None,
-    layer: LayerOption = None,
     other: Annotated[
         str | None, typer.Option(help="The other dictionary. Default: QK the same, OV the embedded one.")
     ] = None,
-    circuit: Annotated[str, typer.Option(help="QK or OV.")] = "QK",
     head: Annotated[list[int] | None, typer.Option(help="Query head; repeat. Default: all.")] = None,
-    per: Annotated[str, typer.Option(help="Rank pairs of every head, or of every feature in it.")] = "head",
-    features: FeaturesOption = "all",
-    k: Annotated[int, typer.Option(help="Pairs on each side.")] = 32,
-    out: OutOption = Path("attention_pairs.parquet"),
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
+    model: Flags = MODEL,
+    dictionary: Flags = ONE,
+    asked: Flags = PAIRS,
     show: ShowOption = 10,
 ) -> None:
     """Pairs of features that a head's QK or OV circuit joins."""
     with reported_errors():
-        import querylens_fast as ql
-
-        loaded, source = chosen_pair(model, dictionary, sae_id, layer, device, dtype)
-        behind = chosen_dictionary(None, None, attention_layer) if circuit == "OV" and dictionary is None else None
+        loaded, source = chosen_pair(model, dictionary)
+        embedded_ov = asked["circuit"] == "OV" and dictionary["dictionary"] is None
+        behind = chosen_dictionary(layer=attention_layer) if embedded_ov else None
         found = ql.attention_pairs(
-            source,
-            loaded,
-            layer=attention_layer,
-            circuit=circuit,  # type: ignore[arg-type]
-            heads=head or None,
-            other=other or behind,
-            k=k,
-            per=per,  # type: ignore[arg-type]
-            features=features,
-            out=out,
+            source, loaded, layer=attention_layer, heads=head or None, other=other or behind, **asked
         )
         report(found, show, shown=_without(found.head(show), "circuit", "attention_layer"))
 
 
+@with_flags
 def attention_profiles(
-    model: ModelOption = None,
     dictionary: ManyOption = None,
     attention_layer: Annotated[list[int] | None, typer.Option(help="Repeat for more. Default: all.")] = None,
-    out: OutOption = Path("attention_profiles.parquet"),
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
+    model: Flags = MODEL,
+    asked: Flags = PROFILES,
     show: ShowOption = 10,
 ) -> None:
     """How strongly features that predict tokens, and the others, take part in each head."""
     with reported_errors():
-        import querylens_fast as ql
-
-        loaded = chosen_model(model, bool(dictionary), device, dtype)
-        found = ql.attention_profiles(chosen_dictionaries(dictionary), loaded, layers=attention_layer or None, out=out)
+        loaded = chosen_model(bool(dictionary), **model)
+        found = ql.attention_profiles(chosen_dictionaries(dictionary), loaded, layers=attention_layer or None, **asked)
         report(found, show, shown=_without(found.head(show), "mean", "deviation", "q05", "q95"))
 
 
+@with_flags
 def channels(
-    model: ModelOption = None,
     dictionary: ManyOption = None,
     transport: Annotated[Path | None, typer.Option(help="With the value side's first-order terms.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Or fit them on this sample. Default: the embedded one.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the maps. Default: d_model // layers.")] = None,
     sweep: Annotated[list[int] | None, typer.Option(help="Also test maps of this rank; repeat.")] = None,
     n_permutations: Annotated[int, typer.Option(help="Of the test.", min=0)] = 10_000,
     pictures: Annotated[Path | None, typer.Option(help="Folder for the pictures of each space.")] = None,
-    out: OutOption = Path("channels.parquet"),
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
+    model: Flags = MODEL,
+    asked: Flags = CHANNELS,
 ) -> None:
     """Subspace channels: do maps into one layer read and write one subspace?"""
     with reported_errors():
-        import querylens_fast as ql
-        from querylens_fast.relations.channels import SPACES
         from querylens_fast.relations.drawing import draw_channels
-        from querylens_fast.relations.flow import site
 
-        loaded = chosen_model(model, bool(dictionary), device, dtype)
+        loaded = chosen_model(bool(dictionary), **model)
         given = chosen_dictionaries(dictionary)
         given = given if dictionary else [d for d in given if site(d) == "residual"]
         fitted = _first_order(loaded, transport, tokens)
-        found = ql.subspace_channels(given, loaded, fitted, rank=rank, out=out)
+        found = ql.subspace_channels(given, loaded, fitted, **asked)
         _show_tests(found, n_permutations)
         if sweep:
             swept = ql.channel_sweep([(given, loaded, fitted)], sweep, n_permutations=n_permutations, progress=True)
@@ -200,9 +159,6 @@ def channels(
 
 def _show_tests(found: Any, n_permutations: int) -> None:
     from rich.table import Table
-
-    import querylens_fast as ql
-    from querylens_fast.relations.channels import SPACES
 
     table = Table()
     for name in (
@@ -240,18 +196,11 @@ def _show_sweep(swept: Any) -> None:
 
 def _first_order(model: Any, transport: Path | None, tokens: str | None) -> Any:
     """The transport given, or one fitted here."""
-    import querylens_fast as ql
-    from querylens_fast.demo import ASSETS
-    from querylens_fast.demo.showcase import FIT_SEQUENCES
-
     if transport is not None and tokens is not None:
         raise ValueError("give --transport, or --tokens to fit one on, not both")
     if transport is not None:
         return transport
-    if tokens is None and model.name != str(ASSETS / "model"):
-        raise ValueError("channels are of mean Jacobians: give --transport, or --tokens to fit them on")
-    sample = ql.load_tokens(tokens or ASSETS / "tokens.safetensors", model=model)
-    sample = sample.head(FIT_SEQUENCES) if tokens is None else sample
+    sample = sample_for(model, tokens, "channels are of mean Jacobians: give --transport, or --tokens to fit them on")
     return ql.fit_transport(model, sample, sides=("value",), orders=("first_order",))
 
 

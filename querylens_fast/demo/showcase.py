@@ -1,4 +1,4 @@
-"""The demo: the whole job on the embedded model and dictionaries, offline, in under a minute."""
+"""The demo: transport and signatures of the embedded model and dictionaries, offline, in under a minute."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUARTILE_EXAMPLES = 20
 
 @dataclass(frozen=True)
 class Example:
-    """The embedded model, its dictionaries by layer, and the held-out sample, cut in two: to fit on, to look at."""
+    """The embedded model, its dictionaries by layer, and the held-out sample in two parts: to fit on, to look at."""
 
     model: Model
     dictionaries: list[Dictionary]
@@ -79,10 +79,10 @@ def load_example(assets: Path = ASSETS) -> Example:
 
 
 def run_demo(out: Path, k: int = 25, assets: Path = ASSETS) -> DemoResult:
-    """Fit the transport, compute four signatures of every feature of every layer, write Parquet, choose what to show.
+    """Fit the transport, write four signatures of every feature of every layer, and choose three features to show.
 
-    What is shown is chosen by a rule, not by hand: among the features of a dictionary that are active in at least 20
-    held-out sequences, those at the quartiles (25, 50, 75 %) of the strength of their strongest activation.
+    Shown are, among the features of a dictionary that are active in at least 20 held-out sequences, those at the
+    quartiles (25, 50, 75 %) of their strongest activation.
     """
     result, clock = DemoResult([]), time.perf_counter()
 
@@ -135,7 +135,7 @@ def _shown(model: Model, dictionary: Dictionary, transport: Transport, activatin
 
 
 def visible(tokens: Sequence[str]) -> str:
-    """Tokens on one line, with their spaces and line ends to be seen."""
+    """Tokens on one line; spaces and line ends are shown by marks."""
     marks = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
     return "  ".join(t.translate(marks) or "∅" for t in tokens)
 

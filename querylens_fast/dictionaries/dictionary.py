@@ -20,7 +20,6 @@ from querylens_fast.dictionaries.rows import CarriedRows, FeatureIds, MemoryRows
 from querylens_fast.dictionaries.sae import Coder
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
-from querylens_fast.models.norms import Norm
 
 
 @dataclass(eq=False)
@@ -184,10 +183,10 @@ class Dictionary:
         bound = self
         for side, hook in (("key", self.reads), ("value", self.writes)):
             module = hook.site.before_post_norm
-            if module and _has_post_norm(model, hook.layer, module):
+            if module and not getattr(model.blocks[hook.layer], module).adds_directly:
                 why = (
                     f"its {side}s are of {hook.name!r}, which {model.name!r} ({model.architecture}) norms before it "
-                    "adds it to the residual stream; dictionaries on either side of that are supported"
+                    "adds it to the residual stream (or scales it); dictionaries on either side of that are supported"
                 )
                 bound = replace(
                     bound,
@@ -242,8 +241,11 @@ class Dictionary:
             features = range(*features.indices(n))
         if isinstance(features, range):
             features = features.start + features.step * torch.arange(len(features))
-        ids = torch.as_tensor(features)
-        if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim > 1:
+        try:
+            ids = torch.as_tensor(features)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"features is {str(features)[:80]!r}; expected a list of integer feature ids") from error
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim > 1:
             raise ValueError(f"features are {list(ids.shape)} of {ids.dtype}; expected a list of integer feature ids")
         ids = ids.reshape(-1).long().cpu()
         outside = ids[(ids < 0) | (ids >= n)]
@@ -321,9 +323,3 @@ def _check_width(dictionary: Dictionary, model: Model, width: int) -> None:
             f"{'' if width == model.d_model else ' at ' + repr(dictionary.writes.name)}: is this dictionary from "
             "another model?"
         )
-
-
-def _has_post_norm(model: Model, layer: int, module: str) -> bool:
-    """Does the model norm this module's output ("attention" or "mlp") before it adds it to the residual stream?"""
-    part = getattr(model.blocks[layer], module)
-    return isinstance(vars(part).get("post_norm"), Norm)

@@ -18,18 +18,15 @@ class RefusedPickleError(ValueError):
     """A pickle asks for something that plain data does not need."""
 
 
-# The unpickler written in Python, whose opcodes can be overridden; typeshed takes it for the one written in C.
-_Unpickler: Any = pickle._Unpickler
-
-
-class PlainUnpickler(_Unpickler):
+class PlainUnpickler(pickle._Unpickler):
     """Rebuilds containers, text and numbers, and what ``admitted`` maps (module, name) to; nothing else is called.
 
     Raises RefusedPickleError for other names, for containers as dictionary keys or set members (a flat tuple is taken),
     and for preallocated byte arrays; whatever the base class raises for a damaged file.
     """
 
-    dispatch: dict[int, Any] = dict(_Unpickler.dispatch)
+    dispatch: dict[int, Any] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    stack: list[Any]
 
     def __init__(self, file: IO[bytes], admitted: Callable[[str, str], Any]) -> None:
         super().__init__(file)
@@ -42,17 +39,17 @@ class PlainUnpickler(_Unpickler):
     def load_setitem(self) -> None:
         """SETITEM with a plain key."""
         check_keys(self.stack[-2:-1])
-        super().load_setitem()
+        super().load_setitem()  # type: ignore[misc]
 
     def load_setitems(self) -> None:
         """SETITEMS with plain keys."""
         check_keys(self.stack[::2])
-        super().load_setitems()
+        super().load_setitems()  # type: ignore[misc]
 
     def load_dict(self) -> None:
         """DICT with plain keys."""
         check_keys(self.stack[::2])
-        super().load_dict()
+        super().load_dict()  # type: ignore[misc]
 
     def load_members(self) -> None:
         """ADDITEMS and FROZENSET with plain members."""

@@ -1,21 +1,40 @@
-"""Signatures as JSON lines, in the reference's row format.
+"""Signatures as JSON lines, in the reference's row format and with a checksum at the end of each line.
 
-Rows are appended a block at a time, and a half-written last line is cut off when the run resumes. Beside the file lies
-the identity of its run, ``<out>.run.json``; a file of another run is refused, never mixed.
+Rows are appended a block at a time; each of several processes appends to a file of its own in ``<out>.parts``, and the
+first puts them together. A run goes on from the rows that are there: a half-written last line is cut off, a row that is
+damaged, edited, of another run, or there twice is named in a warning and computed again. The finished file holds every
+row once, in the order of feature_index. Beside it lies the identity of its run, ``<out>.run.json``.
+
+The checksum is the last key of a line, ``"crc32"``: of the line's bytes before it, begun with the run's digest. Rows of
+versions before there were checksums have none and are taken as they are.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Sequence
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from querylens_fast.lens.results import Signatures
 from querylens_fast.models.model import Model
-from querylens_fast.runs.atomic_write import output_file, remove_leftovers, write_whole
-from querylens_fast.runs.part_writer import changed_keys
+from querylens_fast.runs import processes as ranks
+from querylens_fast.runs.atomic_write import output_file, remove_leftovers, whole
+from querylens_fast.runs.run_record import DamagedFile, digest_of, read_record, refuse_others, write_record
+
+MAX_WARNINGS = 5
+"""Damaged rows named in each file."""
+logger = logging.getLogger(__name__)
+_CHECKSUM = re.compile(rb', "crc32": "([0-9a-f]{8})"\}\n\Z')
+
+
+_REMEDY = "restore it, delete both, or choose another out"
 
 
 class JsonlSink:
@@ -24,55 +43,114 @@ class JsonlSink:
     def __init__(self, path: Path, identity: dict[str, Any], resume: bool, token_strings: bool, model: Model) -> None:
         self.path, self._out = path, output_file(path)
         self.identity = json.loads(json.dumps(identity))
-        self._out.parent.mkdir(parents=True, exist_ok=True)
-        self._refuse_others(resume)
-        self.done = _mend(self._out)
-        write_whole(identity_path(self._out), json.dumps(self.identity, indent=1))
+        self._parts = self._out.with_name(self._out.name + ".parts")
+        self._seed: int | None = _seed(self.identity)
+        self._done: set[int] = set()
+        self._in_order = True
+        group = ranks.current()
+        self._mine = self._out if group.size == 1 else self._parts / f"rank{group.rank:04d}.jsonl"
+        self._mine.parent.mkdir(parents=True, exist_ok=True)
+        self._open(resume)
 
     def pending(self, block: slice) -> Sequence[int]:
-        return [i for i in range(block.start, block.stop) if i not in self.done]
+        return [i for i in range(block.start, block.stop) if i not in self._done]
 
     def write(self, found: Signatures, indices: Sequence[int], names: Sequence[str] | None = None) -> None:
         names = names or [feature_name(found, f) for f in found.features.tolist()]
         lines = [
-            json.dumps({"feature_index": index, "feature_str": name, **row}, ensure_ascii=False)
+            _line({"feature_index": index, "feature_str": name, **row}, self._seed)
             for index, name, row in zip(indices, names, found.rows(), strict=True)
         ]
-        with open(self._out, "a", encoding="utf-8") as file:
-            file.write("".join(line + "\n" for line in lines))
+        with open(self._mine, "ab") as file:
+            file.write(b"".join(lines))
             file.flush()
             os.fsync(file.fileno())
-        self.done.update(indices)
+        self._in_order &= list(indices) == list(range(len(self._done), len(self._done) + len(lines)))
+        self._done.update(indices)
 
     def finish(self, n_features: int) -> None:
+        """Put rows into one file and in order, where they are not.
+
+        Raises:
+            ValueError: Rows are missing; the same call computes them.
+        """
+        places: dict[int, tuple[Path, int, int]] = {}
+        if self._parts.is_dir() or not self._in_order:
+            self._find_rows(places)
+        missing = [i for i in range(n_features) if i not in self._done]
+        if missing or len(self._done) != n_features:
+            raise ValueError(
+                f"{str(self.path)!r} holds {len(self._done)} rows of {n_features} (missing: {missing[:5]}); all "
+                "processes of a run have to write to the same folder; run the same call again to compute the others"
+            )
+        if places:
+            self._rewrite(places)
+        shutil.rmtree(self._parts, ignore_errors=True)
         remove_leftovers(self._out)
         remove_leftovers(identity_path(self._out))
 
-    def _refuse_others(self, resume: bool) -> None:
-        if not self._out.exists() or self._out.stat().st_size == 0:
-            return
+    def _open(self, resume: bool) -> None:
+        there = self._out.exists() and self._out.stat().st_size > 0 or any(self._parts.glob("rank*.jsonl"))
         record = identity_path(self._out)
+        if not there:
+            write_record(record, self.identity)
+            return
         if not record.is_file():
             raise FileExistsError(
                 f"{str(self.path)!r} has no .run.json beside it that says what it is a result of, so it is left alone; "
                 "choose another out"
             )
-        if not resume:
-            raise FileExistsError(
-                f"{str(self.path)!r} exists already; delete it, choose another out, or use resume=True"
-            )
-        earlier = read_jsonl_identity(self._out)
-        if earlier != self.identity:
-            raise FileExistsError(
-                f"{str(self.path)!r} holds the result of another run (different: "
-                f"{', '.join(changed_keys(earlier, self.identity))}); delete it or choose another out"
-            )
+        try:
+            earlier, with_digest = read_record(record)
+            refuse_others(self.path, earlier, self.identity, resume)
+            self._seed = self._seed if with_digest else None
+        except DamagedFile as error:
+            if not any(_is_whole(line, self._seed) for path in self._files() for line in _lines(path)):
+                raise DamagedFile(f"{error}, so nothing says what run {str(self.path)!r} is of; {_REMEDY}") from error
+            logger.warning("%s; the rows say that they are of this run", error)
+            write_record(record, self.identity)
+        self._find_rows()
+
+    def _files(self) -> list[Path]:
+        return [path for path in (self._out, *sorted(self._parts.glob("rank*.jsonl"))) if path.exists()]
+
+    def _find_rows(self, places: dict[int, tuple[Path, int, int]] | None = None) -> None:
+        """Look for whole rows in all files; ``places`` gets (file, offset, length) of each. Half-written ends go."""
+        self._done, self._in_order = set(), True
+        for path in self._files():
+            place = spoiled = 0
+            for number, line in enumerate(_lines(path), 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    index = _checked(line, self._seed)["feature_index"]
+                    if index in self._done:
+                        raise ValueError(f"the row of feature_index {index} is there twice")
+                    self._in_order &= index == len(self._done)
+                    self._done.add(index)
+                    if places is not None:
+                        places[index] = path, place, len(line)
+                except ValueError as error:
+                    self._in_order, spoiled = False, spoiled + 1
+                    if places is None and spoiled <= MAX_WARNINGS:
+                        logger.warning("%r line %d: %s; the row is computed again", str(path), number, error)
+                place += len(line)
+            with open(path, "r+b") as file:
+                file.truncate(place)
+
+    def _rewrite(self, places: dict[int, tuple[Path, int, int]]) -> None:
+        """Write every row once, in order."""
+        with whole(self._out) as partial, ExitStack() as stack:
+            out = stack.enter_context(open(partial, "wb"))
+            files = {path: stack.enter_context(open(path, "rb")) for path in self._files()}
+            for _, (path, place, size) in sorted(places.items()):
+                files[path].seek(place)
+                out.write(files[path].read(size))
 
 
 def feature_name(found: Signatures, feature: int) -> str:
     """The reference's feature_str, "Feature type-size/layer/feature"."""
-    dictionary = found.pipeline.dictionary
-    return f"Feature {dictionary.kind}-{dictionary.n_features}/{dictionary.layer}/{feature}"
+    return found.source.feature_name(feature)
 
 
 def identity_path(path: Path) -> Path:
@@ -80,44 +158,108 @@ def identity_path(path: Path) -> Path:
 
 
 def read_jsonl_identity(path: Path) -> dict[str, Any]:
-    """What a JSONL result is a result of; raises ValueError where nothing beside it says so."""
-    record = identity_path(path)
-    record = record if record.is_file() else identity_path(output_file(path))
-    if not record.is_file():
-        raise ValueError(f"{str(path)!r} has no .run.json beside it that says what it is a result of")
-    try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(record)!r} is damaged: {error}; restore it, or delete it and {str(path)!r}") from error
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{str(record)!r} is damaged: it holds no run's identity; restore it, or delete it and its result"
-        )
-    return found
-
-
-def _mend(path: Path) -> set[int]:
-    """The feature_index of every whole row; a half-written last line is cut off."""
-    if not path.exists():
-        return set()
-    done, end = set(), 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                done.add(int(json.loads(line)["feature_index"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{str(path)!r} line {number} is no result row ({error}); mend or delete the file"
-                ) from error
-            end += len(line)
-    with open(path, "r+b") as file:
-        file.truncate(end)
-    return done
+    """What a JSONL result is a result of; raises ValueError where nothing beside it says so, or that is damaged."""
+    return _read_record(path)[0]
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a result file."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    """The rows of a result file, in the reference's format, without their checksums.
+
+    Raises:
+        ValueError: A row is damaged, edited, there twice or not in its place, or one is missing before another; the
+            line is named. Without the run's record beside it, no more is checked than that lines are rows.
+    """
+    return list(_result_rows(Path(path)))
+
+
+def has_checksums(path: Path) -> bool:
+    """Were the result's rows written with checksums?"""
+    return _read_record(path)[1]
+
+
+def jsonl_problems(path: Path) -> list[str]:
+    """What is wrong with a JSONL result: nothing, or the first thing, or that rows are missing at its end."""
+    try:
+        expected = read_jsonl_identity(path).get("n_features")
+        n = sum(1 for _ in _result_rows(path))
+    except ValueError as error:
+        return [str(error)]
+    if expected not in (None, n):
+        return [f"{str(path)!r} holds {n} rows of {expected}; run the same call again to compute the others"]
+    return []
+
+
+def _result_rows(path: Path) -> Iterator[dict[str, Any]]:
+    seed, checked = None, False
+    if _record_of(path).is_file():
+        identity, checked = _read_record(path)
+        seed = _seed(identity) if checked else None
+    seen: set[int] = set()
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            row = _checked(line, seed)
+            index = row["feature_index"]
+            if index in seen:
+                raise ValueError(f"the row of feature_index {index} is there twice")
+            if checked and index != len(seen):
+                raise ValueError(f"it is the row of feature_index {index}; expected {len(seen)}")
+        except ValueError as error:
+            raise DamagedFile(
+                f"{str(path)!r} line {number}: {error}; run the same call again to compute what is missing"
+            ) from error
+        seen.add(index)
+        row.pop("crc32", None)
+        yield row
+
+
+def _read_record(path: Path) -> tuple[dict[str, Any], bool]:
+    record = _record_of(path)
+    if not record.is_file():
+        raise ValueError(f"{str(path)!r} has no .run.json beside it that says what it is a result of")
+    try:
+        return read_record(record)
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}; {_REMEDY}") from error
+
+
+def _record_of(path: Path) -> Path:
+    """The record beside a file, or beside what a link to it points to."""
+    record = identity_path(path)
+    return record if record.is_file() else identity_path(output_file(path))
+
+
+def _seed(identity: dict[str, Any]) -> int:
+    return zlib.crc32(digest_of(identity).encode())
+
+
+def _line(row: dict[str, Any], seed: int | None) -> bytes:
+    text = json.dumps(row, ensure_ascii=False).encode()
+    if seed is None:
+        return text + b"\n"
+    return text[:-1] + f', "crc32": "{zlib.crc32(text[:-1], seed):08x}"}}\n'.encode()
+
+
+def _checked(line: bytes, seed: int | None) -> dict[str, Any]:
+    """The row in a line; raises ValueError where it is none, or not what was written (no ``seed``: not checked)."""
+    found = _CHECKSUM.search(line)
+    if seed is not None and (found is None or int(found[1], 16) != zlib.crc32(line[: found.start()], seed)):
+        raise ValueError("it is damaged, was edited, or is of another run: its checksum is not that of its bytes")
+    try:
+        row = json.loads(line)
+        if type(row["feature_index"]) is int:
+            return row
+        raise TypeError("feature_index is no number")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"it is no result row ({error})") from error
+
+
+def _is_whole(line: bytes, seed: int | None) -> bool:
+    try:
+        return bool(_checked(line, seed))
+    except ValueError:
+        return False
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        yield from file

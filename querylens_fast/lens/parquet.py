@@ -1,8 +1,9 @@
 """Signatures as Parquet: one row a feature, written part by part (`runs.part_writer`), one file in the end.
 
 Columns: feature_index (position in the run), layer, feature, top_ids, top_scores, bottom_ids, bottom_scores, with token
-strings top_tokens and bottom_tokens, then statistics. Lists have k entries each and no nulls. Row groups of
-`ROW_GROUP` rows carry the range of their features, by which readers skip them.
+strings top_tokens and bottom_tokens, then statistics, and top_se (standard errors of top_scores) where there are any.
+Lists have k entries each and no nulls. Row groups of `ROW_GROUP` rows carry the range of their features, by which
+readers skip them.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class ParquetSink:
             if self.token_strings:
                 columns[f"{side}_tokens"] = _lists(self._vocabulary.take(flat), ids.shape)
         columns |= {name: pa.array(column.numpy()) for name, column in found.stats.items()}
+        if found.top_se is not None:
+            columns["top_se"] = _lists(pa.array(found.top_se.flatten().numpy()), found.top_se.shape)
         if found.choices is not None:
             columns["transition"] = pa.array(found.choices)
         fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]

@@ -51,6 +51,11 @@ class Preset:
     def is_ablation(self) -> bool:
         return self.stream_transition in ABLATIONS
 
+    @property
+    def is_dashboard(self) -> bool:
+        """Decoder rows at unit length times W_U alone, without final norm and b_U, as dashboards show them."""
+        return self.name == "dashboard"
+
     def as_dict(self) -> dict[str, str | None]:
         """The keys the reference writes in every row."""
         return {
@@ -74,6 +79,7 @@ PRESETS = {
         Preset("zero_out", "value", "zero_out", None),
         Preset("tuned_lens", "value", "tuned_lens", "unembed"),
         Preset("query_lens_value_adaptive", "value", "adaptive", "unembed"),
+        Preset("dashboard", "value", "identity", "unembed"),
     )
 }
 

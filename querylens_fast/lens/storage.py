@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from querylens_fast.lens.jsonl import JsonlSink, read_jsonl, read_jsonl_identity
+from querylens_fast.lens.jsonl import JsonlSink, has_checksums, jsonl_problems, read_jsonl, read_jsonl_identity
 from querylens_fast.lens.parquet import ParquetSink
 from querylens_fast.lens.results import Signatures
 from querylens_fast.models.model import Model
-from querylens_fast.runs import sealed_parquet
+from querylens_fast.runs import part_writer, sealed_parquet
 
-__all__ = ["FORMATS", "Sink", "StoredSignatures", "format_of", "open_sink", "read_identity", "read_jsonl"]
+__all__ = ["FORMATS", "Sink", "StoredSignatures", "format_of", "open_sink", "read_identity", "read_jsonl", "verify"]
 
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl"}
 
@@ -101,3 +101,38 @@ def read_identity(path: str | Path) -> dict[str, Any]:
     if path.is_file() and FORMATS.get(path.suffix) == "jsonl":
         return read_jsonl_identity(path)
     return sealed_parquet.read_identity(path)
+
+
+def verify(path: str | Path) -> list[str]:
+    """What is wrong with a result file: nothing, or sentences that name the damage. Reads all of it.
+
+    Every byte of a Parquet file is compared with the digests in its footer (some 2 GB/s), every JSONL row with its
+    checksum and its place. Results of versions before there were digests are only decoded.
+
+    Args:
+        path: A result of `signatures` or of a relation, Parquet or JSONL.
+
+    Raises:
+        FileNotFoundError: No such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"result file {str(path)!r} does not exist")
+    if FORMATS.get(path.suffix) == "jsonl":
+        return jsonl_problems(path)
+    found = part_writer.verify(path)
+    if not found:
+        with sealed_parquet.opened(path) as file:
+            rows = file.metadata.num_rows
+        identity = sealed_parquet.read_identity(path)
+        expected = identity.get("n_features", rows)
+        if rows != expected and "what" not in identity:  # a relation has more rows than features
+            found = [f"{str(path)!r} holds {rows} rows of {expected}"]
+    return found
+
+
+def is_checked(path: str | Path) -> bool:
+    """Was the result written with digests of its rows? Those of earlier versions were not."""
+    if FORMATS.get(Path(path).suffix) == "jsonl":
+        return has_checksums(Path(path))
+    return sealed_parquet.is_sealed(path)

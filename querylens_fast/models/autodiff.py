@@ -1,246 +1,307 @@
-"""Autodiff: any transformers decoder's own layers, differentiated as they are, where no linearisation is written here.
+"""Jacobians by autodiff through a transformers decoder's own layers, for any architecture.
 
-Chosen by ``load_model(..., linearisation="autodiff")``, never by itself. A layer is called with exactly the arguments
-that its model passes it (masks, rotary angles, position ids), recorded from a forward pass. It is split by silencing:
-with the MLP's output set to zero the layer adds its attention, with the attention's output set to zero its MLP. That is
-the layer again when it is sequential (``mid = pre + A(pre)``, ``post = mid + M(mid)``); for others, such as layers with
-attention and MLP side by side, the check of the logits refuses the model. The routing of a mixture of experts is held
-fixed, as in `experts`: what its router gives counts as constant.
+A layer is called with exactly the arguments that its model passes it (`own_layers`). Where its attention and its MLP
+are recognised it is split by silencing: with the MLP's output set to zero the layer adds its attention, with the
+attention's output set to zero its MLP. That is checked at load: the layer has to be sequential (``mid = pre + A(pre)``,
+``post = mid + M(mid)``). All other layers are differentiated whole: module 2l is then the layer, module 2l + 1 nothing,
+and `Model.has_submodules` is False. The routing of a mixture of experts is held fixed, as in `moe`.
 
-Cost: a backward pass through the module for each cotangent and a forward-mode pass for each tangent, batched by
-`torch.func.vmap` (module code that it cannot batch raises its error). `bench lens --linearisation autodiff` measures it
-against the hand-written linearisations of `blocks`, which are its test, and it theirs.
+Cost: one backward pass through the layer for each cotangent, batched by vmap. Tangents go through the backward pass of
+the backward pass, which is linear in its argument, so neither direction computes the layer again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from querylens_fast.models.blocks import Block, Masking
-from querylens_fast.models.model import Model, UnsupportedModelError
+from querylens_fast.models.errors import UnsupportedModelError
+from querylens_fast.models.model import Model
 from querylens_fast.models.moe import NoSingleWeights
+from querylens_fast.models.own_layers import (
+    ATTENTION_NAMES,
+    MLP_NAMES,
+    OwnLayers,
+    child,
+    probe_ids,
+    routers,
+    share,
+)
+from querylens_fast.models.units import Nothing
 
-ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
-MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
-ROUTER_NAMES = ("gate", "router")
-LAYER_NAMES = ("layers", "h", "blocks")
+logger = logging.getLogger(__name__)
 
-
-class Arguments(NamedTuple):
-    """What a model passes one of its layers beside the hidden states, and the queries that see any key there."""
-
-    positional: tuple[Any, ...]
-    named: dict[str, Any]
-    sees: Tensor | None
-    """[B or 1, S, 1] bool; None: all of them."""
-
-
-class Decoder:
-    """A transformers causal LM's decoder layers, with the arguments its forward pass gives them."""
-
-    def __init__(self, source: Any, decoder: Any, name: str) -> None:
-        self.source, self.name = source, name
-        self.layers = list(_child(decoder, LAYER_NAMES, name))
-        self.attentions = [_child(layer, ATTENTION_NAMES, name) for layer in self.layers]
-        self.mlps = [_child(layer, MLP_NAMES, name) for layer in self.layers]
-        self.routers = [_child(mlp, ROUTER_NAMES, name) if hasattr(mlp, "experts") else None for mlp in self.mlps]
-        self._kept = lru_cache(maxsize=4)(self._recorded)
-
-    def arguments(self, layer: int, masking: Masking) -> Arguments:
-        """Those of one layer for tokens that attend as masking says."""
-        valid = None if masking.valid is None else tuple(map(tuple, masking.valid.tolist()))
-        return self._kept(masking.shape, valid)[layer]
-
-    @torch.no_grad()
-    def _recorded(self, shape: tuple[int, int], valid: tuple[tuple[bool, ...], ...] | None) -> list[Arguments]:
-        """A forward pass on token 0 everywhere: masks and angles depend on the padding alone."""
-        device = next(self.source.parameters()).device
-        kept: list[Arguments] = []
-
-        def record(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kept.append(_repaired(args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-
-        given: dict[str, Tensor] = {}
-        if valid is not None:
-            mask = torch.tensor(valid, device=device)
-            given = {"attention_mask": mask.long(), "position_ids": Masking(mask, shape, device).positions()}
-        hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
-        try:
-            self.source(input_ids=torch.zeros(shape, dtype=torch.int64, device=device), use_cache=False, **given)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return kept
-
-    def contribution(self, layer: int, silent: Any, masking: Masking) -> Callable[[Tensor], Tensor]:
-        """x [B, S, D] → what the layer adds to it with the module ``silent`` giving zero."""
-        given = self.arguments(layer, masking)
-
-        def run(x: Tensor) -> Tensor:
-            with _hooked(silent, torch.zeros_like), _hooked(self.routers[layer], torch.detach):
-                out = self.layers[layer](x, *given.positional, **given.named)
-            added = (out[0] if isinstance(out, tuple) else out) - x
-            return added if given.sees is None else added * given.sees.to(x.dtype)
-
-        return run
+SPLIT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+"""Relative to what the layer adds; 0.05 in half precision."""
 
 
-def _repaired(positional: tuple[Any, ...], named: dict[str, Any]) -> Arguments:
-    """The arguments with a query that sees no key seeing all (for a finite softmax), and marked to give zero."""
-    sees = None
-
-    def repair(value: Any) -> Any:
-        nonlocal sees
-        if not isinstance(value, Tensor) or value.ndim != 4:
-            return value
-        visible = value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 2
-        blind = ~visible.any(-1, keepdim=True)
-        if not bool(blind.any()):
-            return value
-        sees = ~blind[:, 0]
-        return value | blind if value.dtype == torch.bool else value.masked_fill(blind, 0.0)
-
-    positional = tuple(map(repair, positional))
-    named = {name: repair(value) for name, value in named.items()}
-    return Arguments(positional, named, sees)
-
-
-def _child(module: Any, names: tuple[str, ...], model: str) -> Any:
-    for name in names:
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise UnsupportedModelError(
-        f"model {model!r}: {type(module).__name__} has none of {', '.join(names)}, so its layers cannot be split"
+def from_autodiff(frame: Model, own: OwnLayers) -> Model:
+    """``frame`` (embedding, final norm, unembedding) with blocks that differentiate the model's own layers."""
+    for layer in own.layers:
+        for router in routers(layer):
+            router.register_forward_hook(lambda _module, _args, out: _detached(out))
+    splits = [_split_layer(own, i) for i in range(len(own))]
+    sequential = all(s is not None and s.order == "sequential" for s in splits)
+    parallel = all(s is not None and s.order == "parallel" for s in splits)
+    blocks = []
+    for i, (layer, split) in enumerate(zip(own.layers, splits, strict=True)):
+        direct = (split.attention_adds, split.mlp_adds) if split is not None else (False, False)
+        if sequential and split is not None:
+            attention = AutodiffPart(own, i, split.no_mlp, f"attention {i} of {frame.name!r}, by autodiff,", direct[0])
+            part = AutodiffPart(own, i, split.no_attention, f"MLP {i} of {frame.name!r}, by autodiff,", direct[1])
+            mlp: Any = AutodiffMLP(part)
+        else:
+            attention = AutodiffPart(own, i, layer, f"layer {i} of {frame.name!r}, by autodiff as a whole,", direct[0])
+            mlp = Nothing(f"layer {i} of {frame.name!r}, by autodiff as a whole,", adds_directly=direct[1])
+        blocks.append(Block(attention, mlp))
+    return replace(
+        frame, blocks=blocks, linearisation="autodiff", own=own, has_submodules=sequential, parallel=parallel
     )
 
 
-@contextmanager
-def _hooked(module: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within, every tensor that the module (None: nothing) gives goes through ``change``."""
-    if module is None:
-        yield
-        return
+class Split(NamedTuple):
+    """A layer in two versions, each with one module silent; and whether the modules' outputs are added as they are."""
 
-    def on_output(_module: Any, _args: Any, out: Any) -> Any:
-        if not isinstance(out, tuple):
-            return change(out)
-        return tuple(change(o) if isinstance(o, Tensor) else o for o in out)
+    no_mlp: nn.Module
+    no_attention: nn.Module
+    order: str
+    """sequential or parallel."""
+    attention_adds: bool
+    mlp_adds: bool
 
-    hook = module.register_forward_hook(on_output)
+
+@torch.no_grad()
+def _split_layer(own: OwnLayers, index: int) -> Split | None:
+    """The two versions of a layer, or None where it is not the sum of an attention and an MLP."""
+    layer = own.layers[index]
+    attention, mlp = child(layer, ATTENTION_NAMES), child(layer, MLP_NAMES)
+    if attention is None or mlp is None:
+        return None
+    ids = probe_ids(own.vocab_size, own.device)
+    masking = Masking(None, (ids.shape[0], ids.shape[1]), own.device, ids)
+    x = own.passes(masking).streams[index]
+    width = x.shape[-1]
     try:
-        yield
-    finally:
-        hook.remove()
+        silenced = _silencer(own, index, x, masking, width, (attention, mlp))
+        no_mlp, no_attention = silenced(mlp), silenced(attention)
+        post, mid = own.call(index, layer, x, masking), own.call(index, no_mlp, x, masking)
+        chained, beside = own.call(index, no_attention, mid, masking), own.call(index, no_attention, x, masking)
+        tolerance = SPLIT_TOLERANCE.get(x.dtype, 0.05)
+        added = float((post - x).norm()) * tolerance
+        errors = {
+            "sequential": float((chained - post).norm()),
+            "parallel": float((mid + beside - x - post).norm()),
+        }
+        order = min(errors, key=errors.__getitem__)
+        if not errors[order] <= added:
+            return None
+        adds = [_adds_directly(own, index, x, masking, silenced(attention, mlp), name) for name in (attention, mlp)]
+    except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
+        logger.debug("%s: layer %d cannot be split (%s)", own.name, index, error)
+        return None
+    return Split(no_mlp, no_attention, order, *adds)
+
+
+def _adds_directly(own: OwnLayers, index: int, x: Tensor, masking: Masking, silent: nn.Module, name: str) -> bool:
+    """Whether what the module ``name`` gives reaches the stream unchanged: no norm and no factor behind it."""
+    stub: _Silence = vars(getattr(silent, name))["forward"]
+    before = own.call(index, silent, x, masking)
+    stub.value = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(1)).to(x) * x.std()
+    change = own.call(index, silent, x, masking) - before
+    expected = stub.value.expand_as(change)
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}.get(x.dtype, 0.03)
+    return float((change - expected).norm() / expected.norm()) <= tolerance
+
+
+class _Silence:
+    """Stands for a module's forward: gives zeros [..., d_model] (or ``value`` everywhere), without computing."""
+
+    def __init__(self, width: int, several: int) -> None:
+        self.width, self.several = width, several
+        self.value: Tensor | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        zeros = x.new_zeros(*x.shape[:-1], self.width)
+        out = zeros if self.value is None else zeros + self.value
+        return (out, *[None] * (self.several - 1)) if self.several else out
+
+
+def _silencer(
+    own: OwnLayers, index: int, x: Tensor, masking: Masking, width: int, names: tuple[str, ...]
+) -> Callable[..., nn.Module]:
+    """names → a copy of the layer, on the same weights, in which the modules of those names give zero."""
+    layer, returned = own.layers[index], {}
+    with ExitStack() as hooks:
+        for name in names:
+            hook = getattr(layer, name).register_forward_hook(
+                lambda _m, _a, out, name=name: returned.update({name: out})
+            )
+            hooks.callback(hook.remove)
+        own.call(index, layer, x, masking)
+
+    def silenced(*chosen: str) -> nn.Module:
+        copied = share(layer)
+        for name in chosen:
+            out = returned[name]
+            getattr(copied, name).forward = _Silence(width, len(out) if isinstance(out, tuple | list) else 0)
+        return copied
+
+    return silenced
+
+
+def _detached(out: Any) -> Any:
+    if isinstance(out, Tensor):
+        return out.detach()
+    if isinstance(out, tuple | list):
+        return type(out)(map(_detached, out)) if type(out) in (tuple, list) else out
+    return out
 
 
 @dataclass(frozen=True)
-class _Part(NoSingleWeights):
-    """Attention or MLP of one layer of a decoder."""
+class AutodiffPart(NoSingleWeights):
+    """A layer's attention, its MLP (norms included) or the whole layer, as what it adds to the residual stream."""
 
-    decoder: Decoder
+    own: OwnLayers
     layer: int
-    width: int
-    n_heads: int
+    module: nn.Module
     name: str
-
-    def matrices(self) -> list[Tensor]:
-        """The weights that tell one model from another."""
-        weights = [w.detach() for w in self.own.parameters()]
-        return [w.flatten(0, -2) if w.ndim > 1 else w[None] for w in weights]
-
-    @property
-    def own(self) -> Any:
-        raise NotImplementedError
-
-    def _linearised(self, run: Callable[[Tensor], Tensor], x: Tensor, through_norms: bool) -> LinearByAutodiff:
-        if not through_norms:
-            raise UnsupportedModelError(f"{self.name} cannot leave out its norms: it is differentiated as a whole")
-        output, pull, *_ = torch.func.vjp(run, x)
-        return LinearByAutodiff(output.detach(), run, x, lambda g: pull(g)[0])
-
-
-@dataclass(frozen=True)
-class AutodiffAttention(_Part):
-    """The attention of one layer, its norms included."""
-
-    @property
-    def own(self) -> Any:
-        return self.decoder.attentions[self.layer]
-
-    def __call__(self, x: Tensor, masking: Masking) -> Tensor:
-        """The residual contribution A(x) of x [B, S, D]."""
-        return self._run(masking)(x)
-
-    def linearise(self, x: Tensor, masking: Masking, through_norms: bool = True) -> LinearByAutodiff:
-        """A and its Jacobian at x [B, S, D]."""
-        return self._linearised(self._run(masking), x, through_norms)
-
-    def _run(self, masking: Masking) -> Callable[[Tensor], Tensor]:
-        return self.decoder.contribution(self.layer, self.decoder.mlps[self.layer], masking)
-
-
-@dataclass(frozen=True)
-class AutodiffMLP(_Part):
-    """The MLP of one layer, its norms included."""
-
-    @property
-    def own(self) -> Any:
-        return self.decoder.mlps[self.layer]
+    adds_directly: bool
 
     @property
     def routed(self) -> bool:
-        return self.decoder.routers[self.layer] is not None
+        """Whether a router chooses experts in here; its choice and weights are held fixed."""
+        return any(True for _ in routers(self.module))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The residual contribution M(x) of x [B, S, D]."""
-        return self._run(x)(x)
+    def __call__(self, x: Tensor, masking: Masking) -> Tensor:
+        """The residual contribution [B, S, D] of x [B, S, D]."""
+        return self.function(masking)(x)
 
-    def linearise(self, x: Tensor, through_norms: bool = True) -> LinearByAutodiff:
-        """M and its Jacobian at x [B, S, D]."""
-        return self._linearised(self._run(x), x, through_norms)
+    def linearise(self, x: Tensor, masking: Masking, through_norms: bool = True) -> LinearByAutodiff:
+        """The contribution and its Jacobian at x [B, S, D]."""
+        if not through_norms:
+            raise UnsupportedModelError(f"{self.name} cannot leave out its norms: it is differentiated as a whole")
+        return LinearByAutodiff(self.function(masking), x)
 
-    def _run(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        plain = Masking(None, (x.shape[0], x.shape[1]), x.device)
-        return self.decoder.contribution(self.layer, self.decoder.attentions[self.layer], plain)
+    def function(self, masking: Masking) -> Callable[[Tensor], Tensor]:
+        """x [B, S, D] → what the part adds to it for tokens that attend as masking says."""
+        sees = self.own.passes(masking).arguments[self.layer].sees
+
+        def added(x: Tensor) -> Tensor:
+            out = self.own.call(self.layer, self.module, x, masking) - x
+            return out if sees is None else out * sees.to(x.dtype)
+
+        return added
 
 
 @dataclass(frozen=True)
-class LinearByAutodiff:
-    """A module's Jacobian at one batch, by forward- and reverse-mode passes through the module."""
+class AutodiffMLP:
+    """The MLP of one layer, its norms included; it reads each position by itself, so there is no masking."""
 
-    output: Tensor
-    run: Callable[[Tensor], Tensor]
-    x: Tensor
-    pull: Callable[[Tensor], Tensor]
+    part: AutodiffPart
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self.part, attribute)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The residual contribution [B, S, D] of x [B, S, D]."""
+        return self.part(x, _plain(x))
+
+    def linearise(self, x: Tensor, through_norms: bool = True) -> LinearByAutodiff:
+        """The contribution and its Jacobian at x [B, S, D]."""
+        return self.part.linearise(x, _plain(x), through_norms)
+
+
+def _plain(x: Tensor) -> Masking:
+    return Masking(None, (x.shape[0], x.shape[1]), x.device)
+
+
+class LinearByAutodiff:
+    """A module's Jacobian at one batch of residuals, through its autograd graph.
+
+    J t for a tangent t is the derivative, in direction t, of v ↦ Jᵀ v: a backward pass through the backward pass.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            self.x = x.clone().requires_grad_()
+            self._output = run(self.x)
+        self.output = self._output.detach()
+        self._pullback: tuple[Tensor, Tensor] | None = None
+        self._batched = True
 
     def jvp(self, t: Tensor) -> Tensor:
         """J t for t [C, B, S, D]."""
-        return torch.func.vmap(lambda one: torch.func.jvp(self.run, (self.x,), (one,))[1])(t)
+        if not self._output.requires_grad:
+            return torch.zeros_like(t)
+        if self._pullback is None:
+            with torch.inference_mode(False), torch.enable_grad():
+                v = torch.zeros_like(self._output).requires_grad_()
+                (pulled,) = torch.autograd.grad(self._output, self.x, v, create_graph=True)
+            self._pullback = pulled, v
+        return self._through(*self._pullback, t)
 
     def vjp(self, g: Tensor) -> Tensor:
         """Jᵀ g for g [C, B, S, D]."""
-        return torch.func.vmap(self.pull)(g)
+        return self._through(self._output, self.x, g) if self._output.requires_grad else torch.zeros_like(g)
+
+    def _through(self, output: Tensor, at: Tensor, g: Tensor) -> Tensor:
+        if self._batched:
+            try:
+                return torch.autograd.grad(output, at, g, retain_graph=True, is_grads_batched=True)[0]
+            except RuntimeError as error:
+                if "out of memory" in str(error).lower():
+                    raise
+                # An operation that vmap cannot batch: one direction after the other.
+                self._batched = False
+        return torch.stack([torch.autograd.grad(output, at, one, retain_graph=True)[0] for one in g])
 
 
-def from_autodiff(frame: Model, decoder: Any) -> Model:
-    """``frame`` (embedding, final norm, unembedding) with blocks that differentiate the decoder's own layers."""
-    config = frame.source.config.get_text_config()
-    source = Decoder(frame.source, decoder, frame.name)
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or frame.d_model // heads)
-    neurons = getattr(config, "intermediate_size", None) or 4 * frame.d_model
-    blocks = [
-        Block(
-            AutodiffAttention(source, layer, width, heads, f"attention {layer} of {frame.name!r}, by autodiff,"),
-            AutodiffMLP(source, layer, neurons, heads, f"MLP {layer} of {frame.name!r}, by autodiff,"),
+def graph_bytes(model: Model, length: int) -> tuple[int, int]:
+    """(kept by the graphs of one sequence of ``length`` tokens, moved by one direction), in bytes.
+
+    Measured on one layer of each kind: what autograd saves for the two graphs, and at most half as much again as the
+    largest layer's forward graph for a direction on its way back through it.
+    """
+    masking = Masking(None, (1, length), model.device, torch.zeros(1, length, dtype=torch.int64, device=model.device))
+    parts = [getattr(p, "part", p) for b in model.blocks for p in (b.attention, b.mlp) if not isinstance(p, Nothing)]
+    measured: dict[Any, tuple[int, int]] = {}
+    kept = widest = 0
+    for part in parts:
+        kind = (
+            type(part.module),
+            part.module is model.own.layers[part.layer],
+            part.name.split()[0],
+            _shapes(part.module),
         )
-        for layer in range(len(source.layers))
-    ]
-    return replace(frame, blocks=blocks, linearisation="autodiff")
+        if kind not in measured:
+            measured[kind] = _saved_bytes(part, model.own.passes(masking).streams[part.layer], masking)
+        forward, both = measured[kind]
+        kept, widest = kept + both, max(widest, forward)
+    return kept, widest + widest // 2 + 4 * length * model.d_model * model.W_E.element_size()
+
+
+def _shapes(module: nn.Module) -> tuple[Any, ...]:
+    return tuple((n, w.shape) for n, w in module.named_parameters())
+
+
+def _saved_bytes(part: AutodiffPart, x: Tensor, masking: Masking) -> tuple[int, int]:
+    """Bytes that autograd saves for the part's graph, and for it and the graph of its pullback."""
+    saved: dict[int, int] = {w.untyped_storage().data_ptr(): 0 for w in part.module.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        linear = part.linearise(x, masking)
+        forward = sum(saved.values())
+        linear.jvp(torch.zeros_like(x)[None])
+    return forward, sum(saved.values())

@@ -18,48 +18,10 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from querylens_fast.models.masking import Masking, turn, turn_back
 from querylens_fast.models.norms import IDENTITY, AnyLinearNorm, AnyNorm, at_least_float32
 
 Activation = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Masking:
-    """Which key a query may see, and where each token sits.
-
-    ``valid`` [B, S] bool is the padding mask of the Jacobians (None: the plain forward pass, everything valid).
-    Rotary positions count valid tokens only; causal and sliding windows go by index.
-    """
-
-    valid: Tensor | None
-    shape: tuple[int, int]
-    device: torch.device
-
-    def positions(self) -> Tensor:
-        """Rotary position of each token, [B, S] int64."""
-        if self.valid is None:
-            return torch.arange(self.shape[1], device=self.device).expand(self.shape)
-        return (self.valid.long().cumsum(-1) - 1).clamp_min(0)
-
-    def visible(self, window: int | None) -> Tensor:
-        """[B or 1, 1, S, S] bool: may query (second-last axis) attend to key (last axis)?"""
-        index = torch.arange(self.shape[1], device=self.device)
-        distance = index[:, None] - index[None, :]
-        seen = distance >= 0
-        if window is not None:
-            seen = seen & (distance < window)
-        seen = seen[None, None]
-        return seen if self.valid is None else seen & self.valid[:, None, None, :]
-
-
-def _rotate_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def _rotate_half_transposed(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((second, -first), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -67,7 +29,7 @@ class Attention:
     """Multi-head causal attention with the norm before it and, in Gemma, the norm after it.
 
     Weights are [out, in]: W_Q [H·E, D], W_K and W_V [K·E, D], W_O [D, H·E]; biases [out] or None.
-    ``rotary`` gives (cos, sin), each [B, S, E], for positions [B, S]; None for learned absolute positions.
+    ``rotary`` gives (cos, sin), each [B, S, E] or narrower, for positions [B, S]; None for learned absolute positions.
     """
 
     norm: AnyNorm
@@ -88,11 +50,17 @@ class Attention:
     softcap: float | None
     window: int | None
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    routed: ClassVar[bool] = False
 
     @property
     def width(self) -> int:
         """H·E."""
         return self.W_Q.shape[0]
+
+    @property
+    def adds_directly(self) -> bool:
+        """Whether what W_O gives is added to the residual stream as it is."""
+        return self.post_norm is IDENTITY
 
     def matrices(self) -> list[Tensor]:
         """The weights that tell one model from another."""
@@ -112,7 +80,7 @@ class Attention:
         q, k = self.q_norm(q0), self.k_norm(k0)
         if self.rotary is not None:
             cos, sin = (c.unsqueeze(-3) for c in self.rotary(x, masking.positions()))
-            q, k = q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
+            q, k = turn(q, cos, sin), turn(k, cos, sin)
         groups = self.n_heads // self.n_kv_heads
         k, v = (z.repeat_interleave(groups, dim=-3) for z in (k, v))
         scores = at_least_float32(q @ k.mT) * self.scale
@@ -207,10 +175,10 @@ class LinearAttention:
         return torch.addcmul(d, self.pattern, d.sum(-1, keepdim=True), value=-1)
 
     def _turn(self, x: Tensor) -> Tensor:
-        return x if self.cos is None or self.sin is None else x * self.cos + _rotate_half(x) * self.sin
+        return x if self.cos is None or self.sin is None else turn(x, self.cos, self.sin)
 
     def turn_back(self, x: Tensor) -> Tensor:
-        return x if self.cos is None or self.sin is None else x * self.cos + _rotate_half_transposed(x * self.sin)
+        return x if self.cos is None or self.sin is None else turn_back(x, self.cos, self.sin)
 
     def _spread(self, x: Tensor) -> Tensor:
         groups = self.weights.n_heads // self.weights.n_kv_heads
@@ -245,6 +213,11 @@ class MLP:
     def width(self) -> int:
         """N."""
         return self.W_in.shape[0]
+
+    @property
+    def adds_directly(self) -> bool:
+        """Whether what W_out gives is added to the residual stream as it is."""
+        return self.post_norm is IDENTITY
 
     def matrices(self) -> list[Tensor]:
         """The weights that tell one model from another."""
@@ -339,11 +312,16 @@ class LinearPart(Protocol):
 class Block:
     """One layer of the residual stream: plain tensors, or parts that answer to the same methods.
 
-    `experts.Mixture` stands in for an MLP, `autodiff.AutodiffAttention` and `AutodiffMLP` for any module.
+    `moe.Mixture` stands in for an MLP, `autodiff.AutodiffPart` for any module, `units.Beside` for both at once.
     """
 
     attention: Any
     mlp: Any
+
+    @property
+    def parts(self) -> list[Any]:
+        """The parts that hold weights."""
+        return list(getattr(self.attention, "parts", [self.attention, self.mlp]))
 
     def __call__(self, pre: Tensor, masking: Masking) -> Tensor:
         """``post`` [B, S, D] from ``pre`` [B, S, D]."""

@@ -8,16 +8,18 @@ differentiated as it is (`autodiff`). Weights are views of the caller's tensors:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from querylens_fast.models.blocks import MLP, Activation, Attention, Block
-from querylens_fast.models.model import Linearisation, Model, UnsupportedModelError
+from querylens_fast.models.errors import UnsupportedModelError
+from querylens_fast.models.model import Model
 from querylens_fast.models.moe import Mixture
 from querylens_fast.models.norms import IDENTITY, AnyNorm, Norm
+from querylens_fast.models.units import Beside, Nothing
 
 
 @dataclass(frozen=True)
@@ -36,39 +38,43 @@ class Family:
 
 FAMILIES = {
     "gpt2": Family(),
+    "gpt_neox": Family(),
     "llama": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
     "qwen3_moe": Family(windowed=True),
     "mistral": Family(windowed=True),
+    "gemma": Family(1.0),
     "gemma2": Family(1.0, "pre_feedforward_layernorm", ("post_attention_layernorm", "post_feedforward_layernorm")),
     "gemma3_text": Family(1.0, "pre_feedforward_layernorm", ("post_attention_layernorm", "post_feedforward_layernorm")),
 }
 FAMILIES["gemma3"] = FAMILIES["gemma3_text"]
 
 
-def from_transformers(source: Any, name: str, tokenizer: Any, linearisation: Linearisation = "hand-written") -> Model:
-    """A `Model` over a transformers causal LM's own tensors.
+def from_transformers(source: Any, name: str, tokenizer: Any) -> Model:
+    """A `Model` over a transformers causal LM's own tensors, with hand-written linearisations.
 
     Raises:
-        UnsupportedModelError: For an architecture that is not in `FAMILIES`, unless linearisation is "autodiff".
+        UnsupportedModelError: For an architecture that is not in `FAMILIES`.
     """
     config = source.config.get_text_config()
     model_type = config.model_type
-    by_hand = linearisation == "hand-written"
-    if by_hand and model_type not in FAMILIES:
+    if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"model {name!r} is of type {model_type!r}; supported are {', '.join(sorted(FAMILIES))}. "
-            "linearisation='autodiff' differentiates any decoder's own layers, more slowly"
+            f"model {name!r} is of type {model_type!r}; linearisations are written out for "
+            f"{', '.join(sorted(FAMILIES))}. Leave linearisation at 'auto' to differentiate its own layers"
         )
     decoder = _decoder(source)
     head = source.get_output_embeddings()
     embedding = source.get_input_embeddings()
     scale = getattr(embedding, "embed_scale", None)
-    frame = Model(
+    build = {"gpt2": _gpt2_blocks, "gpt_neox": _neox_blocks}.get(model_type, _rotary_blocks)
+    blocks = build(decoder, config, FAMILIES[model_type])
+    parallel = all(isinstance(block.attention, Beside) for block in blocks)
+    return Model(
         name=name,
         architecture=model_type,
-        blocks=[],
+        blocks=blocks,
         final_norm=_final_norm(decoder, model_type, name),
         W_E=embedding.weight.detach(),
         W_U=head.weight.detach(),
@@ -79,13 +85,10 @@ def from_transformers(source: Any, name: str, tokenizer: Any, linearisation: Lin
         convention="raw lm_head",
         tokenizer=tokenizer,
         source=source,
+        linearisation="hand-written",
+        has_submodules=not parallel,
+        parallel=parallel,
     )
-    if not by_hand:
-        from querylens_fast.models.autodiff import from_autodiff
-
-        return from_autodiff(frame, decoder)
-    build = _gpt2_blocks if model_type == "gpt2" else _rotary_blocks
-    return replace(frame, blocks=build(decoder, config, FAMILIES[model_type]))
 
 
 FINAL_NORMS = ("ln_f", "norm", "final_layernorm", "final_layer_norm")
@@ -261,3 +264,51 @@ def _mixture(module: Any, norm: AnyNorm, activation: Activation) -> Mixture:
         normalised=module.gate.norm_topk_prob,
         activation=activation,
     )
+
+
+def _neox_blocks(decoder: Any, config: Any, family: Family) -> list[Block]:
+    """GPT-NeoX (Pythia): one matrix holds each head's query, key and value in turn; rotary on part of a head."""
+    heads, width = config.num_attention_heads, config.hidden_size
+    blocks = []
+    for layer in decoder.layers:
+        a = layer.attention
+        # [H, 3, E, D]: each head's query, key and value rows are consecutive.
+        weights = a.query_key_value.weight.detach().view(heads, 3, width // heads, width).unbind(1)
+        bias = _bias(a.query_key_value)
+        biases = (None,) * 3 if bias is None else bias.view(heads, 3, width // heads).unbind(1)
+        attention = Attention(
+            norm=_layer_norm(layer.input_layernorm),
+            W_Q=weights[0].flatten(0, 1),
+            W_K=weights[1].flatten(0, 1),
+            W_V=weights[2].flatten(0, 1),
+            W_O=a.dense.weight.detach(),
+            b_Q=None if biases[0] is None else biases[0].flatten(),
+            b_K=None if biases[1] is None else biases[1].flatten(),
+            b_V=None if biases[2] is None else biases[2].flatten(),
+            b_O=_bias(a.dense),
+            q_norm=IDENTITY,
+            k_norm=IDENTITY,
+            post_norm=IDENTITY,
+            n_heads=heads,
+            n_kv_heads=heads,
+            scale=a.scaling,
+            softcap=None,
+            window=None,
+            rotary=_rotary(decoder.rotary_emb, "full_attention"),
+        )
+        mlp = MLP(
+            norm=_layer_norm(layer.post_attention_layernorm),
+            W_in=layer.mlp.dense_h_to_4h.weight.detach(),
+            b_in=_bias(layer.mlp.dense_h_to_4h),
+            W_gate=None,
+            b_gate=None,
+            W_out=layer.mlp.dense_4h_to_h.weight.detach(),
+            b_out=_bias(layer.mlp.dense_4h_to_h),
+            post_norm=IDENTITY,
+            activation=activation_named(config.hidden_act),
+        )
+        if config.use_parallel_residual:
+            blocks.append(Block(Beside(attention, mlp), Nothing("the MLP beside the attention", True, mlp.width)))
+        else:
+            blocks.append(Block(attention, mlp))
+    return blocks

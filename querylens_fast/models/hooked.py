@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from querylens_fast.models.blocks import MLP, Attention, Block
+from querylens_fast.models.errors import UnsupportedModelError
 from querylens_fast.models.families import activation_named
-from querylens_fast.models.model import Model, UnsupportedModelError
+from querylens_fast.models.model import Model
 from querylens_fast.models.norms import IDENTITY, AnyNorm, Norm
 
 _HOOKED_ACTIVATIONS = {

@@ -2,59 +2,69 @@
 
 `load_model` reads a transformers causal LM from a hub id or a local folder; `as_model` takes a transformers model or a
 hooked model (transformer-lens, sae-lens) in memory, recognised by its attributes. Both compare the `Model`'s logits
-with the source's own on a few tokens and raise `UnsupportedModelError` when they differ by more than rounding.
+with the source's own on a few tokens. Where the hand-written linearisation is missing or does not reproduce the model,
+the model's own layers are differentiated instead, and that is said.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
+from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from querylens_fast.models.families import from_transformers
+from querylens_fast.models.autodiff import from_autodiff
+from querylens_fast.models.checks import check_finite_weights, check_reproduction, raise_not_finite
+from querylens_fast.models.errors import UnsupportedModelError
+from querylens_fast.models.families import FAMILIES, from_transformers
+from querylens_fast.models.fingerprint import behaviour
+from querylens_fast.models.folders import load_source, load_tokenizer, parse_device, parse_dtype
+from querylens_fast.models.frame import measured_frame
 from querylens_fast.models.hooked import from_hooked
-from querylens_fast.models.model import Linearisation, Model, UnsupportedModelError
+from querylens_fast.models.model import Linearisation, Model
 from querylens_fast.models.norms import at_least_float32
+from querylens_fast.models.own_layers import OwnLayers, probe_ids
+from querylens_fast.models.refusals import refuse_encoder, refuse_unusable
+from querylens_fast.models.weights_only import load_weights_only
+from querylens_fast.models.wrappers import unwrap
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {
-    "float64": torch.float64,
-    "double": torch.float64,
-    "float32": torch.float32,
-    "float": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "half": torch.float16,
-}
+
+@dataclass(frozen=True)
+class _Adapted:
+    """A model adapted before, kept as long as its source lives; it does not keep the source alive itself."""
+
+    state: list[Any]
+    """Of the source's weights and hooks then."""
+    logits: Tensor
+    bare: Model
+    """Without its source."""
+    whole: ref[Model]
+
+    def answers(self, forward: Callable[[Tensor], Tensor]) -> bool:
+        """Whether the source still gives the logits it gave: guards against a change that its state does not show."""
+        with torch.no_grad():
+            found = _probe(forward, self.bare)
+        return found.shape == self.logits.shape and bool((found - self.logits).norm() <= 1e-6 * self.logits.norm())
+
+    def model(self, source: nn.Module) -> Model:
+        """The model with its source again; its fingerprint is taken anew."""
+        known = self.whole()
+        if known is None:
+            known = copy.copy(self.bare)
+            known.source = source
+        vars(known).pop("fingerprint", None)
+        return known
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
-
-
-def parse_device(device: str | torch.device) -> torch.device:
-    """A device that is there, from its name."""
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device is {device!r}; expected cpu, cuda, cuda:1, …") from None
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {str(device)!r}, but torch sees {torch.cuda.device_count()} GPUs; use another")
-    return found
-
-
-def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A torch dtype from its name. Raises ValueError for an unknown one."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    try:
-        return DTYPES[str(dtype).lower().removeprefix("torch.")]
-    except KeyError:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}") from None
+_adapted: WeakKeyDictionary[nn.Module, dict[str, _Adapted]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -65,9 +75,9 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     tokenizer: str | Path | None = None,
     revision: str | None = None,
-    linearisation: Linearisation = "hand-written",
+    linearisation: Linearisation = "auto",
 ) -> Model:
-    """Load a transformers causal LM.
+    """Load a transformers causal LM. Code that comes with a model is never run.
 
     Args:
         model: A hub id ("openai-community/gpt2") or a local folder with config.json and weights.
@@ -75,170 +85,162 @@ def load_model(
         dtype: "float32", "float64", "bfloat16" or "float16".
         tokenizer: Another place to take the tokenizer from; by default the model's own.
         revision: A hub revision.
-        linearisation: "hand-written" for the architectures in `layouts.FAMILIES`; "autodiff" differentiates the layers
-            of any decoder of sequential blocks as transformers has them, at about twice the cost.
+        linearisation: "hand-written" for the architectures in `families.FAMILIES`; "autodiff" differentiates the
+            model's own layers, at two to three times the cost; "auto" takes the first where it reproduces the model's
+            logits and else, with a warning, the second. "none" reads the embedding, the unembedding and the final norm
+            alone: identity presets and imported transports need no more.
 
     Raises:
         FileNotFoundError: The folder or hub id cannot be had.
-        UnsupportedModelError: The architecture is not supported (the message lists those that are).
+        UnsupportedModelError: The architecture is not supported (the message says why).
+        ValueError: Files are damaged or do not fit together.
     """
-    import transformers
-
-    name, torch_dtype, place = str(model), parse_dtype(dtype), parse_device(device)
     _check_linearisation(linearisation)
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
-        raise FileNotFoundError(f"{name} has no config.json: it is not a folder written by save_pretrained")
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
-        loading: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision,
-            config=config,
-            dtype=torch_dtype,
-            attn_implementation="eager",
-            experts_implementation="eager",
-            output_loading_info=True,
-        )
-        source, info = loading
-    except OSError as error:
-        raise FileNotFoundError(
-            f"model {name!r} could not be loaded: it is neither a readable local folder nor a hub id that can be "
-            f"reached from here ({str(error).splitlines()[0]})"
-        ) from error
-    except ValueError as error:
-        if "Unrecognized" in str(error) or "not recognized" in str(error) or "does not recognize" in str(error):
-            raise UnsupportedModelError(f"model {name!r}: {str(error).splitlines()[0]}") from error
-        raise
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise ValueError(f"model {name!r}: its weights file is damaged or truncated ({error})") from error
-        if isinstance(error, RuntimeError) and "size" in str(error):
-            raise ValueError(f"model {name!r}: its weights do not have its config's shapes ({error})") from error
-        raise
-    missing = sorted(info["missing_keys"])
-    if missing:
-        more = "" if len(missing) <= 4 else f" and {len(missing) - 4} more"
-        raise ValueError(
-            f"model {name!r}: its files lack {', '.join(missing[:4])}{more}, for which random numbers would stand; "
-            "fetch them again"
-        )
-    source = source.to(place).eval().requires_grad_(False)  # type: ignore[arg-type]
-    loaded_tokenizer = _load_tokenizer(tokenizer or name, revision, required=bool(tokenizer))
-    loaded = from_transformers(source, name, loaded_tokenizer, linearisation)
+    name, torch_dtype, place = str(model), parse_dtype(dtype), parse_device(device)
+    if linearisation == "none":
+        return load_weights_only(name, torch_dtype, place, tokenizer, revision)
+    source = load_source(name, torch_dtype, revision).to(place).eval().requires_grad_(False)
+    loaded_tokenizer = load_tokenizer(tokenizer or name, revision, required=bool(tokenizer))
+    loaded = _adapt(source, name, loaded_tokenizer, linearisation)
     check_finite_weights(loaded)
-    check_reproduction(loaded, _logits_of(source))
     return loaded
 
 
-def as_model(model: Any, tokenizer: Any = None, linearisation: Linearisation = "hand-written") -> Model:
+def as_model(model: Any, tokenizer: Any = None, linearisation: Linearisation = "auto") -> Model:
     """A `Model` from one already in memory: a `Model`, a transformers causal LM or a hooked model.
 
-    ``linearisation`` is that of `load_model`, for a transformers model.
+    Wrappers (torch.compile, DataParallel, nnsight, nnterp, an unprocessed TransformerBridge) are taken off. The object
+    is never changed; its weights are shared. ``linearisation`` is that of `load_model`, for a transformers model.
 
     Raises:
-        UnsupportedModelError: It is none of these.
+        UnsupportedModelError: It is none of these, or is refused by name (`refusals`).
     """
     _check_linearisation(linearisation)
     if isinstance(model, Model):
         return model
-    state, known = _state_of(model), getattr(model, "_querylens_model", None)
-    if known is not None and known[0] == (state, linearisation) and tokenizer in (None, known[1].tokenizer):
-        return known[1]
-    if hasattr(model, "cfg") and hasattr(model, "blocks") and hasattr(model, "W_E"):
-        loaded, forward = from_hooked(model), model
-    elif hasattr(model, "config") and hasattr(model, "get_input_embeddings"):
-        name = getattr(model.config, "_name_or_path", "")
-        if tokenizer is None and name:
-            tokenizer = _load_tokenizer(name, None, required=False)
-        loaded = from_transformers(model, name or type(model).__name__, tokenizer, linearisation)
-        forward = _logits_of(model)
-    else:
+    if linearisation == "none":
+        raise ValueError("linearisation is 'none', which is for load_model; a model in memory has its layers")
+    model = unwrap(model)
+    hooked = hasattr(model, "cfg") and hasattr(model, "blocks") and hasattr(model, "W_E")
+    if not isinstance(model, nn.Module) or not (
+        hooked or (hasattr(model, "config") and hasattr(model, "get_input_embeddings"))
+    ):
         raise UnsupportedModelError(
             f"model is a {type(model).__name__}; expected the result of load_model, a transformers causal LM, "
             "or a hooked model with .cfg, .blocks and .W_E"
         )
+    forward = model if hooked else _logits_of(model)
+    state = _state_of(model)
+    kept = _adapted.get(model, {}).get(linearisation)
+    if kept is not None and tokenizer in (None, kept.bare.tokenizer) and kept.state == state and kept.answers(forward):
+        return kept.model(model)
     with torch.no_grad():
-        check_reproduction(loaded, forward)
-    # Adapted once: a reference-style caller passes the same object for each feature.
-    model._querylens_model = ((state, linearisation), loaded)
+        if hooked:
+            loaded = from_hooked(model)
+            logits = _probe(forward, loaded)
+            check_reproduction(loaded, logits)
+            loaded.behaviour = behaviour(logits)
+        else:
+            name = str(getattr(model.config, "_name_or_path", "") or "")
+            if tokenizer is None and name:
+                tokenizer = load_tokenizer(name, None, required=False)
+            loaded = _adapt(model, name or type(model).__name__, tokenizer, linearisation)
+            logits = _probe(forward, loaded)
+    # Adapted once: a reference-style caller passes the same object for each feature and module.
+    _adapted.setdefault(model, {})[linearisation] = _Adapted(state, logits, replace(loaded, source=None), ref(loaded))
     return loaded
 
 
-def _state_of(model: Any) -> list[tuple[Any, ...]] | None:
-    """What changes when a module's weights do: trained, replaced, processed, moved or cast."""
-    if not isinstance(model, torch.nn.Module):
+def _adapt(source: Any, name: str, tokenizer: Any, linearisation: Linearisation) -> Model:
+    """A `Model` over a transformers causal LM's weights, by hand or by autodiff, checked against its own logits."""
+    refuse_unusable(source, name)
+    config = source.config.get_text_config()
+    forward = _logits_of(source)
+    ids = probe_ids(len(source.get_input_embeddings().weight), next(source.parameters()).device)
+    try:
+        theirs = at_least_float32(forward(ids))
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"model {name!r} ({config.model_type}) fails in its own forward pass over {list(ids.shape)} tokens "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if not bool(torch.isfinite(theirs).all()):
+        raise_not_finite(source, _layout(source, name), name)
+    refuse_encoder(forward, ids, theirs, name)
+    reason = f"no linearisation is written out for its type {config.model_type!r}"
+    if linearisation == "hand-written" or (linearisation == "auto" and config.model_type in FAMILIES):
+        try:
+            loaded = from_transformers(source, name, tokenizer)
+            check_reproduction(loaded, theirs)
+            loaded.behaviour = behaviour(theirs)
+            return loaded
+        except (UnsupportedModelError, AttributeError, KeyError, TypeError, RuntimeError) as error:
+            if linearisation == "hand-written":
+                raise _as_unsupported(error, name) from error
+            reason = f"the linearisation written out for its type does not reproduce it ({error})"
+    own = OwnLayers(source, name)
+    loaded = from_autodiff(measured_frame(source, own, name, tokenizer), own)
+    check_reproduction(loaded, theirs)
+    loaded.layout = _layout(source, name)
+    loaded.behaviour = behaviour(theirs)
+    level = logging.INFO if linearisation == "autodiff" else logging.WARNING
+    logger.log(level, "%s: linearised by autodiff through its own layers%s", name, _why(loaded, reason, linearisation))
+    return loaded
+
+
+def _why(loaded: Model, reason: str, linearisation: Linearisation) -> str:
+    parts = [] if linearisation == "autodiff" else [f": {reason}"]
+    if not loaded.has_submodules:
+        parts.append("; each layer is one unit, so resid_mid points, the first order and single modules are refused")
+    if loaded.own.token_dependent:
+        parts.append("; what its layers read beside the stream (embeddings of their own) is held fixed")
+    if loaded.mixture_of_experts:
+        parts.append("; the experts' routing is held fixed")
+    return "".join(parts)
+
+
+def _layout(source: Any, name: str) -> Model | None:
+    """The model with the hand-written blocks of a known family, unchecked; None elsewhere."""
+    try:
+        return from_transformers(source, name, None)
+    except (UnsupportedModelError, AttributeError, KeyError, TypeError, RuntimeError):
         return None
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in model.parameters()]
+
+
+def _as_unsupported(error: Exception, name: str) -> UnsupportedModelError:
+    if isinstance(error, UnsupportedModelError):
+        return error
+    return UnsupportedModelError(f"model {name!r} does not have the modules of its type ({error})")
+
+
+def _state_of(model: nn.Module) -> list[Any]:
+    """What changes when a module's weights or hooks do: trained, replaced, processed, moved, cast, hooked."""
+    weights = [
+        (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device, t.shape)
+        for t in (*model.parameters(), *model.buffers())
+    ]
+    hooks = [
+        (i, tuple(map(id, (*m._forward_hooks.values(), *m._forward_pre_hooks.values(), vars(m).get("forward")))))
+        for i, m in enumerate(model.modules())
+        if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)
+    ]
+    return [weights, hooks, model.training]
+
+
+def _probe(forward: Callable[[Tensor], Tensor], model: Model) -> Tensor:
+    return at_least_float32(forward(probe_ids(len(model.W_E), model.device))).detach()
 
 
 def _logits_of(source: Any) -> Callable[[Tensor], Tensor]:
     """A transformers model's plain forward pass."""
 
     def forward(ids: Tensor) -> Tensor:
-        return source(input_ids=ids, use_cache=False).logits
+        with torch.no_grad():
+            return source(input_ids=ids, use_cache=False).logits
 
     return forward
 
 
-def _load_tokenizer(source: str | Path, revision: str | None, required: bool) -> Any:
-    """The tokenizer at source, or None where the model has none: asking for token strings is then an error."""
-    import transformers
-
-    folder = Path(source)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        if required:
-            raise FileNotFoundError(f"{str(folder)!r} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
-        return None  # transformers would make up an empty tokenizer here
-    try:
-        return transformers.AutoTokenizer.from_pretrained(str(source), revision=revision)
-    except Exception as error:
-        if required:
-            raise FileNotFoundError(f"no tokenizer could be loaded from {source!r}: {error}") from error
-        if isinstance(error, OSError) and not folder.is_dir():
-            return None  # a hub model without one
-        # Taken for none, its pad token would count as text.
-        raise ValueError(
-            f"the tokenizer of {str(source)!r} cannot be read ({type(error).__name__}: {str(error)[:200]}); mend its "
-            "files, or pass tokenizer='path-or-hub-id'"
-        ) from error
-
-
 def _check_linearisation(linearisation: str) -> None:
     if linearisation not in get_args(Linearisation):
-        raise ValueError(f"linearisation is {linearisation!r}; expected 'hand-written' or 'autodiff'")
-
-
-def check_finite_weights(model: Model) -> None:
-    """Raise ValueError when a weight holds NaN or inf."""
-    named = [("embedding", model.W_E), ("unembedding", model.W_U)]
-    for layer, block in enumerate(model.blocks):
-        for part in (block.attention, block.mlp):
-            tensors = [(n, w) for n, w in vars(part).items() if isinstance(w, Tensor)]
-            tensors = tensors or [(f"matrix {i} of {type(part).__name__}", w) for i, w in enumerate(part.matrices())]
-            named += [(f"layer {layer} {n}", w) for n, w in tensors]
-    for name, weight in named:
-        if not torch.isfinite(weight).all():
-            count = int((~torch.isfinite(weight)).sum())
-            raise ValueError(f"model {model.name!r}: {name} holds {count} NaN or infinite values; reload its weights")
-
-
-def check_reproduction(model: Model, forward: Callable[[Tensor], Tensor]) -> None:
-    """Compare our logits with the model's own on a few tokens.
-
-    Raises:
-        UnsupportedModelError: They differ by more than rounding, so some variation is not covered.
-    """
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.vocab_size, (2, 12), generator=generator).to(model.device)
-    theirs = at_least_float32(forward(ids))
-    ours = at_least_float32(model.logits(model.residuals(ids)[2]))
-    tolerance = {torch.float64: 1e-5, torch.float32: 2e-4}.get(model.dtype, 0.1)
-    difference = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
-    if not difference <= tolerance:
-        raise UnsupportedModelError(
-            f"model {model.name!r} ({model.architecture}) has a variation this package does not reproduce: its logits "
-            f"differ from the model's own by {difference:.2e} (relative), more than the {tolerance:.0e} that rounding "
-            "explains; please report its config"
-        )
-    if model.linearisation == "autodiff":
-        logger.info("%s: linearised by autodiff through its own layers", model.name)
+        raise ValueError(f"linearisation is {linearisation!r}; expected one of {', '.join(get_args(Linearisation))}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -12,13 +11,10 @@ import torch
 from torch import Tensor
 
 from querylens_fast.models.blocks import Block, Masking
-from querylens_fast.models.norms import Norm
+from querylens_fast.models.fingerprint import behaves_otherwise, earlier_fingerprints, fingerprint, frame_fingerprint
+from querylens_fast.models.norms import AnyNorm, OwnNorm
 
-Linearisation = Literal["hand-written", "autodiff"]
-
-
-class UnsupportedModelError(ValueError):
-    """The model's architecture, or a variation of it, is not one this package reproduces."""
+Linearisation = Literal["auto", "hand-written", "autodiff", "none"]
 
 
 @dataclass
@@ -26,15 +22,19 @@ class Model:
     """A causal language model, ready for the engine. Built by `load_model` or `as_model`, not by hand.
 
     W_E [V, D] is the raw embedding; the model multiplies it by ``embed_scale`` (Gemma: √d_model), so the token
-    embedding of the paper is ``embed_scale · W_E``. W_U [V, D] is the unembedding's weight, b_U [V] its bias or None.
-    ``convention`` says how to read scores: raw lm_head or a hooked model's processed weights. ``linearisation`` says
-    whose Jacobians the walks take: those written out in `blocks` and `experts`, or autodiff's through the layers.
+    embedding of the paper is ``embed_scale · W_E``. W_U [V, D] is the unembedding's weight, b_U [V] its bias or None;
+    ``logit_scale`` multiplies both. ``convention`` says how to read scores: raw lm_head or a hooked model's processed
+    weights. ``linearisation`` says whose Jacobians are taken: those written out in `blocks` and `moe`, or autodiff's
+    through the model's ``own`` layers (`own_layers.OwnLayers`, else None). ``has_submodules`` False: each layer is one
+    unit, so that the stream between attention and MLP, the first order and one module alone are refused; ``parallel``:
+    because attention and MLP read the same stream. ``layout`` is the hand-written form of a known family that is
+    linearised by autodiff, and ``behaviour`` a few of the source's own logits.
     """
 
     name: str
     architecture: str
     blocks: list[Block]
-    final_norm: Norm
+    final_norm: AnyNorm | OwnNorm
     W_E: Tensor
     W_U: Tensor
     b_U: Tensor | None
@@ -45,13 +45,17 @@ class Model:
     tokenizer: Any = None
     source: Any = field(default=None, repr=False)
     linearisation: Linearisation = "hand-written"
+    logit_scale: float = 1.0
+    own: Any = field(default=None, repr=False)
     has_submodules: bool = True
-    """False: module 2l is the whole of layer l and module 2l + 1 zero, so there is no resid_mid and no first order."""
+    parallel: bool = False
+    layout: Model | None = field(default=None, repr=False)
+    behaviour: str = field(default="", repr=False)
 
     @property
     def mixture_of_experts(self) -> bool:
         """Whether any layer routes its positions among experts; their Jacobians hold the routing fixed."""
-        return any(block.mlp.routed for block in self.blocks)
+        return any(part.routed for block in self.blocks for part in (block.attention, block.mlp))
 
     @property
     def n_layers(self) -> int:
@@ -87,6 +91,8 @@ class Model:
     @torch.no_grad()
     def first_residual(self, ids: Tensor) -> Tensor:
         """The residual stream before layer 0, [B, S, D]."""
+        if self.own is not None:
+            return self.own.front(ids)
         embedded = self.embed(ids)
         return embedded if self.position_embedding is None else embedded + self.position_embedding[: ids.shape[1]]
 
@@ -103,7 +109,7 @@ class Model:
 
     def masking(self, ids: Tensor, valid: Tensor | None = None) -> Masking:
         """How the tokens ids [B, S] attend; ``valid`` [B, S] bool hides padding."""
-        return Masking(valid, (ids.shape[0], ids.shape[1]), self.device)
+        return Masking(valid, (ids.shape[0], ids.shape[1]), self.device, ids.to(self.device))
 
     @torch.no_grad()
     def logits(self, residual: Tensor) -> Tensor:
@@ -111,8 +117,9 @@ class Model:
         return self.cap(self.unembed(self.final_norm(residual)))
 
     def unembed(self, normed: Tensor) -> Tensor:
-        """W_U x + b_U for normed residuals [..., D]."""
-        return torch.nn.functional.linear(normed, self.W_U, self.b_U)
+        """(W_U x + b_U) · logit_scale for normed residuals [..., D]."""
+        logits = torch.nn.functional.linear(normed, self.W_U, self.b_U)
+        return logits if self.logit_scale == 1.0 else logits * self.logit_scale
 
     def cap(self, logits: Tensor) -> Tensor:
         """The model's final logit soft cap, where it has one."""
@@ -142,27 +149,26 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         """A digest of the model's shape and of samples of its weights, the same in every dtype it is loaded in."""
-        digest = hashlib.sha256(f"{self.n_layers},{self.d_model},{self.vocab_size}".encode())
-        weights = [self.W_E, self.W_U, self.b_U, self.position_embedding, *_own_weights(self.final_norm)]
-        for block in self.blocks:
-            for part in (block.attention, block.mlp):
-                weights += part.matrices()
-                for name, held in vars(part).items():
-                    weights += [held] if name.startswith("b_") else _own_weights(held)
-        for weight in weights:
-            # A bias of zeros is none: hooked models keep such.
-            if weight is None or (weight.ndim == 1 and not bool(weight.any())):
-                continue
-            matrix = weight[None] if weight.ndim == 1 else weight
-            rows = torch.linspace(0, matrix.shape[0] - 1, 16, device=matrix.device).long()
-            columns = torch.linspace(0, matrix.shape[1] - 1, 16, device=matrix.device).long()
-            sample = matrix[rows][:, columns].to(torch.float32).to(torch.bfloat16).float().cpu()
-            digest.update(sample.numpy().tobytes())
-        return digest.hexdigest()[:32]
+        return fingerprint(self)
 
+    @property
+    def raw_embedding(self) -> Tensor:
+        """The embedding table as the checkpoint has it."""
+        return (
+            self.W_E if self.own is None or self.source is None else self.source.get_input_embeddings().weight.detach()
+        )
 
-def _own_weights(norm: Any) -> list[Tensor | None]:
-    """A norm's scale, as the checkpoint has it, and its bias; nothing for what is no norm."""
-    if not isinstance(norm, Norm):
-        return []
-    return [norm.weight if norm.stored is None else norm.stored, norm.bias]
+    def difference_from(self, metadata: Mapping[str, str]) -> str | None:
+        """How this model differs from the one that a transport's metadata describe; None: it is the same."""
+        found, frame = metadata["fingerprint"], frame_fingerprint(self)
+        if found == frame or (self.linearisation == "none" and metadata.get("frame_fingerprint") == frame):
+            return None  # one of the two was read without its layers
+        if found != self.fingerprint and found not in earlier_fingerprints(self):
+            return f"other weights than {self.name!r} has (fingerprints {found[:8]} and {self.fingerprint[:8]})"
+        difference = behaves_otherwise(metadata.get("behaviour", ""), metadata.get("dtype", ""), self)
+        if difference is not None:
+            return (
+                f"the weights of {self.name!r}, but another config, hooks or small changes: their logits differ by "
+                f"{difference:.1e} (relative)"
+            )
+        return None

@@ -18,6 +18,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from querylens_fast.models.blocks import Activation, with_slope
+from querylens_fast.models.errors import UnsupportedModelError
 from querylens_fast.models.norms import IDENTITY, AnyLinearNorm, AnyNorm
 
 
@@ -28,8 +29,6 @@ class NoSingleWeights:
 
     def refuse(self, attribute: str) -> NoReturn:
         """Raise UnsupportedModelError for a weight that is not there."""
-        from querylens_fast.models.model import UnsupportedModelError
-
         raise UnsupportedModelError(
             f"{self.name} has no single {attribute}: MLP neurons, weights as downstream targets and the "
             "module-by-module functions of querylens_fast.analysis need a plain MLP or attention"
@@ -60,6 +59,7 @@ class Mixture(NoSingleWeights):
     name: str = "a mixture of experts"
     post_norm: AnyNorm = IDENTITY
     routed: ClassVar[bool] = True
+    adds_directly: ClassVar[bool] = True
 
     @property
     def width(self) -> int:

@@ -6,6 +6,7 @@ Axes: B sequences, S positions, D the normalised width. Directions carry any lea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,3 +90,32 @@ class Identity:
 IDENTITY = Identity()
 AnyNorm = Norm | Identity
 AnyLinearNorm = LinearNorm | Identity
+
+
+@dataclass(frozen=True)
+class OwnNorm:
+    """A model's own norm module, called as it is; on inputs wider than its weights with widened weights."""
+
+    module: Any
+
+    @property
+    def weight(self) -> Tensor | None:
+        weight = getattr(self.module, "weight", None)
+        return None if weight is None else weight.detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else bias.detach()
+
+    @property
+    def stored(self) -> Tensor | None:
+        """The scale as the checkpoint has it."""
+        return self.weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of x ([..., D])."""
+        held = dict(self.module.named_parameters())
+        if all(p.dtype == x.dtype for p in held.values()):
+            return self.module(x)
+        return torch.func.functional_call(self.module, {n: p.detach().to(x.dtype) for n, p in held.items()}, (x,))

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,10 @@ from torch import Tensor
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.dictionaries.rows import MemoryRows
-from querylens_fast.lens.pipeline import Pipeline, plan
+from querylens_fast.lens.pipeline import Pipeline
+from querylens_fast.lens.planning import plan
 from querylens_fast.lens.presets import Preset, find_preset
+from querylens_fast.lens.similarity import embedding_similarity, string_similarity, vocabulary_centre
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import at_least_float32
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 MEASURES = ("kurtosis", "string_similarity", "embedding_similarity")
 """Those that `predicts` goes by."""
 FEATURES_AT_ONCE = 4096
-EMBEDDINGS_AT_ONCE = 1 << 23
 SHOWN_TOKENS = 5
 
 
@@ -159,9 +159,7 @@ class _Measures:
 
     def __init__(self, model: Model, pipeline: Pipeline, k: int) -> None:
         self.model, self.pipeline, self.k = model, pipeline, k
-        W_E = model.W_E
-        parts = [at_least_float32(part).sum(0) for part in W_E.split(FEATURES_AT_ONCE)]
-        self.centre = torch.stack(parts).sum(0) / len(W_E)
+        self.centre = vocabulary_centre(model)
 
     @torch.no_grad()
     def of(self, pipeline: Pipeline, features: Tensor | None = None) -> dict[str, Tensor]:
@@ -179,8 +177,8 @@ class _Measures:
             "entropy": row.entropy,
             "top_score": found.top_scores[:, 0].double(),
             "top_mass": mass,
-            "string_similarity": self._string_similarity(found.top_ids),
-            "embedding_similarity": self._embedding_similarity(found.top_ids),
+            "string_similarity": string_similarity(self.model, found.top_ids),
+            "embedding_similarity": embedding_similarity(self.model, found.top_ids, self.centre),
             "ids": found.top_ids,
         }
 
@@ -200,30 +198,3 @@ class _Measures:
             predicts=beyond["kurtosis"] & (beyond["string_similarity"] | beyond["embedding_similarity"]),
             tokens=[" ".join(map(repr, texts[i : i + width])) for i in range(0, len(texts), width)],
         )
-
-    def _embedding_similarity(self, ids: Tensor) -> Tensor:
-        n, k = ids.shape
-        means = []
-        for part in ids.split(max(1, EMBEDDINGS_AT_ONCE // (k * self.model.d_model))):
-            embedded = at_least_float32(self.model.W_E[part.to(self.model.device)]) - self.centre
-            unit = torch.nn.functional.normalize(embedded, dim=-1)
-            # Σ over pairs = (‖Σ e‖² − Σ ‖e‖²) / 2.
-            pairs = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
-            means.append(pairs.double().cpu() / (k * (k - 1)))
-        return torch.cat(means) if means else torch.empty(0, dtype=torch.float64)
-
-    def _string_similarity(self, ids: Tensor) -> Tensor:
-        distinct = ids.unique().tolist()
-        grams = dict(zip(distinct, map(_bigrams, self.model.str_tokens(distinct)), strict=True))
-        means = []
-        for tokens in ids.tolist():
-            several = [grams[t] for t in tokens]
-            pairs = [2 * len(a & b) / (len(a) + len(b)) for a, b in combinations(several, 2)]
-            means.append(sum(pairs) / len(pairs))
-        return torch.tensor(means, dtype=torch.float64)
-
-
-def _bigrams(text: str) -> frozenset[str]:
-    """Character bigrams of a token's letters; the text itself where it is shorter."""
-    plain = text.strip().lower() or text
-    return frozenset(plain[i : i + 2] for i in range(len(plain) - 1)) or frozenset([plain])

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from querylens_fast.dictionaries.load import load_dictionary
-from querylens_fast.lens.pipeline import Pipeline, plan
+from querylens_fast.lens.pipeline import Pipeline
+from querylens_fast.lens.planning import plan
 from querylens_fast.lens.presets import Preset, find_preset
 from querylens_fast.lens.readouts import Scorer
 from querylens_fast.models.load import as_model

@@ -13,7 +13,6 @@ processes may write parts of one result.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -24,10 +23,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from querylens_fast.runs.atomic_write import fsync_folder, output_file, remove_leftovers, whole, write_whole
+from querylens_fast.runs.atomic_write import fsync_folder, output_file, remove_leftovers, whole
+from querylens_fast.runs.run_record import DamagedFile, digest_of, read_record, refuse_others, write_record
 from querylens_fast.runs.sealed_parquet import (
     METADATA_KEY,
-    DamagedFile,
     opened,
     problems,
     read_identity,
@@ -38,14 +37,12 @@ from querylens_fast.runs.sealed_parquet import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["METADATA_KEY", "DamagedFile", "PartWriter", "changed_keys", "read_identity", "verify"]
+__all__ = ["METADATA_KEY", "DamagedFile", "PartWriter", "read_identity", "verify"]
 
 logger = logging.getLogger(__name__)
 _PART_NAME = re.compile(r"part-(\d{9}|\d{12})\.parquet")
 PART_KEY = b"querylens_fast.part"
 _ONE_FOLDER = "all processes of a run have to write to the same folder; run the same call again to compute the others"
-PARTS_FORMAT = "querylens_fast.parts/2"
-"""Of run.json. Without it, run.json is the identity alone and parts are not sealed: the format before this one."""
 
 
 class PartWriter:
@@ -76,19 +73,19 @@ class PartWriter:
         self.identity = json.loads(json.dumps(identity))
         self._options = {"compression": "zstd", **(parquet_options or {})}
         self._row_group = row_group
-        self._digest = _digest_of(self.identity)
+        self._digest = digest_of(self.identity)
         self._begun, self._all_sealed = False, True
         self._checked: set[int] = set()
         self.parts = self._out.with_name(self._out.name + ".parts")
         self.complete = self._out.exists()
         if self.complete:
             try:
-                self._refuse_others(read_identity(self._out), resume)
+                refuse_others(self.path, read_identity(self._out), self.identity, resume)
             except DamagedFile as error:
                 raise DamagedFile(f"{error}; delete it and run again") from error
             shutil.rmtree(self.parts, ignore_errors=True)  # a run killed after its last step left them
         elif starts := self._starts():
-            self._refuse_others(self._earlier(starts), resume)
+            refuse_others(self.parts, self._earlier(starts), self.identity, resume)
 
     def done(self, start: int) -> bool:
         """Is the part that begins at row ``start`` written? A part that is not what was written is removed."""
@@ -195,33 +192,30 @@ class PartWriter:
             return
         self.parts.mkdir(parents=True, exist_ok=True)
         if self._all_sealed:
-            record = {"format": PARTS_FORMAT, "identity": self.identity, "sha256": self._digest}
-            write_whole(self.parts / "run.json", json.dumps(record, indent=1))
+            write_record(self.parts / "run.json", self.identity)
         self._begun = True
 
     def _earlier(self, starts: dict[int, Path]) -> dict[str, Any]:
         """The identity of the run that wrote the parts which are there."""
-        record, problem = self.parts / "run.json", "it holds no run's identity"
+        problem = None
         try:
-            found = json.loads(record.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            found, problem = None, str(error)
-        if isinstance(found, dict) and found.get("format") == PARTS_FORMAT:
-            if found.get("sha256") == _digest_of(found.get("identity")):
-                return found["identity"]
-            found, problem = None, "its digest is not that of its contents"
-        if found == self.identity:
-            self._all_sealed = False
-            return self.identity
+            found, with_digest = read_record(self.parts / "run.json")
+            if found == self.identity:
+                self._all_sealed = with_digest
+                return found
+        except DamagedFile as error:
+            found, problem = {}, error
         if self._are_ours(starts.values()):
-            logger.warning("%r is damaged (%s); its parts say that they are of this run", str(record), problem)
+            logger.warning(
+                "%s; the parts say that they are of this run", problem or f"{self.parts}/run.json was edited"
+            )
             return self.identity
-        if isinstance(found, dict) and found:
+        if problem is None:
             return found
         raise DamagedFile(
-            f"{str(record)!r} is missing or damaged ({problem}), so nothing says what run the parts there are of; "
-            f"delete {str(self.parts)!r} or choose another out"
-        )
+            f"{problem}, so nothing says what run the parts there are of; delete {str(self.parts)!r} or choose another "
+            "out"
+        ) from problem
 
     def _are_ours(self, parts: Iterable[Path]) -> bool:
         """Do all parts that can be read say that they are of this run, and is there one?"""
@@ -230,21 +224,6 @@ class PartWriter:
             with suppress(DamagedFile), opened(part) as file:
                 runs.add(json.loads((file.metadata.metadata or {}).get(PART_KEY, b"{}")).get("run"))
         return runs == {self._digest}
-
-    def _refuse_others(self, earlier: dict[str, Any], resume: bool) -> None:
-        there = str(self.path if self.complete else self.parts)
-        if not resume:
-            raise FileExistsError(f"{there!r} exists already; delete it, choose another out, or use resume=True")
-        if earlier != self.identity:
-            changed = ", ".join(changed_keys(earlier, self.identity))
-            raise FileExistsError(
-                f"{there!r} holds the result of another run (different: {changed}); delete it or choose another out"
-            )
-
-
-def changed_keys(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The keys in which two identities differ."""
-    return sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
 
 
 def verify(path: str | Path) -> list[str]:
@@ -258,10 +237,6 @@ def verify(path: str | Path) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return problems(path)
-
-
-def _digest_of(identity: Any) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _regrouped(tables: Iterable[pa.Table], row_group: int) -> Iterator[pa.Table]:

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from querylens_fast.runs.run_record import DamagedFile
+
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -29,10 +31,6 @@ SEALED_KEY = b"querylens_fast.sealed"
 _UNSEALED = b"0" * 64
 _TAIL = 8  # length of the footer, little endian, and "PAR1"
 _CHUNK = 1 << 22
-
-
-class DamagedFile(ValueError):
-    """A file's bytes are not those that were written."""
 
 
 def write_sealed(
@@ -67,7 +65,7 @@ def opened(path: Path, *, rewritten: bool = False, **options: Any) -> Iterator[p
 
     Raises:
         FileNotFoundError: No such file.
-        DamagedFile: Now, or while the caller reads: the file is not what was written, or no Parquet file.
+        DamagedFile: Now, or while the caller reads: the file is not what was written, or none of this package.
     """
     import pyarrow.parquet as pq
 
@@ -75,6 +73,8 @@ def opened(path: Path, *, rewritten: bool = False, **options: Any) -> Iterator[p
         with open(path, "rb") as raw:
             raw.seek(_footer_start(raw))
             metadata = _parsed(path, raw.read(), rewritten)
+        if not any(key.startswith(METADATA_KEY) for key in metadata.metadata or {}):
+            raise DamagedFile(f"{str(path)!r} was not written by querylens_fast, or its footer is damaged")
         with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True, **options) as file:
             yield file
 
@@ -84,8 +84,7 @@ def read_identity(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: No such file.
-        DamagedFile: It is no whole Parquet file, or its footer has been changed.
-        ValueError: It was not written by this package.
+        DamagedFile: It is no whole Parquet file, its footer has been changed, or it was not written by this package.
     """
     path = Path(path)
     if not path.is_file():
@@ -94,7 +93,7 @@ def read_identity(path: str | Path) -> dict[str, Any]:
         text = (file.metadata.metadata or {}).get(METADATA_KEY)
         found = None if text is None else json.loads(text)
     if not isinstance(found, dict):
-        raise ValueError(f"{str(path)!r} was not written by querylens_fast")
+        raise DamagedFile(f"{str(path)!r} is no result of querylens_fast, or its footer is damaged")
     return found
 
 

@@ -26,27 +26,31 @@ device at each call, before anything is launched.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from querylens_fast.topk import bf16_candidates, torch_backend
-from querylens_fast.topk.certify import Outcome
+from querylens_fast.topk.arguments import (
+    check_matrices,
+    check_options,
+    check_vectors,
+    checked_histogram,
+    checked_ids,
+    choose_backend,
+    plain,
+)
+from querylens_fast.topk.narrow import NarrowProduct
+from querylens_fast.topk.request import Epilogue, Outcome, Request
+from querylens_fast.topk.rescore import scores_at as scores_at_ids
+from querylens_fast.topk.rescore import scores_of_columns
 from querylens_fast.topk.statistics import Moments, RowStatistics
 
 __all__ = ["RowStatistics", "TopK", "scores_at", "streamed_topk"]
-
-BACKENDS = ("auto", "torch", "triton")
-METHODS = ("fused", "gemm")
-MIN_MEMORY_GIB = 0.001
-"""Less makes tiles of a few scores."""
-PRECISIONS = ("exact", "float32", "bf16")
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class TopK(NamedTuple):
@@ -139,96 +143,67 @@ def streamed_topk(
         ValueError: on a shape, dtype, device or k that does not fit, on top=bottom=False without statistics, and on a
             backend, precision, edges or bound that is unknown or can't be had here.
     """
-    _check_matrices(F, W)
-    _check_vectors(F, W, bias=bias, scale=scale, offset=offset)
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= len(W):
-        raise ValueError(f"k is {k!r} but W has {len(W)} rows: k must be a whole number from 1 to {len(W)}; lower k")
-    edges = None if histogram is None else _checked_edges(histogram)
-    statistics = statistics or edges is not None
-    if not (top or bottom or statistics):
-        raise ValueError("top and bottom are both False: nothing is asked for; set at least one of them to True")
-    if block_rows is not None and block_rows < 1:
-        raise ValueError(f"block_rows is {block_rows}: expected at least 1; leave it None for the backend's own choice")
-    if max_memory_gib is not None and not max_memory_gib >= MIN_MEMORY_GIB:
+    check_matrices(F, W)
+    check_vectors(F, W, bias=bias, scale=scale, offset=offset)
+    chosen, bins = choose_backend(backend, F, W), checked_histogram(histogram)
+    statistics = statistics or bins is not None
+    check_options(
+        len(W),
+        k,
+        anything=top or bottom or statistics,
+        backend=chosen,
+        precision=precision,
+        method=method,
+        block_rows=block_rows,
+        max_memory_gib=max_memory_gib,
+    )
+    if precision == "bf16" and torch.float64 in (F.dtype, W.dtype):
+        name = "F" if F.dtype == torch.float64 else "W"
         raise ValueError(
-            f"max_memory_gib is {max_memory_gib}: expected at least {MIN_MEMORY_GIB}; leave it None for the defaults"
+            f"precision is 'bf16' but {name} is torch.float64: convert it to float32 first, or use 'exact'"
         )
-    if max_memory_gib is not None and choose_backend(backend, F) == "triton":
-        raise ValueError("max_memory_gib is of the torch backend; leave it None with 'triton', or pass block_rows=")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}: expected one of {', '.join(PRECISIONS)}; choose one of these")
-    if method is not None and (method not in METHODS or choose_backend(backend, F) != "triton"):
-        raise ValueError(
-            f"method is {method!r} with backend {choose_backend(backend, F)!r}: expected {' or '.join(METHODS)} with "
-            "'triton'; leave it None"
-        )
-    if precision == "bf16" and F.dtype == torch.float64:
-        raise ValueError("precision is 'bf16' but F is torch.float64: convert F and W to float32 first, or use 'exact'")
+    F, W, bias, scale, offset = (plain(x) for x in (F, W, bias, scale, offset))  # type: ignore[assignment]
     if F.shape[1] == 0:
-        # Products of nothing are those with a column of zeros.
+        # d = 0: pad to one zero column.
         F, W = F.new_zeros(len(F), 1), W.new_zeros(len(W), 1)
-    epilogue = torch_backend.Epilogue(bias, scale, offset)
-    moments = Moments(len(F), F.device, edges) if statistics else None
-    asked = _Asked(k, epilogue, top, bottom, block_rows, moments, method)
+    moments = Moments(len(F), F.device, bins) if statistics else None
+    max_bytes = None if max_memory_gib is None else int(max_memory_gib * 2**30)
+    epilogue = Epilogue(bias, scale, offset)
+    request = Request(F, W, k, epilogue, top, bottom, moments, block_rows, max_bytes, precision, method)
     with _threads(threads):
-        found = _run(F, W, asked, choose_backend(backend, F), precision, max_memory_gib)
+        found = _run(request, chosen)
     best, worst = found.top or (None, None), found.bottom or (None, None)
     known = None if moments is None else moments.finish()
     return TopK(best[0], best[1], worst[0], worst[1], known, found.widened_rows)
 
 
-class _Asked(NamedTuple):
-    """A checked call, in the order in which the backends take it."""
-
-    k: int
-    epilogue: torch_backend.Epilogue
-    top: bool
-    bottom: bool
-    block_rows: int | None
-    moments: Moments | None
-    method: str | None
-
-
-def _run(F: Tensor, W: Tensor, asked: _Asked, backend: str, precision: str, max_memory_gib: float | None) -> Outcome:
+def _run(request: Request, backend: str) -> Outcome:
     """The backend's answer to a checked call."""
-    k, epilogue, top, bottom, block_rows, moments, _ = asked
-    limit = None if max_memory_gib is None else int(max_memory_gib * 2**30)
     if backend == "triton":
         from querylens_fast.topk import triton_backend
 
+        if request.F.dtype != request.W.dtype:
+            # The kernels multiply operands of one dtype.
+            dtype = torch.promote_types(request.F.dtype, request.W.dtype)
+            request = replace(request, F=request.F.to(dtype), W=request.W.to(dtype))
         return triton_backend.topk(
-            F,
-            W,
-            k,
-            epilogue,
-            top=top,
-            bottom=bottom,
-            block_rows=block_rows,
-            precision=precision,
-            moments=moments,
-            method=asked.method,
+            request.F,
+            request.W,
+            request.k,
+            request.epilogue,
+            top=request.top,
+            bottom=request.bottom,
+            block_rows=request.block_rows,
+            precision=request.precision,
+            moments=request.statistics,
+            method=request.method,
         )
-    tile_elements = torch_backend.TILE_ELEMENTS if limit is None else min(torch_backend.TILE_ELEMENTS, limit // 16)
+    if request.precision == "bf16":
+        return torch_backend.topk(request, NarrowProduct(request, exact=False))
     # Statistics of an exact call are of float32 scores too.
-    if precision == "bf16" or (precision == "exact" and moments is None and bf16_candidates.pays(F, W, k, limit)):
-        tile = bf16_candidates.tile_rows(F, W, limit) if block_rows is None else block_rows
-        exact = precision == "exact"
-        return bf16_candidates.topk(
-            F,
-            W,
-            k,
-            epilogue,
-            top=top,
-            bottom=bottom,
-            block_rows=tile,
-            moments=moments,
-            exact=exact,
-            tile_elements=tile_elements,
-        )
-    best, worst = torch_backend.topk(
-        F, W, k, epilogue, top=top, bottom=bottom, block_rows=block_rows, moments=moments, tile_elements=tile_elements
-    )
-    return Outcome(best, worst, 0, 0)
+    if request.precision == "exact" and request.statistics is None and bf16_candidates.pays(request):
+        return bf16_candidates.topk(request)
+    return torch_backend.topk(request)
 
 
 @contextmanager
@@ -244,16 +219,6 @@ def _threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _checked_edges(histogram: Tensor | Sequence[float]) -> Tensor:
-    edges = torch.as_tensor(histogram, dtype=torch.float64)
-    if edges.ndim != 1 or len(edges) < 2 or not bool((edges[1:] > edges[:-1]).all()):
-        raise ValueError(
-            f"histogram is {edges.tolist() if edges.numel() < 20 else list(edges.shape)}: expected two or more edges "
-            "in ascending order"
-        )
-    return edges
 
 
 def scores_at(
@@ -281,83 +246,8 @@ def scores_at(
     Raises:
         ValueError: on a shape, dtype or device that does not fit, and on an id outside W.
     """
-    _check_matrices(F, W)
-    _check_vectors(F, W, bias=bias, scale=scale, offset=offset)
-    ids = _checked_ids(F, W, ids)
-    epilogue = torch_backend.Epilogue(bias, scale, offset)
-    return (torch_backend.scores_of_columns if ids.ndim == 1 else torch_backend.scores_at)(F, W, ids, epilogue)
-
-
-def choose_backend(backend: str, F: Tensor) -> str:
-    """The backend that a call with this F gets: "torch" or "triton"; raises ValueError when it can't run here."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}; choose one of these")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    importable = importlib.util.find_spec("triton") is not None
-    if backend == "auto":
-        fits = F.device.type == "cuda" and F.dtype in TRITON_DTYPES
-        return "triton" if fits and importable and not interpreted else "torch"
-    if backend == "triton" and not importable:
-        raise ValueError("backend is 'triton' but the package triton is not installed: install it or use 'torch'")
-    if backend == "triton" and F.device.type != "cuda" and not interpreted:
-        raise ValueError(
-            f"backend is 'triton' but F is on {F.device}: expected a GPU; move F and W there, use backend='torch', "
-            "or set TRITON_INTERPRET=1 before the first use for Triton's (slow) interpreter"
-        )
-    if backend == "triton" and F.dtype not in TRITON_DTYPES:
-        names = ", ".join(str(dtype) for dtype in TRITON_DTYPES)
-        raise ValueError(f"backend is 'triton' but F is {F.dtype}: expected one of {names}; use backend='torch'")
-    return backend
-
-
-def _check_matrices(F: Tensor, W: Tensor) -> None:
-    for name, matrix in (("F", F), ("W", W)):
-        if not isinstance(matrix, Tensor) or matrix.ndim != 2:
-            what = list(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
-            raise ValueError(f"{name} is {what}: expected a tensor of two axes, rows and d; reshape it")
-        if not matrix.is_floating_point():
-            raise ValueError(f"{name} is {matrix.dtype}: expected a float dtype; convert it with .float()")
-    if F.shape[1] != W.shape[1]:
-        raise ValueError(
-            f"F is {list(F.shape)} but W is {list(W.shape)}: the last axes (d_model) must agree; "
-            "is this dictionary from another model, or is one of them transposed?"
-        )
-    if F.dtype != W.dtype:
-        raise ValueError(f"F is {F.dtype} but W is {W.dtype}: the dtypes must agree; convert one of them")
-    if F.device != W.device:
-        raise ValueError(f"F is on {F.device} but W is on {W.device}: expected one device; move one of them")
-
-
-def _check_vectors(F: Tensor, W: Tensor, *, bias: Tensor | None, scale: Tensor | None, offset: Tensor | None) -> None:
-    for name, vector, length, axis in (
-        ("bias", bias, len(W), "row of W"),
-        ("scale", scale, len(W), "row of W"),
-        ("offset", offset, len(F), "row of F"),
-    ):
-        if vector is None:
-            continue
-        if not isinstance(vector, Tensor) or list(vector.shape) != [length]:
-            what = list(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
-            raise ValueError(f"{name} is {what}: expected a tensor [{length}], one entry for each {axis}; reshape it")
-        if not vector.is_floating_point():
-            raise ValueError(f"{name} is {vector.dtype}: expected a float dtype; convert it with .float()")
-        if vector.device != F.device:
-            raise ValueError(f"{name} is on {vector.device} but F is on {F.device}: expected one device; move it")
-
-
-def _checked_ids(F: Tensor, W: Tensor, ids: Tensor) -> Tensor:
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        what = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"ids is {what}: expected an integer tensor; convert it with .long()")
-    if ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) != len(F)):
-        raise ValueError(
-            f"ids is {list(ids.shape)}: expected [m] or [{len(F)}, m], one line for each row of F; reshape it"
-        )
-    if ids.device != F.device:
-        raise ValueError(f"ids is on {ids.device} but F is on {F.device}: expected one device; move it")
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= len(W)):
-        raise ValueError(
-            f"ids holds {int(ids.min())}..{int(ids.max())}: expected 0..{len(W) - 1}, the rows of W; "
-            "are these ids from another vocabulary?"
-        )
-    return ids.long()
+    check_matrices(F, W)
+    check_vectors(F, W, bias=bias, scale=scale, offset=offset)
+    ids = checked_ids(F, W, ids)
+    F, W, bias, scale, offset = (plain(x) for x in (F, W, bias, scale, offset))  # type: ignore[assignment]
+    return (scores_of_columns if ids.ndim == 1 else scores_at_ids)(F, W, ids, Epilogue(bias, scale, offset))

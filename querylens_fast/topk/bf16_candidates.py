@@ -1,322 +1,245 @@
-"""Candidates from a bfloat16 product on the CPU, where a processor that has it is several times faster than in float32.
+"""Exact top-k from a bfloat16 product on the CPU, where processors that have it are several times faster in it.
 
-The epilogue is folded into the product, so that a tile of scores is read only by the selection:
-
-    (<f, w> + o) s + b = <[f, o, o, o', 1, 1], [s w, s, s', s, b, b']>
-
-where o, s and b are the bfloat16 parts of offset, scale and bias and o', s', b' what is left of them. `certified`
-turns the candidates into exact float32 results.
+Propose → rescore → certify → widen. The bfloat16 product proposes, for each row, every column that may be among the k
+best as far as its error bound tells (`panel`, `bounds`). The candidates of many rows are scored exactly at once
+(`rescore`). A row is proved when its k-th exact score is beyond what any column left out can reach. Others are tried
+once more with the sharpest limits; what is still open, each distinct row once, is scored in full (`torch_backend`).
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from querylens_fast.topk import buffers, certify, selection, torch_backend
-from querylens_fast.topk.statistics import Moments
-from querylens_fast.topk.torch_backend import Epilogue
+from querylens_fast.topk import torch_backend
+from querylens_fast.topk.narrow import EXTRA, MAX_COPY_BYTES, NarrowProduct
+from querylens_fast.topk.panel import Candidates, Panel
+from querylens_fast.topk.products import NARROW, faster_in_bfloat16, full_float32
+from querylens_fast.topk.request import Outcome, Request, Side
+from querylens_fast.topk.rescore import pair_scores
+from querylens_fast.topk.selection import best_of_pairs
+from querylens_fast.topk.torch_backend import plan
 
-NARROW = torch.bfloat16
-MAX_COPY_BYTES = 1 << 31
-"""Largest bfloat16 copy of W; beyond it the float32 path, which needs none."""
 MIN_ROWS = 192
-"""Fewer rows of F do not pay for the copy of W."""
-WIDER = 4
-"""Times as many candidates for a row that the first ones do not settle."""
-INFINITY_BITS = 0x7F80
-MAX_APART = 16
-"""Rows of W, at most, that are kept out of the bfloat16 product."""
-_EXTRA = 32
-_BLOCK_ROWS = 1024
-_MIN_TILE_ROWS = 32
-_TILE_ELEMENTS = 1 << 26
-"""Scores held at a time (128 MiB in bfloat16)."""
+"""Fewer rows of F do not pay for rounding W."""
+MIN_ROWS_READY = 32
+"""The same where W is in bfloat16 as it is."""
+MIN_COLUMNS = 1024
+COLUMNS_PER_K = 32
+PROBES = 128
+"""Rows, spread over F, that show whether the bfloat16 pass proves anything here."""
+BATCH_ELEMENTS = 1 << 23
+"""Elements of F whose candidates are scored exactly at once."""
+FEW_ROWS = 64
+"""Open rows that are not worth a second bfloat16 pass."""
 
 
-def candidates_for(k: int) -> int:
-    """How many candidates a side: room for the rounding of the product where scores are as good as random."""
-    return k + max(31, k // 2)
-
-
-def pays(F: Tensor, W: Tensor, k: int, limit: int | None = None) -> bool:
-    """Whether this processor and these shapes gain from the bfloat16 pass, in ``limit`` bytes if there is a limit."""
-    copy = 2 * len(W) * (W.shape[1] + _EXTRA)
-    room = MAX_COPY_BYTES if limit is None else min(MAX_COPY_BYTES, limit - _MIN_TILE_ROWS * _row_bytes(W))
+def pays(request: Request) -> bool:
+    """Whether this processor and these shapes gain from the bfloat16 pass, within the request's memory."""
+    F, W = request.F, request.W
+    ready = W.dtype == NARROW and all(vector is None for vector in request.epilogue)
+    fixed = 4 * len(W)
     return (
         F.device.type == "cpu"
-        and F.dtype == torch.float32
-        and len(F) >= MIN_ROWS
-        and len(W) >= 32 * candidates_for(k)
-        and copy <= room
+        and request.dtype == torch.float32
+        and len(F) >= (MIN_ROWS_READY if ready else MIN_ROWS)
+        and len(W) >= max(MIN_COLUMNS, COLUMNS_PER_K * request.k)
+        and (request.max_bytes is None or fixed < request.max_bytes // 2)
         and faster_in_bfloat16()
     )
 
 
-def tile_rows(F: Tensor, W: Tensor, limit: int | None = None) -> int:
-    """Rows of F to score at a time, in ``limit`` bytes together with the copy of W."""
-    rows = min(_BLOCK_ROWS, _TILE_ELEMENTS // len(W))
-    if limit is not None:
-        rows = min(rows, (limit - 2 * len(W) * (W.shape[1] + _EXTRA)) // _row_bytes(W))
-    return max(1, min(rows, len(F)))
+def topk(request: Request) -> Outcome:
+    """The k best of each row, exactly (arguments already checked; no statistics)."""
+    return _Pass(request).run()
 
 
-def _row_bytes(W: Tensor) -> int:
-    """Of a row of scores in bfloat16, with room for their extremes and candidates."""
-    return 3 * len(W)
+class _Pass:
+    """The bfloat16 pass of one call."""
+
+    def __init__(self, request: Request) -> None:
+        W, limit = request.W, request.max_bytes
+        self.request, self.sides = request, request.empty_sides()
+        keep = MAX_COPY_BYTES if limit is None else limit // 2
+        with torch.no_grad():
+            self.product = NarrowProduct(request, exact=True, keep=keep)
+        copied = 0 if self.product.copy is None else 2 * len(W) * (W.shape[1] + EXTRA)
+        rest = None if limit is None else max(limit // 4, limit - copied)
+        V = self.product.n_columns
+        self.plan = plan(len(request.F), V, NARROW, block_rows=request.block_rows, max_bytes=rest, whole=False)
+        self.total = False
+
+    def run(self) -> Outcome:
+        """All rows: a few as a probe, the rest, then those that are open."""
+        n = len(self.request.F)
+        everything = torch.arange(n, device=self.request.F.device)
+        if not bool(self.product.norms.isfinite().all()):
+            return self._in_full(everything, self.request.sides, 0)
+        probes = everything[:: max(1, n // PROBES)][:PROBES] if n > 4 * PROBES else everything[:0]
+        proved = {largest: torch.zeros(n, dtype=torch.bool, device=everything.device) for largest in self.sides}
+        with torch.no_grad(), full_float32(self.request.F.device):
+            if len(probes):
+                self._attempt(probes, proved, wide=False)
+                if not self._mostly(proved, probes):
+                    self._attempt(probes, proved, wide=True)
+                    self.total = True
+                    if not self._mostly(proved, probes):
+                        return self._in_full(everything, self.request.sides, n * len(self.sides))
+            rest = torch.ones(n, dtype=torch.bool, device=everything.device)
+            rest[probes] = False
+            self._attempt(rest.nonzero().squeeze(1), proved, wide=False)
+            return self._finish(proved)
+
+    def _mostly(self, proved: dict[bool, Tensor], rows: Tensor) -> bool:
+        return all(2 * int(done[rows].sum()) > len(rows) for done in proved.values())
+
+    def _finish(self, proved: dict[bool, Tensor]) -> Outcome:
+        """Settle the rows that the first candidates did not."""
+        widened = sum(int((~done).sum()) for done in proved.values())
+        fallback = 0
+        for largest, done in proved.items():
+            rows = (~done).nonzero().squeeze(1)
+            if not len(rows):
+                continue
+            one, places = self._distinct(rows)
+            if len(one) > FEW_ROWS:
+                self._attempt(one, {largest: done}, wide=True)
+            left = one[~done[one]]
+            if len(left):
+                found = torch_backend.topk(self.request.of_rows(left, sides=(largest,)))
+                self._keep(left, largest, found)
+                fallback += len(left)
+            side = self.sides[largest]
+            side.scores[rows], side.ids[rows] = side.scores[one[places]], side.ids[one[places]]
+        return Outcome(self.sides.get(True), self.sides.get(False), widened, fallback)
+
+    def _in_full(self, rows: Tensor, sides: tuple[bool, ...], redone: int) -> Outcome:
+        """All rows by the plain pass."""
+        found = torch_backend.topk(self.request)
+        redone = redone or len(rows) * len(sides)
+        return found._replace(widened_rows=redone, fallback_rows=redone)
+
+    def _distinct(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """One of each set of equal rows (dead features are all alike), and for each row the place of its one."""
+        F, offset = self.request.F[rows], self.request.epilogue.offset
+        wide = F.double()
+        alike = wide if offset is None else torch.cat([wide, offset[rows, None].double()], 1)
+        _, places = torch.unique(alike, dim=0, return_inverse=True)
+        one = torch.empty(int(places.max()) + 1, dtype=torch.int64, device=F.device)
+        one[places] = rows
+        return one, places
+
+    def _keep(self, rows: Tensor, largest: bool, found: Outcome) -> None:
+        side = found.top if largest else found.bottom
+        if side is not None:
+            self.sides[largest].scores[rows], self.sides[largest].ids[rows] = side
+
+    def _attempt(self, rows: Tensor, proved: dict[bool, Tensor], *, wide: bool) -> None:
+        """Propose, rescore and certify some rows, in batches; results are kept where they are proved."""
+        step = max(self.plan.rows, BATCH_ELEMENTS // self.request.F.shape[1] // self.plan.rows * self.plan.rows)
+        for batch in rows.split(step) if len(rows) else ():
+            proposals = {largest: _Proposal() for largest in proved}
+            for start in range(0, len(batch), self.plan.rows):
+                self._propose(batch[start : start + self.plan.rows], start, proposals, wide)
+            self._settle(batch, proposals, proved)
+
+    def _propose(self, rows: Tensor, first: int, proposals: dict[bool, _Proposal], wide: bool) -> None:
+        """Add the candidates of a block of rows, whose places in its batch begin at first."""
+        request, product = self.request, self.product
+        product.start(rows)
+        F, epilogue = request.F[rows], request.epilogue.of_rows(rows)
+        blocks = {largest: _Block(len(rows), request.F.device) for largest in proposals}
+        for columns in self.plan.panels(product.n_columns):
+            total = self.total or wide
+            n_columns = columns.stop - columns.start
+            panel = Panel(len(rows), n_columns, request.k, NARROW, F.device, tuple(proposals), total=total)
+            for t, tile in enumerate(panel.tiles):
+                product.write(slice(columns.start + tile.start, columns.start + tile.stop), panel.tile(t))
+                panel.add(t)
+            error = product.bound([slice(columns.start + t.start, columns.start + t.stop) for t in panel.tiles])
+            errors = error.rows(F, epilogue)
+            for largest, block in blocks.items():
+                found = panel.search(largest, block.limit, errors, fine=wide)
+                block.add(found.candidates, columns.start, product.columns)
+                block.limit = found.limit
+                block.open |= found.unordered | found.crowded | found.invalid
+        for largest, block in blocks.items():
+            proposals[largest].add(block, first, product.apart)
+
+    def _settle(self, batch: Tensor, proposals: dict[bool, _Proposal], proved: dict[bool, Tensor]) -> None:
+        """Score the candidates of a batch of rows exactly and keep what is proved."""
+        request, n = self.request, len(batch)
+        sides = list(proposals)
+        lines = torch.cat([i * n + proposals[largest].rows() for i, largest in enumerate(sides)])
+        columns = torch.cat([proposals[largest].columns() for largest in sides])
+        # In the order of columns, as rows of W lie in memory; then by line.
+        _, order = torch.sort(columns * (len(sides) * n) + lines)
+        lines, columns = lines[order], columns[order]
+        rows = lines % n
+        scores = pair_scores(request.F[batch], request.W, rows, columns, request.epilogue.of_rows(batch))
+        tops = lines < n if sides[0] else torch.zeros_like(lines, dtype=torch.bool)
+        best = best_of_pairs(lines, columns, scores, len(sides) * n, request.k, tops)
+        for i, largest in enumerate(sides):
+            part = slice(i * n, (i + 1) * n)
+            side = Side(best.scores[part], best.columns[part])
+            kth = side.scores[:, -1] if largest else -side.scores[:, -1]
+            proposal = proposals[largest]
+            sure = best.enough[part] & ~proposal.open() & (kth > proposal.limit())
+            done = batch[sure]
+            self.sides[largest].scores[done], self.sides[largest].ids[done] = side.scores[sure], side.ids[sure]
+            proved[largest][done] = True
 
 
-@cache
-def faster_in_bfloat16() -> bool:
-    """Whether products are at least twice as fast in bfloat16 here: measured once in a process, in some 50 ms."""
-    device = torch.device("cpu")
-    F, W = torch.ones(256, 512, device=device), torch.ones(4096, 512, device=device)
+class _Block:
+    """One side of a block of rows while its panels pass."""
 
-    def shortest(F: Tensor, W: Tensor) -> float:
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            torch.mm(F, W.T)
-            times.append(time.perf_counter() - start)
-        return min(times)
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.limit: Tensor | None = None
+        self.open = torch.zeros(n, dtype=torch.bool, device=device)
+        self.parts: list[Candidates] = []
 
-    with torch_backend.full_float32(device):
-        return 2 * shortest(F.to(NARROW), W.to(NARROW)) < shortest(F, W)
+    def add(self, found: Candidates, first_column: int, columns: Tensor | None) -> None:
+        """Candidates of a panel, whose columns begin at first_column and are rows of W by ``columns``."""
+        places = found.columns + first_column
+        self.parts.append(found._replace(columns=places if columns is None else columns[places]))
 
 
-class NarrowBound(NamedTuple):
-    """How far the folded bfloat16 product can be from the exact score, before its result is rounded."""
+class _Proposal:
+    """One side of a batch of rows: candidates, and what no other column reaches."""
 
-    norm: float
-    """max ‖s w‖."""
-    rounding: float
-    """max ‖s w - its bfloat16‖."""
-    scale: float
-    """max |s|."""
-    bias: float
-    """max |b| over the finite ones: an infinite bias makes the same score either way."""
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+        self._columns: list[Tensor] = []
+        self._limits: list[Tensor] = []
+        self._open: list[Tensor] = []
 
-    def rows(self, F: Tensor, epilogue: Epilogue) -> Tensor:
-        """[r] bounds for rows of F [r, d] float32 and the epilogue of these rows."""
-        norms, errors = certify.norms_of(F, NARROW)
-        seen = norms + errors
-        unit = 2.0**-24
-        size = seen * (self.norm + self.rounding) + self.bias
-        folded = self.bias
-        if epilogue.offset is not None:
-            offset = epilogue.offset.abs().to(F)
-            size = size + offset * self.scale
-            folded = folded + offset * self.scale
-        dots = errors * self.norm + seen * self.rounding
-        lost = certify.underflow(F.shape[1])
-        # Two bfloat16 parts leave 2^-16 of a number; the sums, twice (here and in the exact score), any order.
-        return 1.001 * (dots + 2.0**-14 * folded + 4 * (F.shape[1] + _EXTRA) * unit * size) + lost
+    def add(self, block: _Block, first: int, apart: Tensor) -> None:
+        """Add a block of rows; the columns apart are candidates of each."""
+        rows, columns, reach = (torch.cat(parts) for parts in zip(*block.parts, strict=True))
+        assert block.limit is not None
+        if len(block.parts) > 1:
+            # Later panels have raised the limit.
+            kept = reach >= block.limit[rows]
+            rows, columns = rows[kept], columns[kept]
+        n = len(block.open)
+        every = torch.arange(n, device=rows.device)
+        self._rows += [first + rows, first + every.repeat_interleave(len(apart))]
+        self._columns += [columns, apart.repeat(n)]
+        self._limits.append(block.limit)
+        self._open.append(block.open)
 
+    def rows(self) -> Tensor:
+        """[m] places in the batch."""
+        return torch.cat(self._rows)
 
-def topk(
-    F: Tensor,
-    W: Tensor,
-    k: int,
-    epilogue: Epilogue,
-    *,
-    top: bool,
-    bottom: bool,
-    block_rows: int | None,
-    moments: Moments | None = None,
-    exact: bool = True,
-    tile_elements: int = torch_backend.TILE_ELEMENTS,
-) -> certify.Outcome:
-    """The k best of each row by bfloat16 candidates; arguments as for `blocked.topk`.
+    def columns(self) -> Tensor:
+        """[m] rows of W."""
+        return torch.cat(self._columns)
 
-    ``exact`` proves and scores them in float32; else they stand as the bfloat16 product has them.
-    """
-    with torch.no_grad():
-        folded = _fold_columns(W, epilogue, set_apart=exact)
-    m, (V, width) = candidates_for(k), folded.W.shape
-    rows = max(1, min(block_rows or tile_rows(F, W), len(F)))
-    tile = buffers.take("narrow tile", rows * V, NARROW, F.device)
+    def limit(self) -> Tensor:
+        """[n]: every column left out has an exact gain below this."""
+        return torch.cat(self._limits)
 
-    def score(rows: slice) -> Tensor:
-        narrow_F = _fold_rows(F[rows], epilogue.of_rows(rows), width)
-        scores = torch.mm(narrow_F, folded.W.T, out=tile[: len(narrow_F) * V].view(-1, V))
-        if moments is not None:
-            moments.add_tile(scores, rows.start)
-            if len(folded.apart):
-                others = torch_backend.scores_of_columns(F[rows], W, folded.apart, epilogue.of_rows(rows))
-                moments.add_tile(others, rows.start)
-        return scores
-
-    if not exact:
-        with torch.no_grad(), torch_backend.full_float32(F.device):
-            return _as_scored(F, k, score, rows, top, bottom)
-
-    def propose(rows: slice, wide: bool) -> tuple[certify.Proposal | None, certify.Proposal | None]:
-        scores = score(rows)
-        best = _candidates(scores, m, wide, folded, largest=True) if top else None
-        worst = _candidates(scores, m, wide, folded, largest=False) if bottom else None
-        return best, worst
-
-    return certify.topk(
-        F,
-        W,
-        k,
-        epilogue,
-        propose,
-        folded.bound,
-        top=top,
-        bottom=bottom,
-        block_rows=rows,
-        moments=moments,
-        tile_elements=tile_elements,
-    )
-
-
-def _as_scored(
-    F: Tensor, k: int, score: Callable[[slice], Tensor], block_rows: int, top: bool, bottom: bool
-) -> certify.Outcome:
-    """The k best of each row by the bfloat16 scores themselves."""
-    sides = {largest: torch_backend.empty_side(F, k) for largest, wanted in ((True, top), (False, bottom)) if wanted}
-    for start in range(0, len(F), block_rows):
-        rows = slice(start, min(start + block_rows, len(F)))
-        scores = score(rows)
-        for largest, side in sides.items():
-            numbers, extremes = selection.without_nan(scores, largest)
-            ids = selection.best_places(numbers, extremes, k, largest).ids
-            # A NaN stands behind every number again.
-            found = selection.best_of_candidates(scores.gather(1, ids), ids, k, largest=largest)
-            side.scores[rows], side.ids[rows] = found
-    return certify.Outcome(sides.get(True), sides.get(False), 0, 0)
-
-
-def _split(values: Tensor) -> tuple[Tensor, Tensor]:
-    """bfloat16 parts high + low ≈ values; low is 0 where high is not finite."""
-    high = values.to(NARROW)
-    return high, (values - high).to(NARROW).masked_fill(~high.isfinite(), 0)
-
-
-class _Folded(NamedTuple):
-    """W for the bfloat16 product."""
-
-    W: Tensor
-    """[V', d + extra] bfloat16."""
-    bound: NarrowBound
-    columns: Tensor | None
-    """[V'] rows of the whole W; None where it is whole."""
-    apart: Tensor
-    """The other rows: too long, or not finite, for a bound that holds for all; always candidates."""
-
-
-def _fold_columns(W: Tensor, epilogue: Epilogue, *, set_apart: bool) -> _Folded:
-    """Round W, fold the epilogue into it and measure it, in one pass."""
-    V, d = W.shape
-    plain = all(vector is None for vector in epilogue)
-    width = d if plain else d + _EXTRA
-    folded = buffers.take("narrow W", V * width, NARROW, W.device).view(V, width)
-    scale = None if epilogue.scale is None else epilogue.scale.float()
-    norms, rounding = torch.empty(2, V, device=W.device)
-    step = min(torch_backend.pass_rows(W), V)
-    rounded = buffers.take("rounded", step * d, torch.float32, W.device).view(step, d)
-    scaled = buffers.take("scaled", 0 if scale is None else step * d, torch.float32, W.device).view(-1, d)
-    for start in range(0, V, step):
-        rows = slice(start, min(start + step, V))
-        block = W[rows]
-        if scale is not None:
-            block = torch.mul(block, scale[rows, None], out=scaled[: len(block)])
-        folded[rows, :d] = block
-        difference = rounded[: len(block)].copy_(folded[rows, :d]).sub_(block)
-        norms[rows] = torch.linalg.vector_norm(block.float(), dim=1) + certify.norm_underflow(d)
-        rounding[rows] = torch.linalg.vector_norm(difference, dim=1) + certify.norm_underflow(d)
-    bias = epilogue.bias
-    if not plain:
-        extra = folded[:, d:].zero_()
-        high, low = _split(torch.ones(V, device=W.device) if scale is None else scale)
-        extra[:, 0], extra[:, 1], extra[:, 2] = high, low, high
-        if bias is not None:
-            extra[:, 3], extra[:, 4] = _split(bias.float())
-    apart = _outlying(norms) if set_apart else torch.empty(0, dtype=torch.int64, device=W.device)
-    columns = None
-    if len(apart):
-        inside = torch.ones(V, dtype=torch.bool, device=W.device)
-        inside[apart] = False
-        columns = inside.nonzero().squeeze(1)
-        folded, norms, rounding = folded[columns], norms[columns], rounding[columns]
-    bound = NarrowBound(
-        certify.largest(norms),
-        certify.largest(rounding),
-        1.0 if scale is None else certify.largest(scale.abs()),
-        0.0 if bias is None else certify.largest(bias[bias.isfinite()].abs()),
-    )
-    return _Folded(folded, bound, columns, apart)
-
-
-def _outlying(norms: Tensor) -> Tensor:
-    """The few rows of W that are more than twice as long as the next (or not finite); none where they are not few."""
-    if len(norms) <= MAX_APART:
-        return torch.empty(0, dtype=torch.int64, device=norms.device)
-    norms = norms.nan_to_num(nan=math.inf)
-    usual = norms.topk(MAX_APART + 1).values[-1]
-    return (norms > 2 * usual).nonzero().squeeze(1)
-
-
-def _fold_rows(F: Tensor, epilogue: Epilogue, width: int) -> Tensor:
-    n, d = F.shape
-    if width == d:
-        return F.to(NARROW)
-    folded = torch.zeros(n, width, dtype=NARROW, device=F.device)
-    folded[:, :d] = F
-    if epilogue.offset is not None:
-        high, low = _split(epilogue.offset.float())
-        folded[:, d], folded[:, d + 1], folded[:, d + 2] = high, high, low
-    if epilogue.bias is not None:
-        folded[:, d + 3 : d + 5] = 1
-    return folded
-
-
-class _Tile:
-    """One side of a bfloat16 tile [r, V'], from which the best of some or all rows are taken."""
-
-    def __init__(self, scores: Tensor, largest: bool) -> None:
-        self.scores, self.largest = scores, largest
-        self.numbers: tuple[Tensor, Tensor] | None = None
-        # Numbers from zero up are in the order of their bits, and integers are compared twice as fast.
-        bits = scores.view(torch.int16)
-        self.bits = (bits, selection.extremes_of(bits, True)) if largest else None
-
-    def best(self, m: int, index: Tensor | None = None) -> selection.Side:
-        """The m best of the rows index (None: all), in no order."""
-        if self.bits is not None:
-            found = selection.best_places(*_rows_of(self.bits, index), m, True)
-            if int(found.scores.amin()) >= 0 and int(found.scores.amax()) <= INFINITY_BITS:
-                return selection.Side(found.scores.view(NARROW), found.ids)
-            self.bits = None
-        if self.numbers is None:
-            self.numbers = selection.without_nan(self.scores, self.largest)
-        return selection.best_places(*_rows_of(self.numbers, index), m, self.largest)
-
-
-def _rows_of(pair: tuple[Tensor, Tensor], index: Tensor | None) -> tuple[Tensor, Tensor]:
-    return pair if index is None else (pair[0][index], pair[1][index])
-
-
-def _candidates(scores: Tensor, m: int, wide: bool, folded: _Folded, *, largest: bool) -> certify.Proposal:
-    """The m best of each row of a bfloat16 tile, in no order, and a bound on the others before they were rounded."""
-    tile = _Tile(scores, largest)
-
-    def proposal(m: int, index: Tensor | None = None) -> certify.Proposal:
-        values, ids = tile.best(m, index)
-        left_out = (values.amin(1) if largest else values.amax(1)).float()
-        # Rounding to bfloat16 keeps order and moves a number by at most 2^-8 of itself.
-        slack = left_out.abs() * 2.0**-8 + 1e-38
-        if folded.columns is not None:
-            ids = torch.cat([folded.columns[ids], folded.apart.expand(len(ids), -1)], 1)
-        return certify.Proposal(ids, left_out + slack if largest else left_out - slack)
-
-    if wide:
-        return proposal(WIDER * m)
-    return proposal(m)._replace(wider=lambda index: proposal(WIDER * m, index))
+    def open(self) -> Tensor:
+        """[n] rows without candidates."""
+        return torch.cat(self._open)

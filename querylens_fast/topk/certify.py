@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from querylens_fast.topk import torch_backend
-from querylens_fast.topk.selection import Side, best_of_candidates
+from querylens_fast.topk.bounds import Bound, measure
+from querylens_fast.topk.products import full_float32
+from querylens_fast.topk.request import Epilogue, Outcome, Request, Side, accumulation_dtype, empty_side
+from querylens_fast.topk.rescore import scores_at
+from querylens_fast.topk.selection import best_of_candidates
 from querylens_fast.topk.statistics import Moments
-from querylens_fast.topk.torch_backend import Epilogue
 
 MAX_CROWDED = 4
 """Groups scored in full for a row; a row with more of them goes to the blocked path."""
@@ -46,119 +49,24 @@ class Proposal(NamedTuple):
     """More candidates for some rows of the block (their places in it), while the fast pass still knows them."""
 
 
-class Bound(Protocol):
-    """How far the scores of a fast pass can be from the exact ones."""
-
-    @property
-    def norm(self) -> float:
-        """The largest norm of a row of W; infinite where nothing can be proved."""
-        ...
-
-    def rows(self, F: Tensor, epilogue: Epilogue) -> Tensor:
-        """[r] bounds for a block of rows."""
-        ...
-
-
 Propose = Callable[[slice, bool], tuple[Proposal | None, Proposal | None]]
 """(rows, wide) → proposals for the top and the bottom; wide: earlier rows needed more candidates."""
 Rescore = Callable[[Tensor, Tensor, Tensor, Epilogue], Tensor]
 """(F [r, d], W, ids [r, m] distinct, epilogue) → exact scores [r, m]; NaN for ids ≥ V."""
 
 
-class Outcome(NamedTuple):
-    """Both sides and how they came about."""
+class ErrorBound:
+    """Where `bounds.measure` is called from."""
 
-    top: Side | None
-    bottom: Side | None
-    widened_rows: int
-    """Rows and sides that the first candidates did not settle: more were taken, or groups scored in full."""
-    fallback_rows: int
-    """Those among them that went to the blocked path, equal rows of a block counted once."""
-
-
-class ErrorBound(NamedTuple):
-    """How far an approximate score can be from the exact one, row by row; what depends on W, once."""
-
-    norm: float
-    """max ‖w‖."""
-    rounding: float
-    """max ‖w - w'‖, w' as the fast pass sees it."""
-    scale: float
-    """max |scale|."""
-    bias: float
-    """max |bias| over the finite ones: an infinite bias makes the same score either way."""
-    dtype: torch.dtype
-    """What F and W are rounded to in the fast pass."""
-    unit: float = 0.0
-    """Relative rounding of operands that the processor does itself: 2^-10 for TF32."""
-
-    @classmethod
-    def of(cls, W: Tensor, epilogue: Epilogue, dtype: torch.dtype, *, tf32: bool = False) -> ErrorBound:
-        """Measure W [V, d] (in blocks) and the epilogue for a fast pass in dtype, or in TF32."""
-        unit = 2.0**-10 if tf32 else 0.0
-        norm, rounding = 0.0, 0.0
-        step = torch_backend.pass_rows(W)
-        for start in range(0, len(W), step):
-            norms, errors = norms_of(W[start : start + step], dtype)
-            norm, rounding = max(norm, largest(norms)), max(rounding, largest(errors + unit * norms))
-        bias = epilogue.bias
-        return cls(
-            norm,
-            rounding,
-            1.0 if epilogue.scale is None else largest(epilogue.scale.abs()),
-            0.0 if bias is None else largest(bias[bias.isfinite()].abs()),
-            dtype,
-            unit,
-        )
-
-    def rows(self, F: Tensor, epilogue: Epilogue) -> Tensor:
-        """[r] bounds for rows of F [r, d] (and the epilogue of these rows), in F's accumulation dtype."""
-        norms, errors = norms_of(F, self.dtype)
-        errors = errors + self.unit * norms
-        seen = norms + errors
-        unit = 2.0**-24
-        # Twice the textbook bound for any order of summation: tensor cores truncate where float32 rounds.
-        summing = 2 * (F.shape[1] + 8) * unit * (norms * self.norm + seen * (self.norm + self.rounding))
-        dots = errors * self.norm + seen * self.rounding + summing
-        size = norms * self.norm
-        if epilogue.offset is not None:
-            size = size + epilogue.offset.abs().to(size)
-        lost = underflow(F.shape[1]) * max(1.0, self.scale)
-        return 1.001 * (dots * self.scale + 8 * unit * (size * self.scale + self.bias)) + lost
-
-
-def norms_of(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Bounds on ‖x‖ and ‖x - x'‖ of each row, x' being x in dtype."""
-    wide = rows.to(torch_backend.accumulation_dtype(rows.dtype))
-    norms = torch.linalg.vector_norm(wide, dim=1)
-    vanished = norm_underflow(rows.shape[1])
-    if rows.dtype == dtype or (dtype == torch.float32 and rows.dtype != torch.float64):
-        return norms + vanished, torch.full_like(norms, vanished)
-    return norms + vanished, torch.linalg.vector_norm(wide - rows.to(dtype).to(wide.dtype), dim=1) + vanished
-
-
-def norm_underflow(d: int) -> float:
-    """How much shorter than it is a row of length d may look: squares, and numbers, too small for float32 are 0."""
-    return math.sqrt(d) * 2.0**-63
-
-
-def underflow(d: int) -> float:
-    """What d products of float32 numbers, too small for one of them, and their sum may lose."""
-    return max(1e-35, (d + 32) * 2.0**-125)
-
-
-def largest(values: Tensor) -> float:
-    """The largest of some values ≥ 0, infinite when one is NaN."""
-    value = float(values.max()) if values.numel() else 0.0
-    return math.inf if math.isnan(value) else value
+    of = staticmethod(measure)
 
 
 def exact_scores(F: Tensor, W: Tensor, ids: Tensor, epilogue: Epilogue) -> Tensor:
     """The scores that the blocked path gives candidates too."""
     absent = ids >= len(W)
     if not bool(absent.any()):
-        return torch_backend.scores_at(F, W, ids, epilogue, distinct=True)
-    return torch_backend.scores_at(F, W, ids.masked_fill(absent, 0), epilogue).masked_fill(absent, math.nan)
+        return scores_at(F, W, ids, epilogue)
+    return scores_at(F, W, ids.masked_fill(absent, 0), epilogue).masked_fill(absent, math.nan)
 
 
 class _Task(NamedTuple):
@@ -183,7 +91,7 @@ def topk(
     block_rows: int,
     rescore: Rescore = exact_scores,
     moments: Moments | None = None,
-    tile_elements: int = torch_backend.TILE_ELEMENTS,
+    tile_elements: int = 0,
 ) -> Outcome:
     """The k best of each row, from the proposals of a fast pass.
 
@@ -204,21 +112,19 @@ def topk(
     Returns:
         Outcome with scores in the accumulation dtype, as `blocked.topk` returns them.
     """
-    sides = {largest: torch_backend.empty_side(F, k) for largest, wanted in ((True, top), (False, bottom)) if wanted}
+    sides = {largest: empty_side(F, k) for largest, wanted in ((True, top), (False, bottom)) if wanted}
     task = _Task(W, k, rescore, tile_elements)
     widened = fallback = 0
     wide = False
-    with torch.no_grad(), torch_backend.full_float32(F.device):
+    with torch.no_grad(), full_float32(F.device):
         for start in range(0, len(F), block_rows):
-            if 2 * fallback > start * len(sides) or not math.isfinite(bound.norm):
+            if 2 * fallback > start * len(sides) or not math.isfinite(float(bound.norm)):
                 # The data defeats the fast pass: do the rest without it.
                 rest = slice(start, len(F))
                 unseen = None if moments is None else moments.after(start)
                 chosen = epilogue.of_rows(rest)
-                again = torch_backend.topk(
-                    F[rest], W, k, chosen, top=top, bottom=bottom, moments=unseen, tile_elements=tile_elements
-                )
-                for largest, found in zip((True, False), again, strict=True):
+                again = torch_backend.topk(Request(F[rest], W, k, chosen, top, bottom, unseen))
+                for largest, found in zip((True, False), again[:2], strict=True):
                     if found is not None:
                         sides[largest].scores[rest], sides[largest].ids[rest] = found
                 redone = (len(F) - start) * len(sides)
@@ -253,21 +159,13 @@ def _settle(
         return found, widened, 0
     # Dead features are all the same row.
     rest = epilogue.of_rows(index)
-    wide = torch_backend.accumulation_dtype(F.dtype)
+    wide = accumulation_dtype(F.dtype)
     alike = F[index] if rest.offset is None else torch.cat([F[index].to(wide), rest.offset[:, None].to(wide)], 1)
     _, places = torch.unique(alike, dim=0, return_inverse=True)
     one = torch.empty(int(places.max()) + 1, dtype=torch.int64, device=F.device)
     one[places] = torch.arange(len(index), device=F.device)
-    best, worst = torch_backend.topk(
-        F[index[one]],
-        task.W,
-        task.k,
-        rest.of_rows(one),
-        top=largest,
-        bottom=not largest,
-        tile_elements=task.tile_elements,
-    )
-    side = best if largest else worst
+    again = torch_backend.topk(Request(F[index[one]], task.W, task.k, rest.of_rows(one), largest, not largest))
+    side = again.top if largest else again.bottom
     assert side is not None
     found.scores[index], found.ids[index] = side.scores[places], side.ids[places]
     return found, widened, len(one)
@@ -279,7 +177,7 @@ def _prove(
     """Score the candidates exactly; the k best, which rows [r] are proved, and how many had groups scored in full."""
     k = task.k
     if proposal.ids.shape[1] < k:
-        return torch_backend.empty_side(F, k), torch.zeros(len(F), dtype=torch.bool, device=F.device), 0
+        return empty_side(F, k), torch.zeros(len(F), dtype=torch.bool, device=F.device), 0
     scores = task.rescore(F, task.W, proposal.ids, epilogue)
     found = best_of_candidates(scores, proposal.ids, k, largest=largest)
     kth = found.scores[:, -1]

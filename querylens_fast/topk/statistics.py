@@ -1,7 +1,8 @@
 """Row statistics of scores that pass by in tiles: moments, log-sum-exp, entropy and a histogram, in one pass.
 
 Power sums are taken about the mean of a row's first tile, in float32 within a tile and in float64 across tiles;
-exponentials about the running maximum. What a tile's rounding is, is the caller's to say.
+exponentials about the maximum. The scores are taken as they are: in float32 or wider their rounding is part of the
+result only in its last digits, in bfloat16 it is not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from querylens_fast.topk import buffers
+from querylens_fast.topk.histogram import BinCounts, EdgeCounts
 
 PART_ELEMENTS = 1 << 20
 """Scores of a tile that are worked on at a time: what stays in the cache on a CPU."""
@@ -34,7 +36,9 @@ class RowStatistics(NamedTuple):
     entropy: Tensor
     """Of softmax(scores), in nats, 0 to log V."""
     histogram: Tensor | None
-    """[n, bins] int64 counts between the given edges, or None."""
+    """[n, bins] int64 counts, or None."""
+    edges: Tensor | None = None
+    """[n, bins + 1] edges of the histogram."""
 
     def to(self, device: torch.device | str) -> RowStatistics:
         """A copy whose tensors live on device."""
@@ -48,9 +52,16 @@ class RowStatistics(NamedTuple):
 
 
 class Moments:
-    """Running sums for n rows."""
+    """Running sums for n rows.
 
-    def __init__(self, n: int, device: torch.device, edges: Tensor | None = None) -> None:
+    Args:
+        n: rows.
+        device: of the scores.
+        histogram: edges [bins + 1] of the histogram of every row, or the number of equal bins between each row's
+            extremes, for which whole rows are needed (`add_rows`).
+    """
+
+    def __init__(self, n: int, device: torch.device, histogram: Tensor | int | None = None) -> None:
         def column(value: float) -> Tensor:
             return torch.full((n,), value, dtype=torch.float64, device=device)
 
@@ -60,16 +71,28 @@ class Moments:
         self.peak = column(-torch.inf)
         self.exponentials = column(0)
         self.weighted = column(0)
-        self.edges = None if edges is None else edges.to(device, torch.float64)
-        bins = 0 if edges is None else len(edges) - 1
-        self.counts = torch.zeros(n, bins, dtype=torch.int64, device=device)
+        self.edges = None if not isinstance(histogram, Tensor) else EdgeCounts(n, histogram, device)
+        self.bins = None if not isinstance(histogram, int) else BinCounts(n, histogram, device)
 
     def after(self, row: int) -> Moments:
         """The sums of the rows from this one on; what is counted there is counted here."""
         rest = object.__new__(Moments)
-        rest.__dict__ |= {name: value[row:] for name, value in vars(self).items() if name not in ("sums", "edges")}
-        rest.sums, rest.edges = self.sums[:, row:], self.edges
+        rest.__dict__ |= {name: value[row:] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        rest.sums = self.sums[:, row:]
+        rest.edges = None if self.edges is None else self.edges.after(row)
+        rest.bins = None if self.bins is None else self.bins.after(row)
         return rest
+
+    def add_rows(self, tiles: list[Tensor], first_row: int) -> None:
+        """Count all tiles [r, c] of the rows from first_row on."""
+        for tile in tiles:
+            self.add_tile(tile, first_row)
+        self.add_bins(tiles, first_row)
+
+    def add_bins(self, tiles: list[Tensor], first_row: int) -> None:
+        """Count all tiles of some rows into the bins between their extremes, where such are asked for."""
+        if self.bins is not None:
+            self.bins.add_rows([tile if tile.dtype == torch.float64 else tile.float() for tile in tiles], first_row)
 
     def add_tile(self, scores: Tensor, first_row: int) -> None:
         """Count in a tile of scores [r, c] of the rows from first_row on, of any float dtype."""
@@ -81,31 +104,28 @@ class Moments:
             part = scores[start : start + step]
             wide, first, second = (room[: len(part)] for room in rooms)
             part = part if part.dtype == dtype else wide.copy_(part)
-            self._add(part, slice(first_row + start, first_row + start + len(part)), first, second)
+            rows = slice(first_row + start, first_row + start + len(part))
+            if self.edges is not None:
+                self.edges.add_tile(part, rows.start)
+            self._add(part, rows, first, second)
 
     def _add(self, part: Tensor, rows: slice, first: Tensor, second: Tensor) -> None:
         """Count in a part [r, c] of float32 or wider, with room for two of its size."""
-        if self.edges is not None:
-            self._count(part, rows)
         fresh = self.count[rows] == 0
         if bool(fresh.any()):
             self.shift[rows] = torch.where(fresh, part.mean(1).double(), self.shift[rows])
-        centred = torch.sub(part, self.shift[rows, None].to(part), out=first)
-        squares = torch.mul(centred, centred, out=second)
-        sums = torch.stack(
-            (
-                centred.sum(1),
-                squares.sum(1),
-                torch.linalg.vecdot(centred, squares),
-                torch.linalg.vecdot(squares, squares),
-            )
-        )
+        centered = torch.sub(part, self.shift[rows, None].to(part), out=first)
+        squares = torch.mul(centered, centered, out=second)
+        total, second_power = centered.sum(1), torch.linalg.vector_norm(centered, dim=1).double() ** 2
+        fourth_power = torch.linalg.vector_norm(squares, dim=1).double() ** 2
+        sums = torch.stack((total.double(), second_power, squares.mul_(centered).sum(1).double(), fourth_power))
         peak = part.amax(1)
         below = torch.sub(part, peak[:, None], out=first)
         # Exponentials that underflow take ten times as long, and count for nothing. (NaN, from an infinity, stays.)
         lowest = math.ceil(math.log(torch.finfo(below.dtype).tiny))
         weights = torch.clamp(below, min=lowest, out=second).exp_()
-        self.add_sums(rows, part.shape[1], sums, peak, weights.sum(1), torch.linalg.vecdot(below, weights))
+        exponentials = weights.sum(1)
+        self.add_sums(rows, part.shape[1], sums, peak, exponentials, weights.mul_(below).sum(1))
 
     def add_sums(
         self, rows: slice, count: int, sums: Tensor, peak: Tensor, exponentials: Tensor, weighted: Tensor
@@ -136,6 +156,7 @@ class Moments:
         central4 = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
         spread = variance.clamp_min(0)
         logsumexp = self.peak + self.exponentials.log()
+        counted = self.bins if self.edges is None else self.edges
         return RowStatistics(
             self.shift + first,
             spread,
@@ -143,20 +164,9 @@ class Moments:
             central4 / spread**2 - 3,
             logsumexp,
             self.exponentials.log() - self.weighted / self.exponentials,
-            None if self.edges is None else self.counts,
+            None if counted is None else counted.counts,
+            None if counted is None else counted.edges(),
         )
-
-    def _count(self, part: Tensor, rows: slice) -> None:
-        """Bins as numpy's: [edge, next edge), the last one closed; what lies outside is not counted."""
-        assert self.edges is not None
-        bins = len(self.edges) - 1
-        places = torch.bucketize(part.double(), self.edges, right=True) - 1
-        places[part == self.edges[-1]] = bins - 1
-        # NaN sorts past the last edge.
-        outside = (places < 0) | (places >= bins)
-        ones = torch.ones_like(places)
-        room = torch.zeros(len(part), bins + 1, dtype=torch.int64, device=part.device)
-        self.counts[rows] += room.scatter_add_(1, places.masked_fill_(outside, bins), ones)[:, :bins]
 
 
 def _room(place: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

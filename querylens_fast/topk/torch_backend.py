@@ -1,226 +1,177 @@
-"""The torch backend of the streamed top-k: blocked matrix products, and `selection` from each block of scores.
+"""The plain pass of the streamed top-k: every score in float32 (float64), selected while its panel is in memory.
 
-Scores are computed in tiles of at most ``TILE_ELEMENTS`` and dropped at once, so memory does not depend on n x V.
-Everything here works on any torch device.
+Scores are computed in panels of some rows and columns and dropped at once, so memory does not depend on n x V. Works on
+any torch device.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from querylens_fast.topk import buffers
-from querylens_fast.topk.selection import Side, best_of_tile, merge
-from querylens_fast.topk.statistics import Moments
+from querylens_fast.topk.panel import GROUP, TILE_COLUMNS, Candidates, Panel
+from querylens_fast.topk.products import full_float32, product
+from querylens_fast.topk.request import Epilogue as Epilogue
+from querylens_fast.topk.request import Outcome, Request, Side
+from querylens_fast.topk.selection import best_by_sort, best_of_pairs
 
-TILE_ELEMENTS = 1 << 24
-"""Scores held at a time (64 MiB in float32)."""
-CAST_ELEMENTS = 1 << 24
-"""Elements of W held at a time in the accumulation dtype, when W is narrower."""
-MAX_COLUMNS = 1 << 16
-
-
-class Epilogue(NamedTuple):
-    """What turns inner products into scores: (<f, w> + offset) * scale + bias, each [V], [V], [n] or None."""
-
-    bias: Tensor | None
-    scale: Tensor | None
-    offset: Tensor | None
-
-    def of_rows(self, rows: slice | Tensor) -> Epilogue:
-        """The epilogue of some rows of F."""
-        return self if self.offset is None else self._replace(offset=self.offset[rows])
-
-    def apply_(self, dots: Tensor, rows: slice, cols: slice) -> Tensor:
-        """Score a tile [r, c] of inner products in place; three separate roundings, the same on every path."""
-        if self.offset is not None:
-            dots += self.offset[rows, None].to(dots)
-        if self.scale is not None:
-            dots *= self.scale[None, cols].to(dots)
-        if self.bias is not None:
-            dots += self.bias[None, cols].to(dots)
-        return dots
-
-    def at(self, dots: Tensor, rows: slice, ids: Tensor) -> Tensor:
-        """Score inner products [r, m] of rows with the columns ids [r, m]."""
-        if self.offset is not None:
-            dots = dots + self.offset[rows, None].to(dots)
-        if self.scale is not None:
-            dots = dots * self.scale[ids].to(dots)
-        if self.bias is not None:
-            dots = dots + self.bias[ids].to(dots)
-        return dots
+PANEL_BYTES = 1 << 27
+"""Scores held at a time (128 MiB)."""
+BLOCK_ROWS = 1024
+SLOW_ROWS = 128
+"""Rows at a time whose whole panels are copied or sorted."""
 
 
-@contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """Keep float32 products on device true float32: no TF32, no bf16 shortcut, no autocast, whatever was chosen."""
-    with torch.autocast(device.type, enabled=False):
-        try:
-            before = torch.get_float32_matmul_precision()
-        except RuntimeError:
-            # The process has chosen by torch.backends.*.fp32_precision, after which the older setting can't be read.
-            with _ieee_backends():
-                yield
-            return
-        if before == "highest":
-            yield
-            return
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+class Product(Protocol):
+    """Where the scores of a pass come from."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the scores."""
+        ...
+
+    def start(self, rows: Tensor | slice) -> None:
+        """Turn to a block of rows."""
+        ...
+
+    def write(self, columns: slice, out: Tensor) -> None:
+        """Write the scores [r, c] of the block with some columns into out."""
+        ...
 
 
-@contextmanager
-def _ieee_backends() -> Iterator[None]:
-    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
+class WideProduct:
+    """Scores in float32 or float64 with the epilogue's three roundings."""
+
+    def __init__(self, request: Request) -> None:
+        self.request, self.dtype = request, request.dtype
+
+    def start(self, rows: Tensor | slice) -> None:
+        """Turn to a block of rows."""
+        self.F, self.epilogue = self.request.F[rows].to(self.dtype), self.request.epilogue.of_rows(rows)
+
+    def write(self, columns: slice, out: Tensor) -> None:
+        """Write the scores of the block with some columns into out."""
+        product(self.F, self.request.W[columns].to(self.dtype), out)
+        self.epilogue.apply_(out, slice(None), columns)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that scores of these inputs are computed and returned in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class Plan(NamedTuple):
+    """How the scores of a call are cut up."""
+
+    rows: int
+    columns: int
+
+    def row_blocks(self, n: int) -> list[slice]:
+        """Slices of n rows."""
+        return [slice(a, min(a + self.rows, n)) for a in range(0, n, self.rows)]
+
+    def panels(self, V: int) -> list[slice]:
+        """Slices of V columns, nearly equal."""
+        width = math.ceil(V / math.ceil(V / self.columns))
+        return [slice(a, min(a + width, V)) for a in range(0, V, width)]
 
 
-def pass_rows(W: Tensor) -> int:
-    """Rows of W to take at a time when all of it is read once.
+def plan(n: int, V: int, dtype: torch.dtype, *, block_rows: int | None, max_bytes: int | None, whole: bool) -> Plan:
+    """Rows and columns of a panel; whole: all columns at once, for a histogram between a row's own extremes."""
+    # Beside the scores: extremes and keys of both sides, comparisons, a tile's keys.
+    elements = min(PANEL_BYTES, max_bytes or PANEL_BYTES) * 10 // (13 * dtype.itemsize)
+    rows = max(1, min(n, block_rows or BLOCK_ROWS))
+    if block_rows is None:
+        rows = max(1, min(rows, elements // (V if whole else min(V, 16 * TILE_COLUMNS))))
+    return Plan(rows, V if whole else max(GROUP, min(V, elements // rows)))
 
-    On the CPU about what its last cache holds; much less would spend the time in waking and joining threads.
+
+def topk(request: Request, source: Product | None = None) -> Outcome:
+    """The k largest and the k smallest scores of each row (arguments already checked).
+
+    Args:
+        request: the call; its statistics see every tile.
+        source: where the scores come from; None: `WideProduct`.
     """
-    elements = (1 << 22) if W.device.type == "cpu" else CAST_ELEMENTS
-    return max(1, elements // max(1, W.shape[1]))
+    source = WideProduct(request) if source is None else source
+    n, V, statistics = len(request.F), len(request.W), request.statistics
+    whole = statistics is not None and statistics.bins is not None
+    cuts = plan(n, V, source.dtype, block_rows=request.block_rows, max_bytes=request.max_bytes, whole=whole)
+    sides = request.empty_sides()
+    total = False
+    with torch.no_grad(), full_float32(request.F.device):
+        for rows in cuts.row_blocks(n):
+            source.start(rows)
+            found = {largest: _Line() for largest in request.sides}
+            for columns in cuts.panels(V):
+                total = _search_panel(request, source, rows, columns, found, total)
+            for largest, line in found.items():
+                sides[largest].scores[rows], sides[largest].ids[rows] = line.best(rows, request, largest)
+    return Outcome(sides.get(True), sides.get(False))
 
 
-def topk(
-    F: Tensor,
-    W: Tensor,
-    k: int,
-    epilogue: Epilogue,
-    *,
-    top: bool,
-    bottom: bool,
-    block_rows: int | None = None,
-    block_cols: int | None = None,
-    moments: Moments | None = None,
-    tile_elements: int = TILE_ELEMENTS,
-) -> tuple[Side | None, Side | None]:
-    """The k largest and the k smallest scores of each row of F over the rows of W (arguments already checked).
+class _Line:
+    """One side of a block of rows: candidates of the panels so far."""
 
-    ``moments`` sees every tile, of at most ``tile_elements`` scores.
-    """
-    dtype = accumulation_dtype(F.dtype)
-    n, V = len(F), len(W)
-    cols = min(block_cols or _columns_per_block(W, dtype), tile_elements)
-    rows = block_rows or max(1, tile_elements // min(cols, V))
-    sides = {largest: empty_side(F, k) for largest, wanted in ((True, top), (False, bottom)) if wanted}
-    rows, cols = min(rows, max(n, 1)), min(cols, V)
-    tile = buffers.take("tile", rows * cols, dtype, F.device)
-    with torch.no_grad(), full_float32(F.device):
-        for start in range(0, V, cols):
-            columns = slice(start, min(start + cols, V))
-            block = W[columns].to(dtype)
-            for first in range(0, n, rows):
-                row_block = slice(first, min(first + rows, n))
-                out = tile[: (row_block.stop - first) * len(block)].view(-1, len(block))
-                scores = torch.mm(F[row_block].to(dtype), block.T, out=out)
-                scores = epilogue.apply_(scores, row_block, columns)
-                if moments is not None:
-                    moments.add_tile(scores, first)
-                for largest, side in sides.items():
-                    _add_tile(side, scores, row_block, start, k, largest)
-    return sides.get(True), sides.get(False)
+    def __init__(self) -> None:
+        self.limit: Tensor | None = None
+        self.parts: list[Candidates] = []
+
+    def add(self, candidates: Candidates, first_column: int) -> None:
+        self.parts.append(candidates._replace(columns=candidates.columns + first_column))
+
+    def best(self, rows: slice, request: Request, largest: bool) -> Side:
+        lines, columns, gains = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
+        order = torch.sort(columns).indices
+        lines, columns, gains = lines[order], columns[order], gains[order]
+        best = best_of_pairs(lines, columns, gains if largest else -gains, rows.stop - rows.start, request.k, largest)
+        return Side(best.scores, best.columns)
 
 
-def empty_side(F: Tensor, k: int) -> Side:
-    """Room for the k best of every row of F."""
-    shape = (len(F), k)
-    scores = torch.empty(shape, dtype=accumulation_dtype(F.dtype), device=F.device)
-    return Side(scores, torch.empty(shape, dtype=torch.int64, device=F.device))
+def _search_panel(
+    request: Request, source: Product, rows: slice, columns: slice, lines: dict[bool, _Line], total: bool
+) -> bool:
+    """Compute one panel and add its candidates to both sides; whether the next one needs the total order."""
+    width, n = columns.stop - columns.start, rows.stop - rows.start
+    panel = Panel(n, width, request.k, source.dtype, request.F.device, request.sides, total=total)
+    for t, tile in enumerate(panel.tiles):
+        scores = panel.tile(t)
+        source.write(slice(columns.start + tile.start, columns.start + tile.stop), scores)
+        panel.add(t)
+        if request.statistics is not None:
+            request.statistics.add_tile(scores, rows.start)
+    if request.statistics is not None:
+        request.statistics.add_bins([panel.tile(t) for t in range(len(panel.tiles))], rows.start)
+    for largest, line in lines.items():
+        unordered = _search_side(panel, line, columns.start, largest)
+        total = total or 2 * unordered > n
+    return total
 
 
-def _add_tile(side: Side, scores: Tensor, rows: slice, start: int, k: int, largest: bool) -> None:
-    """Merge a tile of scores, whose first column is ``start``, into the best of the columns before it."""
-    found = best_of_tile(scores, min(k, scores.shape[1]), largest=largest)
-    found.ids.add_(start)
-    known = min(start, k)
-    if known:
-        found = merge(Side(side.scores[rows, :known], side.ids[rows, :known]), found, k, largest=largest)
-    width = found.ids.shape[1]
-    side.scores[rows, :width], side.ids[rows, :width] = found
+def _search_side(panel: Panel, line: _Line, first_column: int, largest: bool) -> int:
+    """Add a panel's candidates to a side; how many rows the raw order did not do for."""
+    found = panel.search(largest, line.limit, None)
+    line.add(found.candidates, first_column)
+    limit = found.limit
+    crowded = found.crowded.nonzero().squeeze(1)
+    if len(crowded):
+        candidates, limit[crowded] = panel.settle(crowded, limit[crowded], largest)
+        line.add(candidates, first_column)
+    unordered = found.unordered.nonzero().squeeze(1)
+    for rows in _parts(unordered):
+        part = panel.of_rows(rows, largest)
+        inner = _Line()
+        inner.limit = limit[rows]
+        _search_side(part, inner, first_column, largest)
+        limit[rows] = inner.limit
+        line.parts += [c._replace(rows=rows[c.rows]) for c in inner.parts]
+    for rows in _parts(found.invalid.nonzero().squeeze(1)):
+        best = best_by_sort(panel.whole(rows), panel.k, largest=largest)
+        gains = (best.scores if largest else -best.scores).to(limit.dtype)
+        places = rows.repeat_interleave(best.ids.shape[1])
+        line.add(Candidates(places, best.ids.flatten(), gains.flatten()), first_column)
+    line.limit = limit
+    return len(unordered)
 
 
-def _columns_per_block(W: Tensor, dtype: torch.dtype) -> int:
-    if W.dtype == dtype:
-        return MAX_COLUMNS
-    return max(1024, min(MAX_COLUMNS, CAST_ELEMENTS // max(1, W.shape[1])))
-
-
-def scores_at(F: Tensor, W: Tensor, ids: Tensor, epilogue: Epilogue, *, distinct: bool = False) -> Tensor:
-    """Scores [n, m] of rows of F with the columns ids [n, m] (arguments already checked).
-
-    ``distinct`` says that no row of ids holds one twice, which is looked up otherwise.
-    """
-    dtype = accumulation_dtype(F.dtype)
-    n, m = ids.shape
-    sampled = F.device.type == "cpu" and W.dtype == dtype and m > 0
-    gathered = max(1, CAST_ELEMENTS // max(1, F.shape[1] * m))
-    step = max(1, CAST_ELEMENTS // max(1, m)) if sampled else gathered
-    scores = torch.empty(n, m, dtype=dtype, device=F.device)
-    with torch.no_grad(), full_float32(F.device):
-        for start in range(0, n, step):
-            rows = slice(start, min(start + step, n))
-            if sampled and (distinct or _distinct(ids[rows])):
-                dots = _sampled_products(F[rows], W, ids[rows])
-            else:
-                parts = zip(F[rows].split(gathered), ids[rows].split(gathered), strict=True)
-                dots = torch.cat([(W[some].to(dtype) @ f.to(dtype)[:, :, None]).squeeze(2) for f, some in parts])
-            scores[rows] = epilogue.at(dots, rows, ids[rows])
-    return scores
-
-
-def scores_of_columns(F: Tensor, W: Tensor, ids: Tensor, epilogue: Epilogue) -> Tensor:
-    """Scores [n, m] of every row of F with the same columns ids [m] (arguments already checked)."""
-    dtype = accumulation_dtype(F.dtype)
-    bias, scale, offset = epilogue
-    taken = Epilogue(None if bias is None else bias[ids], None if scale is None else scale[ids], offset)
-    with torch.no_grad(), full_float32(F.device):
-        return taken.apply_(F.to(dtype) @ W[ids].to(dtype).T, slice(None), slice(None))
-
-
-def _distinct(ids: Tensor) -> bool:
-    ordered = ids.sort(dim=1).values
-    return not bool((ordered[:, 1:] == ordered[:, :-1]).any())
-
-
-def _sampled_products(F: Tensor, W: Tensor, ids: Tensor) -> Tensor:
-    """Inner products at distinct ids [r, m] without gathering rows of W: ten times faster than that on a CPU."""
-    r, m = ids.shape
-    _hear_out_sparse()
-    starts = torch.arange(0, r * m + 1, m, device=F.device)
-    zeros = torch.zeros(r * m, dtype=F.dtype, device=F.device)
-    shape = (r, len(W))
-    pattern = torch.sparse_csr_tensor(starts, ids.flatten(), zeros, shape, device=F.device, check_invariants=False)
-    return torch.sparse.sampled_addmm(pattern, F, W.T, beta=0.0).values().view(r, m)
-
-
-@cache
-def _hear_out_sparse() -> None:
-    """Let torch say once, unheard, that its CSR tensors are in beta."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse", UserWarning)
-        torch.eye(2, device="cpu").to_sparse_csr()
+def _parts(rows: Tensor) -> tuple[Tensor, ...]:
+    """Some rows in parts that may be copied; no part of none."""
+    return rows.split(SLOW_ROWS) if len(rows) else ()

@@ -22,7 +22,7 @@ from querylens_fast.models.tokens import Tokens, as_tokens
 from querylens_fast.runs import processes as ranks
 from querylens_fast.runs.versions import versions
 from querylens_fast.transport.energy import Energy, EnergySums, rows_for_energy
-from querylens_fast.transport.growth import Agreement, describe, probes, sequences_needed
+from querylens_fast.transport.growth import Agreement, probes, sequences_needed
 from querylens_fast.transport.jacobians import Budget, Order, Side, Submodule, check_submodules, linearise
 from querylens_fast.transport.sums import JacobianSums
 from querylens_fast.transport.transport import FORMAT, ORDERS, SIDES, Transport
@@ -232,16 +232,19 @@ class _Fit:
         """Whether the two halves of what was added agree; says so in the bar, the log and the metadata."""
         until, n = self.options.until, self.batches[n_batches - 1].stop
         assert self.agreement is not None and until is not None
-        reached = self.agreement(self.sums, *self._group_totals(n_batches))
+        reached, worst = self.agreement(self.sums, *self._group_totals(n_batches))
         bar.set_postfix(jaccard=f"{reached:.3f}", until=until, sequences=n)
         self.outcome = {"until": str(until), "until_k": str(self.options.k), "jaccard": f"{reached:.4f}"}
+        self.outcome["lowest_jaccard"] = worst
+        said = "top %d tokens of the median feature agree to Jaccard %.3f between halves of %d sequences (lowest: %s)"
         if reached >= until:
-            logger.info(describe(reached, until, n))
+            logger.info(said, self.options.k, reached, n, worst)
             return True
         if n_batches == len(self.batches):
             more = sequences_needed(n, reached, until)
             self.outcome["sequences_needed"] = str(more)
-            logger.warning(describe(reached, until, n, more))
+            said = f"{said}; for %g about %d sequences would be needed"
+            logger.warning(said, self.options.k, reached, n, worst, until, more)
         return False
 
     def _group_totals(self, n_batches: int) -> tuple[Tensor, Tensor]:

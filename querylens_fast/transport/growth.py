@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from querylens_fast.dictionaries.dictionary import Dictionary, neuron_dictionary
-from querylens_fast.models.model import Model, UnsupportedModelError
+from querylens_fast.models.errors import UnsupportedModelError
+from querylens_fast.models.model import Model
 from querylens_fast.models.norms import at_least_float32
 from querylens_fast.runs import processes as ranks
 from querylens_fast.topk.api import streamed_topk
@@ -36,6 +36,7 @@ FEATURES_EACH = 64
 class Probe:
     """Some features of one dictionary: vectors [n, D] that act at a point."""
 
+    name: str
     side: Side
     point: int
     vectors: Tensor
@@ -60,7 +61,14 @@ def probes(model: Model, sides: Sequence[Side], dictionaries: Sequence[Dictionar
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randperm(dictionary.n_features, generator=generator)[:FEATURES_EACH].sort().values
         for side in sides:
-            found.append(Probe(side, dictionary.point(side), dictionary.vectors(side, ids).to(model.device)))
+            found.append(
+                Probe(
+                    f"{side}s of {dictionary.name}",
+                    side,
+                    dictionary.point(side),
+                    dictionary.vectors(side, ids).to(model.device),
+                )
+            )
     return found
 
 
@@ -72,8 +80,8 @@ class Agreement:
         self.order: Order = order
 
     @torch.no_grad()
-    def __call__(self, fitted: JacobianSums, counts: Tensor, centres: Tensor) -> float:
-        """The lower of the sides' medians over features.
+    def __call__(self, fitted: JacobianSums, counts: Tensor, centres: Tensor) -> tuple[float, str]:
+        """(the lower of the sides' medians over all features, the dictionary with the lowest median and that median).
 
         Args:
             fitted: The sums so far, of G groups; this process's share of them.
@@ -82,6 +90,7 @@ class Agreement:
         """
         process = ranks.current()
         found: dict[Side, list[Tensor]] = {}
+        medians: dict[str, float] = {}
         for probe in self.probed:
             summed = matrix_at(fitted.sums[probe.side, self.order], probe.side, self.order, probe.point)
             halves = process.sum_(torch.stack([summed[half::2].sum(0) for half in (0, 1)]))
@@ -93,10 +102,14 @@ class Agreement:
                 if self.order == "first_order":
                     moved = moved + probe.vectors
                 lists.append(top_tokens(self.model, moved, probe.side, centres[half::2].sum(0) / n, self.k))
-            found.setdefault(probe.side, []).append(jaccard(*lists))
+            each = jaccard(*lists)
+            found.setdefault(probe.side, []).append(each)
+            medians[probe.name] = float(each.median())
         lowest = min(float(torch.cat(values).median()) for values in found.values())
         # One process decides for all: their sums might differ in the last bit.
-        return float(process.sum_(torch.tensor(lowest if process.leads else 0.0, dtype=torch.float64)))
+        reached = process.sum_(torch.tensor(lowest if process.leads else 0.0, dtype=torch.float64))
+        worst = min(medians, key=medians.__getitem__)
+        return float(reached), f"{medians[worst]:.3f} for {worst}"
 
 
 def top_tokens(model: Model, moved: Tensor, side: Side, centre: Tensor, k: int) -> Tensor:
@@ -123,9 +136,3 @@ def sequences_needed(n: int, reached: float, target: float) -> int:
     """Sequences that bring a Jaccard index from ``reached``, with n of them, to ``target`` < 1 (an extrapolation)."""
     exchanged, allowed = ((1 - j) / (1 + j) for j in (reached, target))
     return max(1, math.ceil(n * (exchanged / allowed) ** 2))
-
-
-def describe(reached: float, target: float, n: int, more: Any = None) -> str:
-    """One sentence on where a growing fit stands."""
-    state = f"median Jaccard of top tokens between halves of {n} sequences: {reached:.3f} (until {target:g})"
-    return state if more is None else f"{state}; about {more} sequences would be needed"

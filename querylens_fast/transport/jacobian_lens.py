@@ -12,17 +12,23 @@ with float16 matrices as a rule and, from some writers, a "metadata" dict.
 from __future__ import annotations
 
 import hashlib
-import pickle
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from querylens_fast.dictionaries.torch_files import read_torch_file
 from querylens_fast.models.load import as_model
+from querylens_fast.models.model import Model
 from querylens_fast.runs.atomic_write import whole
 from querylens_fast.transport.transport import FORMAT, Transport
 
+TEXT_LENGTH = 10_000
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 100
+_SHORT.maxlevel, _SHORT.maxother = 2, 100
 AVERAGING = (
     "Jacobian lens (arXiv 2607.15495): by prompt, without the first 16 positions and the last unless its file says "
     "otherwise"
@@ -44,27 +50,15 @@ def import_jacobian_lens(path: str | Path, model: Any) -> Transport:
         FileNotFoundError: No such file.
         ValueError: The file is no finished lens, or its shapes, layers or values do not fit the model.
     """
-    model = as_model(model)
+    model, path = as_model(model), Path(path)
     if model.convention != "raw lm_head":
         raise ValueError(
             f"model {model.name!r} has processed weights ({model.convention}); a Jacobian lens maps the raw model's "
             "stream: load the model with load_model"
         )
-    lens = _read(Path(path))
-    matrices = {layer: _checked(path, layer, matrix, model.d_model) for layer, matrix in _layers(path, lens).items()}
-    last = model.n_layers - 1
-    beyond = [layer for layer in matrices if not 0 <= layer <= last]
-    if beyond:
-        raise ValueError(f"{str(path)!r} has matrices for layers {beyond}; model {model.name!r} has 0 to {last}")
-    recorded = lens.get("metadata") or {}
-    if not isinstance(recorded, dict):
-        raise ValueError(f"{str(path)!r}: its metadata is a {type(recorded).__name__}; expected a dict")
-    target = recorded.get("target_layer", lens.get("target_layer", last))
-    if target not in (last, None, -1):
-        raise ValueError(
-            f"{str(path)!r} carries to layer {target}, not to the last ({last}): it is not a read-out here"
-        )
-    matrices[last] = torch.eye(model.d_model)
+    lens = _read(path)
+    matrices = _matrices(path, lens, model)
+    recorded = _recorded(path, lens, model.n_layers - 1)
     layers = sorted(matrices)
     metadata = {
         "format": FORMAT,
@@ -74,14 +68,14 @@ def import_jacobian_lens(path: str | Path, model: Any) -> Transport:
         "n_layers": str(model.n_layers),
         "d_model": str(model.d_model),
         "points": ",".join(str(2 * layer + 2) for layer in layers),
-        "tokens": f"Jacobian lens {Path(path).name}",
-        "averaging": str(recorded.get("averaging", AVERAGING)),
+        "tokens": f"Jacobian lens {path.name}",
+        "averaging": recorded.get("averaging", AVERAGING),
         "submodule": "both",
         "through_norms": "True",
         "n_valid": "0",
-        "digest": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:32],
-        "n_prompts": str(lens.get("n_prompts", "unknown")),
-        **{f"lens.{key}": str(value) for key, value in recorded.items()},
+        "digest": hashlib.sha256(path.read_bytes()).hexdigest()[:32],
+        "n_prompts": _text(lens.get("n_prompts", "unknown")),
+        **{f"lens.{key}": value for key, value in recorded.items()},
     }
     return Transport({("value", "full"): torch.stack([matrices[layer] for layer in layers])}, None, metadata)
 
@@ -130,14 +124,7 @@ def export_jacobian_lens(transport: Transport, path: str | Path, dtype: torch.dt
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"Jacobian-lens file {str(path)!r} does not exist")
-    try:
-        lens = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise ValueError(
-            f"{str(path)!r} is damaged, or holds more than tensors and plain values ({str(error).splitlines()[0]})"
-        ) from error
+    lens = read_torch_file(path, "Jacobian-lens file")
     if isinstance(lens, dict) and "jacobian_sum" in lens:
         raise ValueError(
             f"{str(path)!r} is a checkpoint of an unfinished fit; load and save it with its own tool first"
@@ -147,18 +134,56 @@ def _read(path: Path) -> dict[str, Any]:
     return lens
 
 
-def _layers(path: str | Path, lens: dict[str, Any]) -> dict[int, Any]:
+def _matrices(path: Path, lens: dict[str, Any], model: Model) -> dict[int, Tensor]:
+    """The matrix of each layer, [D, D] in float32 or wider; the last layer's is the identity."""
     try:
-        return {int(layer): matrix for layer, matrix in lens["J"].items()}
-    except (TypeError, ValueError):
-        raise ValueError(f"{str(path)!r}: 'J' has keys {list(lens['J'])[:4]}; expected layer numbers") from None
+        found = {int(layer): matrix for layer, matrix in lens["J"].items()}
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        found = {}
+    if len(found) != len(lens["J"]):
+        shown = _text(list(lens["J"])[:4])
+        raise ValueError(f"{str(path)!r}: 'J' has keys {shown}; expected layer numbers, each once")
+    last, d = model.n_layers - 1, model.d_model
+    beyond = sorted(layer for layer in found if not 0 <= layer <= last)
+    if beyond:
+        raise ValueError(f"{str(path)!r} has matrices for layers {_text(beyond)}; model {model.name!r} has 0 to {last}")
+    checked = {layer: _checked(path, layer, matrix, d) for layer, matrix in found.items()}
+    return checked | {last: torch.eye(d)}
 
 
-def _checked(path: str | Path, layer: int, matrix: Any, d: int) -> Tensor:
+def _checked(path: Path, layer: int, matrix: Any, d: int) -> Tensor:
     """The matrix in float32 (or wider), or a ValueError."""
-    if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.shape != (d, d):
+    plain = isinstance(matrix, Tensor) and matrix.layout == torch.strided and matrix.device.type == "cpu"
+    if not plain or not matrix.is_floating_point() or matrix.shape != (d, d):
         found = f"{list(matrix.shape)} of {matrix.dtype}" if isinstance(matrix, Tensor) else type(matrix).__name__
         raise ValueError(f"{str(path)!r}: J of layer {layer} is {found}; expected floats [{d}, {d}], as the model has")
+    matrix = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
     if not torch.isfinite(matrix).all():
         raise ValueError(f"{str(path)!r}: J of layer {layer} holds NaN or infinite values")
-    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    return matrix
+
+
+def _recorded(path: Path, lens: dict[str, Any], last: int) -> dict[str, str]:
+    """The lens's own metadata as text.
+
+    Raises:
+        ValueError: It is no dict, or says that the lens carries to another layer than the last.
+    """
+    recorded = lens.get("metadata")
+    if recorded is None:
+        recorded = {}
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{str(path)!r}: its metadata is a {type(recorded).__name__}; expected a dict")
+    target = recorded.get("target_layer", lens.get("target_layer"))
+    if target is not None and (type(target) is not int or target not in (last, -1)):
+        raise ValueError(
+            f"{str(path)!r} carries to layer {_text(target)}, not to the last ({last}): it does not lead to the readout"
+        )
+    return {_text(key): _text(value) for key, value in recorded.items()}
+
+
+def _text(value: Any) -> str:
+    """A value of a foreign file as text of bounded length: nested lists can be exponentially long."""
+    if isinstance(value, bool | int | float | str):
+        return str(value)[:TEXT_LENGTH]
+    return _SHORT.repr(value)

@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from querylens_fast.models.autodiff import graph_bytes
 from querylens_fast.models.blocks import LinearPart
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens
@@ -108,6 +109,8 @@ class Budget:
 
 def _bytes_per_sequence(model: Model, length: int) -> tuple[int, int]:
     """(kept by the linearisation of one sequence, moved by one direction through it), in bytes."""
+    if model.own is not None:
+        return graph_bytes(model, length)
     item = torch.finfo(model.dtype).bits // 8
     neurons = max(block.mlp.width for block in model.blocks)
     widths = max(block.attention.width for block in model.blocks)

@@ -7,7 +7,7 @@ For whole dictionaries `Transport.rel_var` gives the same rel_var from a quadrat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,21 +43,33 @@ class Walked:
     layer_means: list[tuple[int, Tensor]]
 
 
-def linearity(vectors: Tensor, eps: float = 1e-12, energy_eps: float = 1e-12) -> dict[str, Tensor]:
+Total = Callable[[Tensor], Tensor]
+"""Sums a tensor over the processes that hold the other parts of a sample."""
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The sum over processes where there is one."""
+    return tensor
+
+
+def linearity(
+    vectors: Tensor, eps: float = 1e-12, energy_eps: float = 1e-12, total: Total = alone
+) -> dict[str, Tensor]:
     """The reference's statistics of n bundles of N vectors, [n, N, D] → [n] each.
 
     mu = E[v]; EV_mu = Σ (v·mu/‖mu‖)² / Σ ‖v‖², over the vectors with ‖v‖² > energy_eps; rel_var = 1 − ‖mu‖²/E‖v‖².
+    With ``total``, over the vectors of all processes.
     """
     vectors = at_least_float32(vectors)
-    n = torch.full(vectors.shape[:1], float(vectors.shape[1]), dtype=vectors.dtype, device=vectors.device)
-    mu = vectors.mean(1)
+    n = total(torch.full(vectors.shape[:1], float(vectors.shape[1]), dtype=vectors.dtype, device=vectors.device))
+    mu = total(vectors.sum(1)) / n[:, None]
     norm = mu.norm(dim=-1).clamp_min(eps)
     squares = vectors.square().sum(-1)
     used = squares > energy_eps
     along = torch.einsum("nsd,nd->ns", vectors, mu / norm[:, None])
-    sum_energy = (squares * used).sum(1)
-    sum_parallel2 = (along.square() * used).sum(1)
-    n_used = used.sum(1).to(vectors.dtype)
+    sum_energy = total((squares * used).sum(1))
+    sum_parallel2 = total((along.square() * used).sum(1))
+    n_used = total(used.sum(1).to(vectors.dtype))
     explained = (sum_parallel2 / (sum_energy + eps)).clamp(0, 1)
     mean_energy = sum_energy / n_used.clamp_min(1)
     alive = n_used > 0
@@ -88,6 +100,7 @@ def walk_features(
     submodule: Submodule = "both",
     through_norms: bool = True,
     max_memory_gib: float = 2.0,
+    total: Total = alone,
 ) -> Walked:
     """Carry vectors [n, D] through the model over every valid position of the sample.
 
@@ -102,6 +115,7 @@ def walk_features(
         submodule: As in `fit_transport`.
         through_norms: As in `fit_transport`.
         max_memory_gib: Bound on the working memory.
+        total: For a sample whose parts are in several processes, which call this with one vector and their own part.
 
     Raises:
         ValueError: A point or order that the model does not have, or max_memory_gib too small for one sequence.
@@ -113,7 +127,9 @@ def walk_features(
     held = tokens.ids.numel() * model.d_model * item
     size = max(1, min(int(max_memory_gib * 2**30 / 2 // held), budget.directions))
     linearised = _Batches(model, tokens, submodule, through_norms, budget.rows)
-    chunks = [_walk_chunk(linearised, vectors[c], point, side, order, layer) for c in batches(len(vectors), size)]
+    chunks = [
+        _walk_chunk(linearised, vectors[c], point, side, order, layer, total) for c in batches(len(vectors), size)
+    ]
     if not chunks:
         empty = vectors.new_zeros(0, model.d_model)
         return Walked(empty, {name: vectors.new_zeros(0) for name in STATISTICS}, [])
@@ -141,7 +157,7 @@ class _Batches:
 
 
 def _walk_chunk(
-    linearised: _Batches, vectors: Tensor, point: int, side: Side, order: Order, layer: int | None
+    linearised: _Batches, vectors: Tensor, point: int, side: Side, order: Order, layer: int | None, total: Total
 ) -> Walked:
     """Some vectors [n, D] through every batch."""
     model, tokens = linearised.model, linearised.tokens
@@ -158,8 +174,9 @@ def _walk_chunk(
                 previous = state
         moved.append(at_least_float32(state)[:, valid[lin.rows]])
     bundle = torch.cat(moved, dim=1)
-    means = [(label, total / tokens.n_valid) for label, total in layer_sums.items()]
-    return Walked(bundle.mean(1), linearity(bundle), means)
+    n = total(bundle.new_full((), float(tokens.n_valid)))
+    means = [(label, total(own) / n) for label, own in layer_sums.items()]
+    return Walked(total(bundle.sum(1)) / n, linearity(bundle, total=total), means)
 
 
 def _layer_label(module: int | None, layer: int, side: Side) -> int:

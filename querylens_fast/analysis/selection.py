@@ -1,8 +1,4 @@
-"""Which features a run is about, and in which batches they are processed.
-
-Features are named by a list (each with its own dictionary) or as ids of one dictionary a layer. Either way they become
-batches: consecutive feature indices that share a dictionary.
-"""
+"""Which features a run is about: a list, each feature with its own dictionary, or ids of one dictionary a layer."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +26,21 @@ NEURONS = "neurons"
 
 
 @dataclass
-class Batch:
-    """Features of one dictionary: ids [n], their names (None: by the dictionary's), and the first feature_index."""
+class Selected:
+    """Features of one dictionary that follow each other: ids [n], and their names (None: by the dictionary).
+
+    The dictionary may hold the rows of these features alone; ``fingerprint`` is of the whole one.
+    """
 
     dictionary: Dictionary
+    fingerprint: str
     ids: Tensor
     names: list[str] | None
-    start: int
 
 
 @dataclass(frozen=True)
 class PickedRows:
-    """Some rows of a matrix, kept when the rest of it is let go: ids [m] ascending, matrix [m, D]."""
+    """Some rows of a matrix, without the rest of it: ids [m] ascending, matrix [m, D]."""
 
     ids: Tensor
     matrix: Tensor
@@ -67,42 +67,37 @@ class Selection:
     sae_id: str | None = None
     layers: list[int] | None = None
 
-    def batches(self, model: Model, preset: Preset) -> list[Batch]:
-        """Every dictionary loaded and checked, every feature found in it.
+    def selected(self, model: Model, preset: Preset) -> list[Selected]:
+        """Every dictionary loaded, every feature found in it, in the order of the result.
 
         Raises:
-            FileNotFoundError: A dictionary that cannot be had.
-            ValueError: A dictionary of another model or layer, or a feature it does not have.
+            FileNotFoundError: A dictionary that cannot be loaded.
+            ValueError: A dictionary of another layer, a feature it does not have, or no feature at all.
         """
         found = self._of_list(model, preset) if self.features else self._of_dictionaries(model)
-        for dictionary in {id(b.dictionary): b.dictionary for b in found}.values():
-            dictionary.check_model(model)
-            if preset.needs_transport or preset.stream_transition == "tuned_lens":
-                dictionary.point(preset.feature_vector)
-        if not any(len(batch.ids) for batch in found):
+        if not any(len(some.ids) for some in found):
             raise ValueError(f"{self.name!r} selects no features")
         return found
 
-    def _of_dictionaries(self, model: Model) -> list[Batch]:
+    def _of_dictionaries(self, model: Model) -> list[Selected]:
         templated = "{layer}" in self.dictionary + (self.sae_id or "")
         layers: list[int | None] = list(self.layers or [None])
         if self.layers is None and (templated or self.dictionary == NEURONS):
             layers = list(range(model.n_layers))
-        found, start = [], 0
+        found = []
         for layer in layers:
             source, sae_id = (x and x.replace("{layer}", str(layer)) for x in (self.dictionary, self.sae_id))
             if source == NEURONS and layer is not None:
                 dictionary = neuron_dictionary(model, layer)
             else:
                 dictionary = load_dictionary(source, sae_id, layer).on(model)
-            ids = dictionary.select(self.ids)
-            found.append(Batch(dictionary, ids, None, start))
-            start += len(ids)
+            found.append(Selected(dictionary, dictionary.fingerprint, dictionary.select(self.ids), None))
         return found
 
-    def _of_list(self, model: Model, preset: Preset) -> list[Batch]:
+    def _of_list(self, model: Model, preset: Preset) -> list[Selected]:
         keys = [(f.sae_release, f.sae_id, int(f.layer)) for f in self.features]
         dictionaries = {key: _named_dictionary(model, *key) for key in dict.fromkeys(keys)}
+        fingerprints = {key: dictionary.fingerprint for key, dictionary in dictionaries.items()}
         for key, dictionary in dictionaries.items():
             members = [f for f, k in zip(self.features, keys, strict=True) if k == key]
             for f in members:
@@ -111,13 +106,11 @@ class Selection:
             ids = dictionary.select(sorted({f.feature for f in members}))
             if not preset.is_ablation:
                 dictionaries[key] = _with_rows_only(dictionary, preset.feature_vector, ids)
-        found: list[Batch] = []
-        for index, (f, key) in enumerate(zip(self.features, keys, strict=True)):
-            if not found or found[-1].dictionary is not dictionaries[key]:
-                found.append(Batch(dictionaries[key], torch.empty(0, dtype=torch.int64), [], index))
-            batch = found[-1]
-            batch.ids = torch.cat([batch.ids, torch.tensor([f.feature])])
-            batch.names = [*(batch.names or []), str(f)]
+        found: list[Selected] = []
+        for key, several in groupby(zip(keys, self.features, strict=True), key=lambda pair: pair[0]):
+            members = [f for _, f in several]
+            ids = torch.tensor([f.feature for f in members])
+            found.append(Selected(dictionaries[key], fingerprints[key], ids, [str(f) for f in members]))
         return found
 
 

@@ -1,0 +1,208 @@
+"""Exports and calls of other tools on the CPU, beside what those tools do. ``python -m bench integrations --help``.
+
+neuronpedia: the whole bulk folder of a dictionary at GPT-2's shape, without vectors, in a fresh process.
+saedashboard: SAEDashboard's per-feature logit work (its formula in plain torch) on some rows, extrapolated by rows.
+sae-lens: statistics of W_dec @ W_U as sae-lens's notebook has them, and ours; each in a fresh process for its memory.
+logit_readout: transformer-lens's chunked top-k beside ours, where the installed transformer-lens has it (4.x).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from bench.machine import machine
+from bench.record import RESULTS, save
+from bench.timing import measure
+
+DEFAULT_OUT = RESULTS / "cpu-integrations.json"
+PARTS = ("neuronpedia", "saedashboard", "sae-lens", "logit_readout")
+
+
+def tokenizer_of(vocabulary: int) -> Any:
+    """A real tokenizer of so many words."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"Ġw{i}" if i % 2 else f"w{i}": i for i in range(vocabulary)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+
+
+def gpt2_shaped(d: int, vocabulary: int) -> Any:
+    """One layer of GPT-2's width and vocabulary, random."""
+    import transformers
+
+    import querylens_fast as ql
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=vocabulary, n_embd=d, n_layer=1, n_head=d // 64, n_positions=16)
+    return ql.as_model(transformers.AutoModelForCausalLM.from_config(config).eval(), tokenizer_of(vocabulary))
+
+
+def neuronpedia(n: int, d: int, vocabulary: int) -> dict[str, Any]:
+    """Export n features; the number that were written is counted from the files."""
+    import gzip
+
+    import querylens_fast as ql
+
+    model = gpt2_shaped(d, vocabulary)
+    dictionary = ql.directions(torch.randn(n, d, generator=torch.Generator().manual_seed(1)), layer=0, name="bench")
+    with tempfile.TemporaryDirectory() as name:
+        start = time.perf_counter()
+        folder = ql.export_neuronpedia(
+            dictionary, model, name, model_id="gpt2-small", source_set="bench", vectors=False, neighbours=10
+        )
+        seconds = time.perf_counter() - start
+        files = list((folder / "features").iterdir())
+        rows = sum(gzip.decompress(p.read_bytes()).count(b"\n") for p in files)
+        mib = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2**20
+    if rows != n:
+        raise SystemExit(f"wrong results: {rows} lines of {n}; no time reported")
+    return {"seconds": seconds, "features": n, "files": len(files), "mib": mib, "peak_mib": peak_mib()}
+
+
+def saedashboard(n: int, d: int, vocabulary: int) -> dict[str, Any]:
+    """Logits, two top-k and a histogram a feature, as SAEDashboard's loop has them, on n features; and ours."""
+    from querylens_fast.topk.api import streamed_topk
+
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(vocabulary, d, generator=generator)
+    F = torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
+    W_U = W.T.contiguous()
+
+    def theirs() -> list[Any]:
+        found = []
+        for row in F @ W_U:
+            top, bottom = row.topk(10), row.topk(10, largest=False)
+            found.append((top.values.tolist(), bottom.values.tolist(), torch.histc(row, 50).int().tolist()))
+        return found
+
+    ours = streamed_topk(F, W, 10, histogram=50)  # type: ignore[arg-type]
+    assert ours.top_scores is not None
+    error = float((torch.tensor([x[0] for x in theirs()]) - ours.top_scores).abs().max())
+    if error > 1e-4:
+        raise SystemExit(f"wrong results: error {error:.3g}; no time reported")
+    tasks = {"ours": lambda: streamed_topk(F, W, 10, histogram=50), "per feature": theirs}  # type: ignore[arg-type]
+    return {"features": n, "error": error, "times": measure(tasks, F.device, 3)}
+
+
+def sae_lens(n: int, d: int, vocabulary: int, ours: bool) -> dict[str, Any]:
+    """Statistics of W_dec @ W_U in this process: ours, or the formulas of sae-lens's notebook on the whole matrix."""
+    generator = torch.Generator().manual_seed(0)
+    W_dec, W_U = (torch.randn(shape, generator=generator) / d**0.5 for shape in ((n, d), (d, vocabulary)))
+    before, start = peak_mib(), time.perf_counter()
+    if ours:
+        from querylens_fast.integrations.sae_lens import get_W_U_W_dec_stats_df
+
+        frame, _ = get_W_U_W_dec_stats_df(W_dec, SimpleNamespace(W_U=W_U))
+        found = {name: frame[name].tolist()[:64] for name in ("mean", "std", "skewness", "kurtosis")}
+    else:
+        projection = W_dec @ W_U
+        mean = projection.mean(dim=1, keepdim=True)
+        centered = projection - mean
+        std = torch.pow((centered**2).mean(dim=1, keepdim=True), 0.5)
+        scores = centered / std
+        moments = [torch.mean(torch.pow(scores, power), dim=1) for power in (3.0, 4.0)]
+        columns = dict(zip(("mean", "std", "skewness", "kurtosis"), (mean[:, 0], std[:, 0], *moments), strict=True))
+        found = {name: column[:64].tolist() for name, column in columns.items()}
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_mib": peak_mib(), "extra_mib": peak_mib() - before, "first": found}
+
+
+def logit_readout(n: int, d: int, vocabulary: int) -> dict[str, Any]:
+    """transformer-lens's chunked readout and ours on the same vectors."""
+    try:
+        from transformer_lens.tools.analysis import logit_readout as theirs  # type: ignore[import-not-found]
+    except ImportError as error:
+        return {"skipped": str(error).splitlines()[0]}
+    from querylens_fast.topk.api import streamed_topk
+
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(vocabulary, d, generator=generator)
+    F = torch.randn(n, d, generator=generator)
+    peer = SimpleNamespace(W_U=W.T.contiguous(), b_U=torch.zeros(vocabulary), cfg=SimpleNamespace(d_model=d))
+    tasks = {
+        "ours": lambda: streamed_topk(F, W, 10, bottom=False),
+        "transformer-lens logit_readout": lambda: theirs(peer, F, apply_ln=False, top_k=10),
+    }
+    return {"features": n, "times": measure(tasks, F.device, 3)}
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _alone(part: str, options: argparse.Namespace) -> dict[str, Any]:
+    """A part in a fresh process."""
+    sizes = ["--features", options.features, "--sae-lens-features", options.sae_lens_features, "--rows", options.rows]
+    sizes += ["--d", options.d, "--vocabulary", options.vocabulary]
+    command = [sys.executable, "-m", "bench", "integrations", "--alone", part, *map(str, sizes)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _run(part: str, options: argparse.Namespace) -> dict[str, Any]:
+    d, vocabulary = options.d, options.vocabulary
+    if part == "neuronpedia":
+        return neuronpedia(options.features, d, vocabulary)
+    if part == "saedashboard":
+        return saedashboard(options.rows, d, vocabulary)
+    if part == "logit_readout":
+        return logit_readout(options.rows, d, vocabulary)
+    return sae_lens(options.sae_lens_features, d, vocabulary, part == "sae-lens ours")
+
+
+def _compared(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Both runs of the statistics, once they agree."""
+    error = max(
+        abs(a - b) / max(1.0, abs(b))
+        for name in theirs["first"]
+        for a, b in zip(ours["first"].pop(name), theirs["first"][name], strict=True)
+    )
+    del ours["first"], theirs["first"]
+    if error > 1e-4:
+        raise SystemExit(f"wrong results: error {error:.3g}; no time reported")
+    return {"ours": ours, "sae-lens": theirs, "error": error, "speedup": theirs["seconds"] / ours["seconds"]}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench integrations", description=__doc__)
+    parser.add_argument("--features", type=int, default=65_536, help="of the Neuronpedia export")
+    parser.add_argument("--sae-lens-features", type=int, default=24_576)
+    parser.add_argument("--rows", type=int, default=512, help="features timed beside SAEDashboard and transformer-lens")
+    parser.add_argument("--d", type=int, default=768)
+    parser.add_argument("--vocabulary", type=int, default=50_257)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="JSON to write; parts not run are kept")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.alone is not None:
+        print(json.dumps(_run(options.alone, options)))
+        return
+    record = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    record |= {"machine": machine(torch.device("cpu")), "shape": {"d": options.d, "vocabulary": options.vocabulary}}
+    for part in options.parts:
+        if part == "sae-lens":
+            found = _compared(_alone("sae-lens ours", options), _alone("sae-lens theirs", options))
+            found["features"] = options.sae_lens_features
+        else:
+            found = _alone(part, options)
+        record[part] = found
+        save(options.out, record)
+        print(part, json.dumps(found))
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""Feature activity on a token sample: where each feature is active, how often and how strongly.
+
+One pass over the sample gives, for every feature of a dictionary, its density, its mean and maximum activation, the
+tokens that it is active at, and the sequences that activate it most (paper §5.1: "maximally activating tokens").
+
+    density     positions where the feature is active / valid positions
+    mean        mean activation over the positions where it is active
+    examples    the n_examples sequences with the largest activation, with the value, position and token of each peak
+
+Memory: the activations of one sequence, [S, n], the examples, and a count for each (feature, token) pair that occurs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.lens.ablations import activations
+from querylens_fast.models.load import as_model
+from querylens_fast.models.model import Model
+from querylens_fast.models.tokens import Tokens, as_tokens
+from querylens_fast.runs.atomic_write import whole
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+METADATA_KEY = b"querylens_fast"
+WHAT = "feature sample"
+ACTIVATIONS_AT_ONCE = 1 << 26
+"""Activations held at a time, where one sequence has fewer."""
+PAIRS_AT_ONCE = 1 << 22
+"""(feature, token) pairs collected before they are added up."""
+
+
+@dataclass(frozen=True)
+class FeatureSample:
+    """Activity of every feature of a dictionary on a token sample.
+
+    Attributes:
+        metadata: Model, dictionary, tokens and settings.
+        n_active: Positions where each feature is active, [n] int64.
+        mean: Mean activation over them, [n] float32; 0 for features that are never active.
+        maximum: Largest activation, [n] float32.
+        n_sequences: Sequences with an active position, [n] int64.
+        values: Peak activations of the examples, [n, m] float32, descending; 0 where there are fewer than m.
+        sequences: Their sequences, [n, m] int64; −1 where there are fewer.
+        positions: The peaks' positions, [n, m] int64; −1 where there are fewer.
+        tokens: The peaks' token ids, [n, m] int64; −1 where there are fewer.
+        pairs: (feature, token, count) of every token at which a feature is active, sorted by feature, then count.
+    """
+
+    metadata: dict[str, Any]
+    n_active: Tensor
+    mean: Tensor
+    maximum: Tensor
+    n_sequences: Tensor
+    values: Tensor
+    sequences: Tensor
+    positions: Tensor
+    tokens: Tensor
+    pairs: tuple[Tensor, Tensor, Tensor]
+
+    @property
+    def n_features(self) -> int:
+        return len(self.n_active)
+
+    @property
+    def density(self) -> Tensor:
+        """Share of the sample's valid positions at which each feature is active, [n]."""
+        return self.n_active / self.metadata["n_valid"]
+
+    @property
+    def counts(self) -> Tensor:
+        """Examples found for each feature, at most m, [n]."""
+        return (self.tokens >= 0).sum(1)
+
+    def choose(self, n_features: int = 100, min_examples: int = 20, seed: int = 0) -> Tensor:
+        """Ids of a seeded sample of the features with at least ``min_examples`` activating sequences, ascending.
+
+        Raises:
+            ValueError: No feature has that many; the message gives the largest number found.
+        """
+        eligible = (self.n_sequences >= min_examples).nonzero()[:, 0]
+        if not len(eligible):
+            raise ValueError(
+                f"no feature of {self.metadata['dictionary']!r} is active in {min_examples} sequences of the sample "
+                f"(the most active one is in {int(self.n_sequences.max())}); use more tokens or a smaller min_examples"
+            )
+        order = torch.randperm(len(eligible), generator=torch.Generator().manual_seed(seed))
+        return eligible[order[:n_features]].sort().values
+
+    def top_tokens(self, feature: int, n: int = 10) -> list[tuple[int, int]]:
+        """(token id, count) of the tokens at which a feature is active most often."""
+        features, tokens, counts = self.pairs
+        start, stop = torch.searchsorted(features, torch.tensor([feature, feature + 1])).tolist()
+        stop = min(stop, start + n)
+        return list(zip(tokens[start:stop].tolist(), counts[start:stop].tolist(), strict=True))
+
+    def save(self, path: str | Path) -> Path:
+        """Write one Parquet row per feature: activity, examples and the token distribution. Returns the path."""
+        import pyarrow.parquet as pq
+
+        path = Path(path)
+        if path.suffix != ".parquet":
+            raise ValueError(f"out is {str(path)!r}; expected a .parquet file")
+        table = self.table()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as partial:
+            pq.write_table(table, partial, compression="zstd")
+        return path
+
+    def table(self) -> pa.Table:
+        """The sample as a pyarrow Table; its schema metadata holds ``metadata``."""
+        import pyarrow as pa
+
+        features, tokens, counts = self.pairs
+        offsets = torch.searchsorted(features, torch.arange(self.n_features + 1)).int().numpy()
+
+        def examples(values: Tensor) -> pa.Array:
+            kept = values[self.tokens >= 0]
+            starts = torch.cat([torch.zeros(1, dtype=torch.int64), self.counts.cumsum(0)]).int().numpy()
+            return pa.ListArray.from_arrays(pa.array(starts), pa.array(kept.numpy()))
+
+        def lists(values: Tensor) -> pa.Array:
+            return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.numpy()))
+
+        columns = {
+            "feature": pa.array(torch.arange(self.n_features).numpy()),
+            "n_active": pa.array(self.n_active.numpy()),
+            "density": pa.array(self.density.float().numpy()),
+            "mean": pa.array(self.mean.numpy()),
+            "maximum": pa.array(self.maximum.numpy()),
+            "n_sequences": pa.array(self.n_sequences.numpy()),
+            "example_values": examples(self.values),
+            "example_sequences": examples(self.sequences),
+            "example_positions": examples(self.positions),
+            "example_tokens": examples(self.tokens),
+            "token_ids": lists(tokens),
+            "token_counts": lists(counts),
+        }
+        return pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(self.metadata).encode()})
+
+
+@torch.no_grad()
+def feature_sample(
+    dictionary: Any,
+    model: Any,
+    tokens: Tokens | Tensor | str | Path,
+    *,
+    n_examples: int = 20,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> FeatureSample:
+    """Run the model and the dictionary over a token sample and record where each feature is active.
+
+    Args:
+        dictionary: As in `signatures`; one that can be run.
+        model: As in `signatures`.
+        tokens: The sample, as in `fit_transport`; padded positions do not count. To score a signature, use other text
+            than the transport was fitted on.
+        n_examples: Sequences kept for each feature, m.
+        out: A ``.parquet`` file to write as well.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: n_examples below 1, a dictionary that cannot be run, or no position where any feature is active.
+
+    Cost: one forward pass over the sample, and n · d_model multiply-adds for each position.
+    """
+    model, dictionary = as_model(model), load_dictionary(dictionary)
+    tokens = as_tokens(tokens, model)
+    dictionary.check_model(model)
+    if n_examples < 1:
+        raise ValueError(f"n_examples is {n_examples}; expected at least 1")
+    counted = _Activity(dictionary.n_features, min(n_examples, len(tokens.ids)), model)
+    rows = max(1, min(16, ACTIVATIONS_AT_ONCE // (tokens.ids.shape[1] * dictionary.n_features)))
+    label = f"activations {Path(dictionary.name).name}"
+    with tqdm(total=len(tokens.ids), desc=label, unit="sequence", disable=not progress) as bar:
+        for start in range(0, len(tokens.ids), rows):
+            ids, valid = (x[start : start + rows].to(model.device) for x in (tokens.ids, tokens.valid_mask))
+            acts = activations(model, dictionary, ids)
+            counted.add(acts.masked_fill(~valid[..., None], 0).float(), ids, start)
+            bar.update(len(ids))
+    metadata = {
+        "what": WHAT,
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "dictionary": dictionary.name,
+        "dictionary_fingerprint": dictionary.fingerprint,
+        "kind": dictionary.kind,
+        "layer": dictionary.layer,
+        "tokens": tokens.source,
+        "tokens_digest": tokens.digest,
+        "n_valid": tokens.n_valid,
+        "n_sequences": len(tokens.ids),
+        "n_examples": n_examples,
+    }
+    found = counted.finish(metadata)
+    if not bool(found.n_active.any()):
+        raise ValueError(
+            f"no feature of {dictionary.name!r} is active anywhere in {tokens.source}: is the dictionary of this "
+            "model, and its scale that of the model's activations?"
+        )
+    if out is not None:
+        found.save(out)
+    return found
+
+
+class _Activity:
+    """Sums over the sequences seen so far."""
+
+    def __init__(self, n: int, m: int, model: Model) -> None:
+        self.m, self.vocab_size = m, model.vocab_size
+        device = model.device
+        self.n_active = torch.zeros(n, dtype=torch.int64, device=device)
+        self.total = torch.zeros(n, dtype=torch.float64, device=device)
+        self.n_sequences = torch.zeros(n, dtype=torch.int64, device=device)
+        self.values = torch.zeros(n, 0, device=device)
+        self.where = torch.zeros(n, 0, 3, dtype=torch.int64, device=device)
+        """Sequence, position and token of each example's peak."""
+        self.keys = torch.zeros(0, dtype=torch.int64)
+        self.counts = torch.zeros(0, dtype=torch.int64)
+        self.waiting: list[Tensor] = []
+
+    def add(self, acts: Tensor, ids: Tensor, first: int) -> None:
+        """Count the activations [B, S, n] of sequences ``first``, first + 1, … with token ids [B, S]."""
+        active = acts > 0
+        self.n_active += active.sum((0, 1))
+        self.total += acts.clamp_min(0).sum((0, 1), dtype=torch.float64)
+        peaks = acts.max(dim=1)
+        self.n_sequences += (peaks.values > 0).sum(0)
+        tokens = ids.gather(1, peaks.indices)
+        sequence = torch.arange(first, first + len(ids), device=ids.device)[:, None].expand_as(tokens)
+        where = torch.stack([sequence, peaks.indices, tokens], -1)
+        values = torch.cat([self.values, peaks.values.mT], 1)
+        where = torch.cat([self.where, where.transpose(0, 1)], 1)
+        # A stable sort: of equal peaks the earlier sequence is kept.
+        order = values.argsort(dim=1, descending=True, stable=True)[:, : self.m]
+        self.values = values.gather(1, order)
+        self.where = where.gather(1, order[..., None].expand(-1, -1, 3))
+        batch, position, feature = active.nonzero(as_tuple=True)
+        self.waiting.append((feature * self.vocab_size + ids[batch, position]).cpu())
+        if sum(map(len, self.waiting)) > PAIRS_AT_ONCE:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """Add the collected (feature, token) pairs to their counts."""
+        new, counts = torch.cat(self.waiting).unique(return_counts=True)
+        keys, place = torch.cat([self.keys, new]).unique(return_inverse=True)
+        total = torch.zeros(len(keys), dtype=torch.int64)
+        self.counts = total.index_add_(0, place, torch.cat([self.counts, counts]))
+        self.keys, self.waiting = keys, []
+
+    def finish(self, metadata: dict[str, Any]) -> FeatureSample:
+        if self.waiting:
+            self._add_up()
+        features = self.keys // self.vocab_size
+        order = self.counts.argsort(descending=True, stable=True)
+        order = order[features[order].argsort(stable=True)]
+        pairs = features[order], self.keys[order] % self.vocab_size, self.counts[order]
+        missing = self.values <= 0
+        sequences, positions, tokens = self.where.masked_fill(missing[..., None], -1).cpu().unbind(-1)
+        mean = self.total / self.n_active.clamp_min(1)
+        maximum = self.values[:, 0] if self.values.shape[1] else self.total.new_zeros(len(self.total))
+        return FeatureSample(
+            metadata,
+            self.n_active.cpu(),
+            mean.float().cpu(),
+            maximum.float().cpu(),
+            self.n_sequences.cpu(),
+            self.values.cpu(),
+            sequences,
+            positions,
+            tokens,
+            pairs,
+        )
+
+
+def load_feature_sample(path: str | Path) -> FeatureSample:
+    """Read what `FeatureSample.save` wrote.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: It is no feature sample, or damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"feature sample {str(path)!r} does not exist; make one with feature_sample(..., out=)")
+    try:
+        table = pq.read_table(path)
+        metadata = json.loads((table.schema.metadata or {})[METADATA_KEY])
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is no feature sample of this package, or damaged: {error}") from error
+    if not isinstance(metadata, dict) or metadata.get("what") != WHAT:
+        raise ValueError(f"{str(path)!r} holds {metadata.get('what')!r}; expected a {WHAT}")
+
+    def column(name: str) -> Tensor:
+        return torch.from_numpy(table[name].combine_chunks().to_numpy(zero_copy_only=False).copy())
+
+    def flat(name: str) -> Tensor:
+        return torch.from_numpy(table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy())
+
+    counts = torch.tensor([len(x) for x in table["example_tokens"].to_pylist()])
+    m = int(counts.max())
+    present = torch.arange(m) < counts[:, None]
+
+    def padded(name: str, missing: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((len(counts), m), missing, dtype=dtype).masked_scatter_(present, flat(name))
+
+    lengths = torch.tensor(table["token_ids"].combine_chunks().value_lengths().to_pylist())
+    features = torch.arange(len(counts)).repeat_interleave(lengths)
+    return FeatureSample(
+        metadata,
+        column("n_active"),
+        column("mean"),
+        column("maximum"),
+        column("n_sequences"),
+        padded("example_values", 0.0, torch.float32),
+        padded("example_sequences", -1, torch.int64),
+        padded("example_positions", -1, torch.int64),
+        padded("example_tokens", -1, torch.int64),
+        (features, flat("token_ids"), flat("token_counts")),
+    )

@@ -1,0 +1,130 @@
+"""Ways to name a feature by tokens, for comparison: presets computed on the fly, and result files.
+
+A method is named by what makes it: a preset ("query_lens_key"), an ablation at an activation ("token_change@5"), or a
+result file of `signatures` ("layer6.parquet").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from querylens_fast.dictionaries.dictionary import Dictionary
+from querylens_fast.lens.compute import signatures
+from querylens_fast.lens.presets import Preset, find_preset
+from querylens_fast.lens.storage import StoredSignatures, read_identity
+from querylens_fast.models.model import Model
+from querylens_fast.models.tokens import Tokens
+from querylens_fast.transport.transport import Transport
+
+
+@dataclass(frozen=True)
+class Context:
+    """What presets may need, for one model: each is passed only to the presets that use it."""
+
+    model: Model
+    transport: Transport | None = None
+    tokens: Tokens | None = None
+    """The sample of token_change and zero_out."""
+    tuned_lens: str | Path | None = None
+    max_memory_gib: float = 2.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to name features. ``preset`` or ``path`` is set, not both."""
+
+    name: str
+    preset: Preset | None = None
+    path: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def token_ids(self, context: Context, dictionary: Dictionary, features: Tensor, k: int) -> Tensor:
+        """The k top token ids of each feature [n], [n, k] int64.
+
+        Raises:
+            ValueError: The file is of another dictionary, or lacks features or tokens; a preset lacks what it needs.
+        """
+        if self.preset is not None:
+            return self._computed(context, dictionary, features, k)
+        return self._stored(dictionary, features, k)
+
+    def serves(self, dictionary: Dictionary) -> bool:
+        """Whether the method is about this dictionary: a preset is about any, a file about its own."""
+        return self.path is None or read_identity(self.path).get("dictionary_fingerprint") == dictionary.fingerprint
+
+    def _computed(self, context: Context, dictionary: Dictionary, features: Tensor, k: int) -> Tensor:
+        preset = self.preset
+        assert preset is not None
+        given: dict[str, Any] = dict(self.options)
+        if preset.needs_transport:
+            given["transport"] = context.transport
+        if preset.is_ablation:
+            given["tokens"] = context.tokens
+        if preset.stream_transition == "tuned_lens":
+            given["tuned_lens"] = context.tuned_lens
+        return signatures(
+            dictionary,
+            context.model,
+            preset=preset,
+            k=k,
+            features=features,
+            stats="none",
+            max_memory_gib=context.max_memory_gib,
+            progress=False,
+            **given,
+        ).top_ids
+
+    def _stored(self, dictionary: Dictionary, features: Tensor, k: int) -> Tensor:
+        path = self.path
+        assert path is not None
+        identity = read_identity(path)
+        if identity.get("k", 0) < k:
+            raise ValueError(f"{str(path)!r} holds {identity.get('k')} tokens a feature; expected at least k = {k}")
+        table = StoredSignatures(path, 0, "jsonl" if path.suffix == ".jsonl" else "parquet").table()
+        stored = torch.from_numpy(table["feature"].to_numpy().copy())
+        order = stored.argsort()
+        place = torch.searchsorted(stored[order], features).clamp_max(len(stored) - 1)
+        place = order[place]
+        absent = stored[place] != features
+        if bool(absent.any()):
+            missing = int(features[absent][0])
+            raise ValueError(f"{str(path)!r} holds no signature of feature {missing}; write one with features='all'")
+        chosen = table["top_ids"].combine_chunks().take(place.numpy())
+        return torch.tensor([ids[:k] for ids in chosen.to_pylist()], dtype=torch.int64).reshape(-1, k)
+
+
+def find_methods(names: Sequence[str | Path]) -> list[Method]:
+    """The methods of names.
+
+    Raises:
+        ValueError: An unknown preset, an activation for a preset that has none, or the same name twice.
+        FileNotFoundError: A result file that does not exist.
+    """
+    found = [_find(str(name)) for name in names]
+    twice = sorted({m.name for m in found if [x.name for x in found].count(m.name) > 1})
+    if twice or not found:
+        raise ValueError(f"methods are {[m.name for m in found]}; expected at least one, and each once")
+    return found
+
+
+def _find(name: str) -> Method:
+    if name.endswith((".parquet", ".jsonl")):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"result file {name!r} does not exist")
+        return Method(Path(name).name, path=Path(name))
+    base, at, value = name.partition("@")
+    preset = find_preset(base)
+    if not at:
+        return Method(name, preset)
+    if preset.stream_transition != "token_change":
+        raise ValueError(f"method {name!r} names an activation, which only token_change takes")
+    try:
+        return Method(name, preset, options={"token_change_value": float(value)})
+    except ValueError:
+        raise ValueError(f"method {name!r}: {value!r} is no activation; write for instance token_change@5") from None

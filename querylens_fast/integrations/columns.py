@@ -1,0 +1,59 @@
+"""Numbers and tokens of `Rows` as JSON values: finite, rounded as dashboards round, nothing that a database refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from querylens_fast.integrations.tokens import OUT_OF_RANGE
+from querylens_fast.models.norms import at_least_float32
+
+DECIMALS = 5
+"""As SAEDashboard rounds."""
+DIGITS = 7
+"""Significant digits of a vector's largest component, which is all that float32 has."""
+
+
+def rounded(values: Tensor, decimals: int = DECIMALS) -> list[list[float]]:
+    """Rows [n, m] as lists of floats; entries that are no finite number become 0."""
+    return values.double().nan_to_num(0.0, 0.0, 0.0).round(decimals=decimals).add(0.0).tolist()
+
+
+def tokens_and_scores(ids: Tensor, scores: Tensor, strings: Sequence[str]) -> tuple[list[list[str]], list[list[float]]]:
+    """Token strings and rounded scores of ids and scores [n, k]; entries without a finite score are left out."""
+    ids, scores = ids.cpu(), scores.cpu().double()
+    kept = torch.isfinite(scores) & (ids >= 0)
+    numbers = rounded(scores)
+    texts = [[_string(strings, i) for i in row] for row in ids.tolist()]
+    if not bool(kept.all()):
+        for i in (~kept).any(1).nonzero()[:, 0].tolist():
+            chosen = kept[i].tolist()
+            texts[i] = [text for text, keep in zip(texts[i], chosen, strict=True) if keep]
+            numbers[i] = [number for number, keep in zip(numbers[i], chosen, strict=True) if keep]
+    return texts, numbers
+
+
+def _string(strings: Sequence[str], index: int) -> str:
+    return strings[index] if 0 <= index < len(strings) else OUT_OF_RANGE
+
+
+def vector_lists(vectors: Tensor) -> list[list[float]]:
+    """Vectors [n, D] as lists of floats of about seven significant digits."""
+    wide = vectors.cpu().double()
+    largest = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = 10.0 ** (DIGITS - 1 - largest.log10().floor())[:, None]
+    return (wide * scale).round().div(scale).add(0.0).tolist()
+
+
+def alignments(vectors: Tensor, k: int = 3) -> tuple[list[list[int]], list[list[float]], list[list[float]]]:
+    """SAEDashboard's neuron alignment: the k largest components of each vector [n, D], at unit length.
+
+    Returns:
+        Their indices, their values, and the values over the vector's L1 norm.
+    """
+    rows = torch.nn.functional.normalize(at_least_float32(vectors).cpu(), dim=1)
+    found = rows.topk(min(k, rows.shape[1]), dim=1)
+    share = found.values / rows.abs().sum(1, keepdim=True)
+    return found.indices.tolist(), rounded(found.values), rounded(share)

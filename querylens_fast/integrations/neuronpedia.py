@@ -1,0 +1,353 @@
+"""Neuronpedia's bulk folder: dashboards of every feature of a dictionary, ready to be imported.
+
+    {folder}/{model_id}/{layer}-{source_set}/
+        release.jsonl model.jsonl sourceset.jsonl source.jsonl    one line each
+        features/batch-N.jsonl.gz                                 one line a feature
+        activations/batch-N.jsonl.gz                              where texts are given
+        explanations/batch-N.jsonl.gz                             where explanations are given
+        import.sql                                                for psql, into a local Neuronpedia
+
+Neuronpedia's importer takes the columns of a file from its first line and refuses the whole file for one number that is
+NaN or one lone surrogate; so every line has the same keys, finite numbers and valid UTF-8. Nothing in the files depends
+on the time, so an export that was killed ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from querylens_fast.integrations.activity import Activity, open_activity
+from querylens_fast.integrations.dashboard import Rows
+from querylens_fast.integrations.folder import claimed, json_bytes, write_bytes, write_lines
+from querylens_fast.integrations.neighbours import (
+    ComputedNeighbours,
+    TabulatedNeighbours,
+    empty_lists,
+    identity_of,
+    open_neighbours,
+)
+from querylens_fast.integrations.neuronpedia_lines import (
+    Place,
+    activation_lines,
+    broken_texts,
+    explanation_lines,
+    feature_lines,
+)
+from querylens_fast.integrations.neuronpedia_tables import (
+    LOCAL_CREATOR,
+    MODEL,
+    MODELS,
+    RELEASE,
+    SOURCE,
+    SOURCE_EXTRAS,
+    SOURCE_SET,
+    import_sql,
+)
+from querylens_fast.integrations.sources import Source, blocks_of, digest_of, open_source
+from querylens_fast.integrations.tokens import token_strings
+from querylens_fast.models.load import as_model
+from querylens_fast.models.model import Model
+
+logger = logging.getLogger(__name__)
+
+MAX_FILES = 1000
+"""Files of a folder that the importer lists."""
+FORMAT = "querylens_fast.neuronpedia/1"
+
+
+def export_neuronpedia(
+    source: Any,
+    model: Any,
+    folder: str | Path,
+    *,
+    model_id: str,
+    source_set: str,
+    layer: int | None = None,
+    suffix: str | None = None,
+    release: str | None = None,
+    creator_id: str = LOCAL_CREATOR,
+    creator_name: str = "querylens_fast",
+    description: str | None = None,
+    urls: Sequence[str] = (),
+    source_fields: Mapping[str, Any] | None = None,
+    hook_name: str | None = None,
+    features: Any = None,
+    dictionary: Any = None,
+    k: int = 10,
+    unit_norm: bool = True,
+    unembedding: str = "raw",
+    token_style: str = "dashboard",
+    vectors: bool = True,
+    neighbours: Any = 10,
+    activations: Any = None,
+    sample: Any = None,
+    explanations: Mapping[int, str] | None = None,
+    rows_per_file: int = 1024,
+    sql: bool = True,
+    resume: bool = True,
+    progress: bool = False,
+) -> Path:
+    """Write Neuronpedia's bulk folder for a dictionary or a result.
+
+    Args:
+        source: A dictionary (or what `load_dictionary` takes): its values are read out as dashboards do. Or a result
+            of `signatures`: its tokens are written, whatever the preset.
+        model: From `load_model`, with a tokenizer (or what `as_model` takes).
+        folder: Where ``{model_id}/{layer}-{source_set}`` is made.
+        model_id: Neuronpedia's name of the model, such as "gpt2-small".
+        source_set: Neuronpedia's name of the set of dictionaries, such as "res-jb".
+        layer: The layer number; by default the dictionary's.
+        suffix: Added to the source's id as ``__suffix``.
+        release: Name of the release; by default the source set's.
+        creator_id: An existing user; by default the one that a local Neuronpedia is seeded with.
+        creator_name: Shown beside the release and the set.
+        description: Of release and set.
+        urls: Of release and set.
+        source_fields: Further columns of the source: hfRepoId, hfFolderId, saelensRelease, saelensSaeId, num_prompts,
+            num_tokens_in_prompt, dataset, notes.
+        hook_name: Where steering adds a vector; by default the dictionary's hook name.
+        features: Of a dictionary: which of them (as in `signatures`).
+        dictionary: Of a result: its dictionary, for vectors, alignments and neighbours.
+        k: Tokens on each side.
+        unit_norm: Read decoder rows at unit length, as SAEDashboard does.
+        unembedding: "raw" or "folded".
+        token_style: "dashboard" or "decoded" (see `token_strings`).
+        vectors: Write the features' vectors, which takes most of the space. Without them features that have no
+            activations are covered by "no known activations".
+        neighbours: How many cosine neighbours to compute (0: none), or a table of `ql.neighbours`.
+        activations: Texts: a feature list (.json, .pkl, or a sequence of `Feature`).
+        sample: Density and maximum of every feature (see `activity.open_activity`).
+        explanations: Texts by feature id.
+        rows_per_file: Features a file; raised where there would be more than 1,000 files.
+        sql: Write import.sql.
+        resume: Go on with what an earlier, killed run of the same export wrote; False: refuse to touch it.
+        progress: Show a progress bar.
+
+    Returns:
+        The folder of the source.
+
+    Raises:
+        ValueError: What does not fit together, by name; nothing has been written then.
+        FileExistsError: The folder holds another export.
+
+    Memory: one file's rows, 64 MiB of logits, and for neighbours the dictionary's vectors in float32.
+    """
+    model = as_model(model)
+    opened = open_source(
+        source, model, features=features, dictionary=dictionary, k=k, unit_norm=unit_norm, unembedding=unembedding
+    )
+    layer = opened.layer if layer is None else layer
+    place = _place(opened, model_id, source_set, layer, suffix, creator_id, hook_name)
+    names = _Names(release or source_set, creator_name, description, list(urls), _checked_fields(source_fields))
+    n_features = opened.dictionary.n_features if opened.dictionary else int(opened.features.max()) + 1
+    activity = open_activity(activations, sample, opened.features, layer, n_features)
+    explanations = _checked_explanations(explanations, opened.features)
+    if rows_per_file < 1:
+        raise ValueError(f"rows_per_file is {rows_per_file}; expected at least 1")
+    plan = _Plan(
+        opened,
+        model,
+        place,
+        names,
+        token_strings(model, token_style),
+        vectors,
+        open_neighbours(neighbours, opened.dictionary),
+        activity,
+        explanations,
+        blocks_of(len(opened), max(rows_per_file, -(-len(opened) // MAX_FILES))),
+    )
+    plan.say_missing()
+    identity = plan.identity(token_style=token_style, vectors=vectors, neighbours=identity_of(neighbours), sql=sql)
+    target = Path(folder) / model_id / place.source_id
+    with claimed(target, identity, resume):
+        plan.write(target, sql, progress)
+    return target
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What the metadata lines say beside the place."""
+
+    release: str
+    creator_name: str
+    description: str | None
+    urls: list[str]
+    source_fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """An export that was checked."""
+
+    source: Source
+    model: Model
+    place: Place
+    names: _Names
+    strings: list[str]
+    vectors: bool
+    neighbours: ComputedNeighbours | TabulatedNeighbours | None
+    activity: Activity
+    explanations: Mapping[int, str]
+    blocks: list[slice]
+
+    def say_missing(self) -> None:
+        """Log what the pages will lack."""
+        missing = self.source.missing
+        if self.place.model_id not in MODELS:
+            missing.append(
+                f"model_id {self.place.model_id!r} is not among the models known of neuronpedia.org (gpt2-small, "
+                "gemma-2-2b, …): a local Neuronpedia makes it from model.jsonl, neuronpedia.org has to know it"
+            )
+        if not self.activity.texts:
+            missing.append("no activations= are given: pages show no texts, and the list of features leaves them out")
+        has_vectors = self.vectors and self.source.dictionary is not None
+        if not has_vectors and not self.activity.texts and self.activity.maximum is None:
+            missing.append('without vectors and activations pages are covered by "no known activations"')
+        if broken := broken_texts(self.activity):
+            missing.append(f"{broken} texts hold no tokens or a value that is no number: they are left out")
+        self.source.say_missing()
+
+    def identity(self, **settings: Any) -> dict[str, Any]:
+        """What makes two exports the same."""
+        features = self.source.features.tolist()
+        texts = hashlib.sha256()
+        for line in activation_lines(self.place, sorted(self.activity.texts), self.activity):
+            texts.update(json_bytes(line))
+        sampled = [[self.activity.max_of(i), self.activity.density_of(i)] for i in features]
+        return {
+            "format": FORMAT,
+            "source": self.source.identity,
+            "metadata": self._metadata(),
+            "activations": texts.hexdigest()[:32],
+            "sample": digest_of({"sample": sampled}),
+            "explanations": digest_of({str(i): self.explanations[i] for i in sorted(self.explanations)}),
+            "files": len(self.blocks),
+            "hook_name": self.place.hook_name,
+            **settings,
+        }
+
+    def write(self, target: Path, sql: bool, progress: bool) -> None:
+        for name, line in self._metadata().items():
+            write_lines(target / f"{name}.jsonl", [line])
+        pending = [i for i in range(len(self.blocks)) if not self._path(target, "features", i).exists()]
+        with tqdm(total=len(self.blocks), initial=len(self.blocks) - len(pending), disable=not progress) as bar:
+            for i, rows in zip(pending, self.source.read([self.blocks[i] for i in pending]), strict=True):
+                self._write_batch(target, i, rows)
+                bar.update()
+        if sql:
+            batches = [
+                f"{kind}/{path.name}"
+                for kind in ("features", "activations", "explanations")
+                for path in (self._path(target, kind, i) for i in range(len(self.blocks)))
+                if path.exists()
+            ]
+            columns = {"release": RELEASE, "model": MODEL, "sourceset": SOURCE_SET, "source": SOURCE}
+            kept = [(name, {c: columns[name][c] for c in line}) for name, line in self._metadata().items()]
+            write_bytes(target / "import.sql", import_sql(self.place.creator_id, kept, batches).encode())
+
+    def _write_batch(self, target: Path, i: int, rows: Rows) -> None:
+        """The features' file comes last: where it is, the batch is whole."""
+        features = rows.features.tolist()
+        others: dict[str, Iterator[dict[str, Any]]] = {
+            "activations": activation_lines(self.place, features, self.activity),
+            "explanations": explanation_lines(self.place, features, self.explanations),
+        }
+        for kind, lines in others.items():
+            if found := list(lines):
+                write_lines(self._path(target, kind, i), found)
+        similar = empty_lists(features) if self.neighbours is None else self.neighbours.lists(rows.features)
+        lines = feature_lines(self.place, rows, self.strings, self.vectors, similar, self.activity)
+        write_lines(self._path(target, "features", i), lines)
+
+    def _path(self, target: Path, kind: str, i: int) -> Path:
+        return target / kind / f"batch-{i}.jsonl.gz"
+
+    def _metadata(self) -> dict[str, dict[str, Any]]:
+        """The four one-line files. Only columns that the tables have; nothing that is null."""
+        place, names = self.place, self.names
+        said = names.description or f"{place.source_set}: {self.source.preset} tokens by querylens_fast"
+        made = {"creatorName": names.creator_name, "creatorId": place.creator_id}
+        public = {"urls": names.urls, "visibility": "PUBLIC"}
+        notes = ", ".join(f"{k}={v}" for k, v in self.source.identity.items() if k in _NOTED)
+        return {
+            "release": {"name": names.release, "description": said, **made, **public},
+            "model": {
+                "id": place.model_id,
+                "layers": self.model.n_layers,
+                "neuronsPerLayer": _neurons(self.model),
+                "owner": names.creator_name,
+                "creatorId": place.creator_id,
+                "displayName": place.model_id,
+                "displayNameShort": place.model_id,
+                "visibility": "PUBLIC",
+            },
+            "sourceset": {
+                "modelId": place.model_id,
+                "name": place.source_set,
+                "description": said,
+                **made,
+                "releaseName": names.release,
+                **public,
+            },
+            "source": {
+                "id": place.source_id,
+                "modelId": place.model_id,
+                "setName": place.source_set,
+                "creatorId": place.creator_id,
+                "visibility": "PUBLIC",
+                "notes": f"querylens_fast: {notes}",
+                **names.source_fields,
+            },
+        }
+
+
+_NOTED = ("preset", "unit_norm", "unembedding", "dictionary", "final_norm")
+"""What of a source's identity is said on its page."""
+
+
+def _place(
+    source: Source,
+    model_id: str,
+    source_set: str,
+    layer: int,
+    suffix: str | None,
+    creator_id: str,
+    hook_name: str | None,
+) -> Place:
+    for name, value in (("model_id", model_id), ("source_set", source_set), ("suffix", suffix or "x")):
+        if not value or any(c in value for c in "/\\\0'\"\n") or value in (".", ".."):
+            raise ValueError(f"{name} is {value!r}; expected a name without slashes, quotes or line breaks")
+    if not creator_id or "\n" in creator_id:
+        raise ValueError(f"creator_id is {creator_id!r}; expected the id of a user")
+    source_id = f"{layer}-{source_set}" + (f"__{suffix}" if suffix else "")
+    known = "" if source.dictionary is None else source.dictionary.hook_name_out or source.dictionary.hook_name
+    return Place(model_id, source_set, source_id, creator_id, hook_name or known or f"blocks.{layer}.hook_resid_post")
+
+
+def _checked_fields(fields: Mapping[str, Any] | None) -> dict[str, Any]:
+    unknown = sorted(set(fields or {}) - set(SOURCE_EXTRAS))
+    if unknown:
+        raise ValueError(f"source_fields has {', '.join(unknown)}; a source has {', '.join(SOURCE_EXTRAS)}")
+    return {name: value for name, value in (fields or {}).items() if value is not None}
+
+
+def _checked_explanations(texts: Mapping[int, str] | None, features: Tensor) -> Mapping[int, str]:
+    known = set(features.tolist())
+    unknown = [i for i in texts or {} if i not in known]
+    if unknown:
+        raise ValueError(f"explanations has feature {unknown[0]}, which is not exported")
+    return texts or {}
+
+
+def _neurons(model: Model) -> int:
+    """Width of the MLPs, 0 where they are not known by name."""
+    W_out = getattr(model.blocks[0].mlp, "W_out", None) if model.blocks else None
+    return int(W_out.shape[-1]) if isinstance(W_out, Tensor) and W_out.ndim == 2 else 0

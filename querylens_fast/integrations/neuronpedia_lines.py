@@ -1,0 +1,130 @@
+"""The lines of a Neuronpedia export: one JSON object a feature, an activation, an explanation, with the same keys."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from querylens_fast.dictionaries.feature_lists import Activation
+from querylens_fast.integrations.activity import Activity
+from querylens_fast.integrations.columns import alignments, rounded, tokens_and_scores, vector_lists
+from querylens_fast.integrations.dashboard import Rows
+from querylens_fast.integrations.neighbours import Lists, empty_lists
+from querylens_fast.integrations.tokens import clean
+
+STEER_STRENGTH = 10.0
+"""Where no activation is known: the table's own default."""
+TOP = -1.0
+"""binMin and binContains of the strongest activations."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where lines belong: model, source (layer and set), and who made them."""
+
+    model_id: str
+    source_set: str
+    source_id: str
+    creator_id: str
+    hook_name: str
+
+    def key(self, feature: int) -> dict[str, Any]:
+        """The columns that name a feature."""
+        return {"modelId": self.model_id, "layer": self.source_id, "index": feature}
+
+    def unique_id(self, feature: int, what: str) -> str:
+        """A primary key that is the same every time: "ql" and 23 hexadecimal digits."""
+        text = f"{self.model_id}/{self.source_id}/{feature}/{what}"
+        return "ql" + hashlib.sha256(text.encode()).hexdigest()[:23]
+
+
+def feature_lines(
+    place: Place, rows: Rows, strings: Sequence[str], vectors: bool, neighbours: Lists, activity: Activity
+) -> Iterator[dict[str, Any]]:
+    """The lines of some features, in order."""
+    features = rows.features.tolist()
+    positive, positive_scores = tokens_and_scores(rows.top_ids, rows.top_scores, strings)
+    negative, negative_scores = tokens_and_scores(rows.bottom_ids, rows.bottom_scores, strings)
+    none = [[] for _ in features]
+    aligned = (none, none, none) if rows.vectors is None else alignments(rows.vectors)
+    written = none if rows.vectors is None or not vectors else vector_lists(rows.vectors)
+    heights, middles = (none, none) if rows.histogram is None else _bars(rows)
+    similar, cosines = neighbours if neighbours[0] else empty_lists(features)
+    for i, feature in enumerate(features):
+        strongest = round(activity.max_of(feature), 5)
+        has_vector = bool(written[i])
+        yield {
+            **place.key(feature),
+            "sourceSetName": place.source_set,
+            "creatorId": place.creator_id,
+            "maxActApprox": strongest,
+            "hasVector": has_vector,
+            "vector": written[i],
+            "vectorDefaultSteerStrength": strongest if has_vector and strongest > 0 else STEER_STRENGTH,
+            "hookName": place.hook_name,
+            "topkCosSimIndices": similar[i],
+            "topkCosSimValues": cosines[i],
+            "neuron_alignment_indices": aligned[0][i],
+            "neuron_alignment_values": aligned[1][i],
+            "neuron_alignment_l1": aligned[2][i],
+            "neg_str": negative[i],
+            "neg_values": negative_scores[i],
+            "pos_str": positive[i],
+            "pos_values": positive_scores[i],
+            "frac_nonzero": activity.density_of(feature),
+            "logits_hist_data_bar_heights": heights[i],
+            "logits_hist_data_bar_values": middles[i],
+        }
+
+
+def activation_lines(place: Place, features: Sequence[int], activity: Activity) -> Iterator[dict[str, Any]]:
+    """The lines of every text of some features; texts that hold no tokens or a value that is no number are left out."""
+    for feature in features:
+        for number, text in enumerate(activity.texts.get(feature, [])):
+            values = [float(x) for x in text.get_values()]
+            if not values or not all(map(math.isfinite, values)):
+                continue
+            peak = max(range(len(values)), key=values.__getitem__)
+            yield {
+                "id": place.unique_id(feature, f"activation/{number}"),
+                **place.key(feature),
+                "tokens": [clean(token) for token in text.get_tokens()],
+                "values": [round(x, 5) for x in values],
+                "maxValue": round(values[peak], 5),
+                "maxValueTokenIndex": peak,
+                "minValue": round(min(values), 5),
+                "creatorId": place.creator_id,
+                "binMin": TOP,
+                "binMax": round(activity.max_of(feature), 5),
+                "binContains": TOP,
+                "qualifyingTokenIndex": peak,
+            }
+
+
+def broken_texts(activity: Activity) -> int:
+    """How many texts `activation_lines` leaves out."""
+
+    def is_whole(text: Activation) -> bool:
+        return bool(text.token_values) and all(math.isfinite(x) for x in text.get_values())
+
+    return sum(not is_whole(text) for texts in activity.texts.values() for text in texts)
+
+
+def explanation_lines(place: Place, features: Sequence[int], texts: Mapping[int, str]) -> Iterator[dict[str, Any]]:
+    """The lines of the features that have an explanation."""
+    for feature in features:
+        if feature in texts:
+            yield {
+                "id": place.unique_id(feature, "explanation"),
+                **place.key(feature),
+                "description": clean(texts[feature]),
+                "authorId": place.creator_id,
+            }
+
+
+def _bars(rows: Rows) -> tuple[list[list[int]], list[list[float]]]:
+    assert rows.histogram is not None
+    return rows.histogram.heights.tolist(), rounded(rows.histogram.values)

@@ -1,0 +1,288 @@
+"""SAEDashboard: batch files with logits and histograms, new or replaced in place, and columnar tables.
+
+``batch-N.json`` is what its ``neuronpedia-runner`` writes and its converters read. In files that exist only the fields
+that come from the unembedding are replaced: neg_str, neg_values, pos_str, pos_values, logits_hist_data_bar_heights and
+logits_hist_data_bar_values. The columnar form has two Parquet tables for each batch of features.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from querylens_fast.integrations.columns import alignments, rounded, tokens_and_scores
+from querylens_fast.integrations.dashboard import Rows
+from querylens_fast.integrations.folder import claimed, json_bytes, write_bytes
+from querylens_fast.integrations.sources import Source, blocks_of, open_source
+from querylens_fast.integrations.tokens import token_strings
+from querylens_fast.models.load import as_model
+from querylens_fast.runs.atomic_write import whole
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMS = ("batch-*.json", "columnar")
+FORMAT = "querylens_fast.saedashboard/1"
+_BATCH = re.compile(r"batch-(\d+)\.json")
+
+
+def export_saedashboard(
+    source: Any,
+    model: Any,
+    folder: str | Path,
+    *,
+    into: str = "batch-*.json",
+    model_id: str = "",
+    sae_set: str = "",
+    sae_id_suffix: str | None = None,
+    layer: int | None = None,
+    features: Any = None,
+    dictionary: Any = None,
+    k: int = 10,
+    bins: int = 50,
+    unit_norm: bool = True,
+    unembedding: str = "raw",
+    rows_per_file: int = 128,
+    resume: bool = True,
+) -> list[Path]:
+    """Write SAEDashboard's batch files or columnar tables, or refresh the logits of batch files that exist.
+
+    Args:
+        source: A dictionary (or what `load_dictionary` takes), or a result of `signatures` (its tokens are written).
+        model: Its model, with a tokenizer.
+        folder: The runner's output folder. Where it holds batch files that this package did not write, and
+            into="batch-*.json", their logit and histogram fields are replaced, file by file, each atomically.
+        into: "batch-*.json" or "columnar".
+        model_id: Of new batch files.
+        sae_set: Of new batch files.
+        sae_id_suffix: Of new batch files.
+        layer: Of new batch files; by default the dictionary's.
+        features: Of a dictionary: which of them; of new files.
+        dictionary: Of a result: its dictionary, for alignments.
+        k: Tokens on each side.
+        bins: Of the histogram.
+        unit_norm: Read decoder rows at unit length, as SAEDashboard does.
+        unembedding: "raw" (its main branch) or "folded" (0.8.0).
+        rows_per_file: Features in a batch; the runner's n_features_at_a_time.
+        resume: Go on with new files that an earlier, killed call wrote; False: refuse to touch them.
+
+    Returns:
+        The files written or replaced, in order.
+
+    Raises:
+        ValueError: What does not fit together; nothing has been written then.
+        FileExistsError: The folder holds another export.
+    """
+    if into not in FORMS:
+        raise ValueError(f"into is {into!r}; expected {' or '.join(FORMS)}")
+    if rows_per_file < 1:
+        raise ValueError(f"rows_per_file is {rows_per_file}; expected at least 1")
+    model, target = as_model(model), Path(folder)
+    strings = token_strings(model, "dashboard")
+    opened = open_source(
+        source,
+        model,
+        features=features,
+        dictionary=dictionary,
+        k=k,
+        bins=bins,
+        unit_norm=unit_norm,
+        unembedding=unembedding,
+    )
+    existing = _existing(target)
+    if into == FORMS[0] and existing and not (target / "querylens_fast.json").exists():
+        return _replace(existing, opened, strings)
+    opened.say_missing()
+    head = {
+        "model_id": model_id,
+        "layer": opened.layer if layer is None else layer,
+        "sae_set": sae_set,
+        "sae_id_suffix": sae_id_suffix,
+    }
+    blocks = blocks_of(len(opened), rows_per_file)
+    identity = {"format": FORMAT, "into": into, **head, "source": opened.identity, "files": len(blocks)}
+    with claimed(target, identity, resume):
+        if into == "columnar":
+            return _write_columnar(target, opened, blocks)
+        return _write_batches(target, opened, blocks, strings, head)
+
+
+def _existing(folder: Path) -> list[Path]:
+    """Batch files, by their number."""
+    named = [(_BATCH.fullmatch(path.name), path) for path in folder.glob("batch-*.json")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
+
+
+def _replace(paths: Sequence[Path], source: Source, strings: Sequence[str]) -> list[Path]:
+    """Replace the fields in every file; all of them are read and checked first."""
+    at = {feature: i for i, feature in enumerate(source.features.tolist())}
+    for path in paths:
+        for feature in _read_batch(path)["features"]:
+            if feature["feature_index"] not in at:
+                raise ValueError(
+                    f"{str(path)!r} holds feature {feature['feature_index']}, which the source does not have"
+                )
+    source.say_missing()
+    for path in paths:
+        batch = _read_batch(path)
+        places = [at[feature["feature_index"]] for feature in batch["features"]]
+        fields = (fields for rows in _scattered(source, places) for fields in _logit_fields(rows, strings))
+        for feature, found in zip(batch["features"], fields, strict=True):
+            feature |= {name: value for name, value in found.items() if value}
+        write_bytes(path, json.dumps(batch, ensure_ascii=False).encode())
+    return list(paths)
+
+
+def _scattered(source: Source, places: Sequence[int]) -> Iterator[Rows]:
+    """Rows at places, in runs of consecutive ones."""
+    breaks = [i for i in range(1, len(places)) if places[i] != places[i - 1] + 1]
+    starts, stops = [0, *breaks], [*breaks, len(places)]
+    runs = [slice(places[a], places[b - 1] + 1) for a, b in zip(starts, stops, strict=True) if a < b]
+    return source.read(runs)
+
+
+def _read_batch(path: Path) -> dict[str, Any]:
+    try:
+        batch = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(feature["feature_index"], int) for feature in batch["features"]):
+            return batch
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is no batch file of SAEDashboard ({error})") from error
+    raise ValueError(f"{str(path)!r} is no batch file of SAEDashboard: a feature_index is no number")
+
+
+def _logit_fields(rows: Rows, strings: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The fields that come from the unembedding, a dictionary a feature."""
+    positive, positive_scores = tokens_and_scores(rows.top_ids, rows.top_scores, strings)
+    negative, negative_scores = tokens_and_scores(rows.bottom_ids, rows.bottom_scores, strings)
+    for i in range(len(rows.features)):
+        heights, values = [], []
+        if rows.histogram is not None:
+            heights = rows.histogram.heights[i].tolist()
+            values = rounded(rows.histogram.values[i : i + 1])[0]
+        yield {
+            "neg_str": negative[i],
+            "neg_values": negative_scores[i],
+            "pos_str": positive[i],
+            "pos_values": positive_scores[i],
+            "logits_hist_data_bar_heights": heights,
+            "logits_hist_data_bar_values": values,
+        }
+
+
+def _write_batches(
+    target: Path, source: Source, blocks: Sequence[slice], strings: Sequence[str], head: dict[str, Any]
+) -> list[Path]:
+    paths = [target / f"batch-{i}.json" for i in range(len(blocks))]
+    pending = [i for i, path in enumerate(paths) if not path.exists()]
+    for i, rows in zip(pending, source.read([blocks[i] for i in pending]), strict=True):
+        none: list[list[Any]] = [[] for _ in range(len(rows.features))]
+        aligned = (none, none, none) if rows.vectors is None else alignments(rows.vectors)
+        features = [
+            {**_blank(feature), **_alignment(aligned, j), **fields}
+            for j, (feature, fields) in enumerate(
+                zip(rows.features.tolist(), _logit_fields(rows, strings), strict=True)
+            )
+        ]
+        write_bytes(paths[i], json_bytes({**head, "features": features}))
+    return paths
+
+
+def _alignment(aligned: tuple[Any, Any, Any], i: int) -> dict[str, Any]:
+    names = ("neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1")
+    return {name: column[i] for name, column in zip(names, aligned, strict=True)}
+
+
+def _blank(feature: int) -> dict[str, Any]:
+    """A feature's fields without activations, in the order that SAEDashboard has."""
+    lists = "neuron_alignment_indices neuron_alignment_values neuron_alignment_l1 correlated_neurons_indices"
+    lists += " correlated_neurons_l1 correlated_neurons_pearson correlated_features_indices correlated_features_l1"
+    lists += " correlated_features_pearson neg_str neg_values pos_str pos_values"
+    more = "freq_hist_data_bar_values freq_hist_data_bar_heights logits_hist_data_bar_heights"
+    more += " logits_hist_data_bar_values"
+    return {
+        "feature_index": feature,
+        **{name: [] for name in lists.split()},
+        "frac_nonzero": 0,
+        **{name: [] for name in more.split()},
+        "n_prompts_total": 0,
+        "n_tokens_in_prompt": 0,
+        "dataset": "",
+        "decoder_weights_dist": [],
+        "activations": [],
+        "vector": [],
+    }
+
+
+def _write_columnar(target: Path, source: Source, blocks: Sequence[slice]) -> list[Path]:
+    import pyarrow.parquet as pq
+
+    written = []
+    folders = [target / f"feature_batch_{i}" for i in range(len(blocks))]
+    pending = [i for i, folder in enumerate(folders) if not (folder / "manifest.json").exists()]
+    for i, rows in zip(pending, source.read([blocks[i] for i in pending]), strict=True):
+        tables = {"logits_tables": _logits_table(rows), "logits_histograms": _histograms_table(rows)}
+        folders[i].mkdir(parents=True, exist_ok=True)
+        for name, table in tables.items():
+            with whole(folders[i] / f"{name}.parquet") as partial:
+                pq.write_table(table, partial, compression="zstd")
+        manifest = {"feature_indices": rows.features.tolist(), "tables": sorted(tables)}
+        write_bytes(folders[i] / "manifest.json", json_bytes(manifest))
+    for folder in folders:
+        written += [folder / f"{name}.parquet" for name in ("logits_tables", "logits_histograms")]
+    return written
+
+
+def _logits_table(rows: Rows) -> pa.Table:
+    import pyarrow as pa
+
+    ids, numbers = pa.list_(pa.int64()), pa.list_(pa.float64())
+    columns = {
+        "feature_index": pa.array(rows.features.numpy(), pa.int64()),
+        "bottom_token_ids": pa.array(rows.bottom_ids.tolist(), ids),
+        "bottom_logits": pa.array(_finite(rows.bottom_scores), numbers),
+        "top_token_ids": pa.array(rows.top_ids.tolist(), ids),
+        "top_logits": pa.array(_finite(rows.top_scores), numbers),
+    }
+    return pa.table(columns)
+
+
+def _finite(scores: Tensor) -> list[list[float]]:
+    return scores.double().nan_to_num(0.0, 0.0, 0.0).tolist()
+
+
+def _histograms_table(rows: Rows) -> pa.Table:
+    import pyarrow as pa
+
+    n, numbers = len(rows.features), pa.list_(pa.float64())
+    heights: list[list[float]] = [[] for _ in range(n)]
+    values, ticks = heights, heights
+    if rows.histogram is not None:
+        heights, values = rows.histogram.heights.double().tolist(), rounded(rows.histogram.values)
+        width = (rows.histogram.values[:, 1] - rows.histogram.values[:, 0]) / 2
+        low, high = rows.histogram.values[:, 0] - width, rows.histogram.values[:, -1] + width
+        ticks = [tick_values(*pair) for pair in torch.stack([low, high], 1).tolist()]
+    columns = {
+        "feature_index": pa.array(rows.features.numpy(), pa.int64()),
+        "bar_heights": pa.array(heights, numbers),
+        "bar_values": pa.array(values, numbers),
+        "tick_vals": pa.array(ticks, numbers),
+        "title": pa.array([None] * n, pa.string()),
+    }
+    return pa.table(columns)
+
+
+def tick_values(low: float, high: float) -> list[float]:
+    """Ticks of a histogram from low to high: multiples of a tenth, three on the longer side of 0; 0 alone below 0.3."""
+    if max(high, -low) < 0.3:
+        return [0.0]
+    step = 0.1 * int(1e-4 + max(high, -low) / 0.3) + 1e-6
+    above = 3 if high > -low else int(high / step)
+    below = 3 if high <= -low else int(-low / step)
+    return [round(step * i, 1) for i in range(-below, above + 1)]

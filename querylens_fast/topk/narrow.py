@@ -1,0 +1,190 @@
+"""W as the bfloat16 product takes it: rounded, with the epilogue folded in, in tiles; and what that costs in accuracy.
+
+    (<f, w> + o) s + b = <[f, o, o, o', 1, 1], [s w, s, s', s, b, b']>
+
+where o, s and b are the bfloat16 parts of offset, scale and bias and o', s', b' what is left of them. Without terms and
+with W in bfloat16 there is nothing to copy or to round.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from querylens_fast.topk import bounds, buffers
+from querylens_fast.topk.bounds import Bound
+from querylens_fast.topk.products import NARROW
+from querylens_fast.topk.request import Epilogue, Request
+
+MAX_COPY_BYTES = 1 << 31
+"""Largest copy of W that is kept; beyond it tiles are made again for every block of rows."""
+MAX_APART = 16
+"""Rows of W, at most, that are kept out of the product and scored exactly for every row of F."""
+EXTRA = 32
+"""Columns that a folded epilogue adds, most of them zeros: libraries like multiples of 32."""
+STEP_ELEMENTS = 1 << 21
+"""Elements of W that are rounded and measured at a time: what stays in the cache."""
+
+
+class NarrowProduct:
+    """The bfloat16 product of a request.
+
+    Args:
+        request: the call.
+        exact: measure the bound, set outlying rows of W apart, and sort the others by length where they differ much.
+        keep: bytes of W that may be copied.
+    """
+
+    dtype = NARROW
+
+    def __init__(self, request: Request, *, exact: bool, keep: int = MAX_COPY_BYTES) -> None:
+        W, self.request = request.W, request
+        epilogue = request.epilogue
+        self.plain = all(vector is None for vector in epilogue)
+        self.width = W.shape[1] if self.plain else W.shape[1] + EXTRA
+        self.columns: Tensor | None = None
+        """Rows of W in the order of the product; None: all of them as they are."""
+        self.apart = torch.empty(0, dtype=torch.int64, device=W.device)
+        """Rows of W outside it."""
+        self.copy: Tensor | None = None
+        self.scale, self.bias = bounds.largest_terms(epilogue)
+        ready = self.plain and W.dtype == NARROW
+        copied = not ready and 2 * len(W) * self.width <= keep
+        if copied:
+            self.copy = buffers.take("narrow W", len(W) * self.width, NARROW, W.device).view(len(W), self.width)
+        if exact:
+            self.norms, self.roundings = self._measure()
+            self._arrange()
+        elif copied:
+            self._measure()
+
+    @property
+    def n_columns(self) -> int:
+        """Rows of W that are multiplied."""
+        return len(self.request.W) if self.columns is None else len(self.columns)
+
+    def bound(self, tiles: list[slice]) -> Bound:
+        """The error bound of each of some tiles of columns."""
+        norm, rounding = (
+            torch.stack([x[tile].amax() for tile in tiles]).nan_to_num(nan=math.inf, posinf=math.inf)
+            for x in (self.norms, self.roundings)
+        )
+        depth = 2 * (self.request.F.shape[1] + EXTRA + 8)
+        # Two bfloat16 parts leave 2^-16 of a number.
+        folded = 0.0 if self.plain else 2.0**-14
+        return Bound(norm, rounding, self.scale, self.bias, NARROW, depth, folded=folded)
+
+    def start(self, rows: Tensor | slice) -> None:
+        """Turn to a block of rows."""
+        self._F = fold_rows(self.request.F[rows], self.request.epilogue.of_rows(rows), self.width)
+
+    def write(self, columns: slice, out: Tensor) -> None:
+        """Write the scores of the block with some columns into out."""
+        torch.mm(self._F, self._tile(columns).T, out=out)
+
+    def _tile(self, columns: slice) -> Tensor:
+        if self.copy is not None:
+            return self.copy[columns]
+        chosen = columns if self.columns is None else self.columns[columns]
+        W = self.request.W[chosen]
+        return W.to(NARROW) if self.plain else fold_columns(W, _of_columns(self.request.epilogue, chosen))
+
+    def _measure(self) -> tuple[Tensor, Tensor]:
+        """Norms of (scaled) rows of W and of what rounding takes from them; the copy is written on the way."""
+        W, epilogue = self.request.W, self.request.epilogue
+        V, d = W.shape
+        norms, roundings = torch.empty(2, V, device=W.device)
+        step = max(1, STEP_ELEMENTS // d)
+        for start in range(0, V, step):
+            rows = slice(start, min(start + step, V))
+            block, terms = W[rows].float(), _of_columns(epilogue, rows)
+            block = block if terms.scale is None else block * terms.scale[:, None].float()
+            norms[rows] = torch.linalg.vector_norm(block, dim=1)
+            if self.copy is None and self.plain and W.dtype == NARROW:
+                roundings[rows] = 0
+                continue
+            room = (len(block), self.width)
+            out = torch.empty(room, dtype=NARROW, device=W.device) if self.copy is None else self.copy[rows]
+            fold_columns(block, terms._replace(scale=None), out, scale=terms.scale)
+            difference = out[:, :d].float().sub_(block)
+            roundings[rows] = torch.linalg.vector_norm(difference, dim=1)
+        lost = bounds.norm_underflow(d)
+        return norms + lost, roundings + lost
+
+    def _arrange(self) -> None:
+        """Set a few rows of W apart that no bound holds for, or a bad one; sort the others by norm where that pays."""
+        norms, bias = self.norms.nan_to_num(nan=math.inf, posinf=math.inf), self.request.epilogue.bias
+        if bias is not None:
+            norms = norms.masked_fill(bias.isnan(), math.inf)
+        self.apart = _outlying(norms)
+        inside = torch.ones(len(norms), dtype=torch.bool, device=norms.device)
+        inside[self.apart] = False
+        rest = norms[inside]
+        # Tiles of rows of like norm have bounds of their own.
+        uneven = len(rest) > 0 and float(rest.max()) > 2 * float(rest.median())
+        if len(self.apart) or uneven:
+            columns = inside.nonzero().squeeze(1)
+            self.columns = columns[rest.argsort(stable=True)] if uneven else columns
+            self.norms, self.roundings = self.norms[self.columns], self.roundings[self.columns]
+            self.copy = None if self.copy is None else self.copy[self.columns]
+
+
+def _outlying(norms: Tensor) -> Tensor:
+    """The few rows of W that are more than twice as long as the next (or not finite); none where they are not few."""
+    if len(norms) <= MAX_APART:
+        return torch.empty(0, dtype=torch.int64, device=norms.device)
+    usual = norms.topk(MAX_APART + 1).values[-1]
+    return (norms > 2 * usual).nonzero().squeeze(1)
+
+
+def _of_columns(epilogue: Epilogue, columns: slice | Tensor) -> Epilogue:
+    """The epilogue of some rows of W."""
+    bias, scale, offset = epilogue
+    return Epilogue(None if bias is None else bias[columns], None if scale is None else scale[columns], offset)
+
+
+def fold_columns(W: Tensor, epilogue: Epilogue, out: Tensor | None = None, *, scale: Tensor | None = None) -> Tensor:
+    """Rows of W [c, d] for the product, [c, d + EXTRA] (or [c, d] where out has no room for terms).
+
+    Args:
+        W: rows.
+        epilogue: of these rows; they are multiplied by its scale.
+        out: where to write.
+        scale: a scale that W already holds.
+    """
+    c, d = W.shape
+    out = torch.empty(c, d + EXTRA, dtype=NARROW, device=W.device) if out is None else out
+    if epilogue.scale is not None:
+        scale = epilogue.scale.float()
+        W = W.float() * scale[:, None]
+    out[:, :d] = W
+    if out.shape[1] > d:
+        extra = out[:, d:].zero_()
+        high, low = _split(torch.ones(c, device=W.device) if scale is None else scale.float())
+        extra[:, 0], extra[:, 1], extra[:, 2] = high, low, high
+        if epilogue.bias is not None:
+            extra[:, 3], extra[:, 4] = _split(epilogue.bias.float())
+    return out
+
+
+def fold_rows(F: Tensor, epilogue: Epilogue, width: int) -> Tensor:
+    """Rows of F [r, d] for the product, [r, width]."""
+    n, d = F.shape
+    if width == d:
+        return F.to(NARROW)
+    folded = torch.zeros(n, width, dtype=NARROW, device=F.device)
+    folded[:, :d] = F
+    if epilogue.offset is not None:
+        high, low = _split(epilogue.offset.float())
+        folded[:, d], folded[:, d + 1], folded[:, d + 2] = high, high, low
+    if epilogue.bias is not None:
+        folded[:, d + 3 : d + 5] = 1
+    return folded
+
+
+def _split(values: Tensor) -> tuple[Tensor, Tensor]:
+    """bfloat16 parts high + low ≈ values; low is 0 where high is not finite."""
+    high = values.to(NARROW)
+    return high, (values - high).to(NARROW).masked_fill(~high.isfinite(), 0)

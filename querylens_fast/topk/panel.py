@@ -1,0 +1,320 @@
+"""A panel of scores [r, C], and the columns of each row that may be among its k best, found without sorting.
+
+Scores arrive in tiles of some 2,048 columns. Straight after the product, while a tile is in the cache, its columns are
+reduced to the extremes of groups of 16. From them alone follows a limit for each row: k columns certainly score that or
+better, so what certainly scores less is out. Groups whose extreme is beyond the cut are looked into, element by
+element, and the columns found there are the candidates.
+
+Everything is decided on *gains*: the score on the top side, its negative on the bottom side, so that larger is better.
+Gains are compared as integers, `keys_of`. In the "raw" order these are the bits of the gain as they stand, which are in
+the right order from 0 up; that is all that matters as long as the cut is positive, and costs one pass less. The "total"
+order holds for every number.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from querylens_fast.topk import buffers
+
+TILE_COLUMNS = 2048
+GROUP = 16
+"""Columns in a group; fewer where k is large for the number of columns."""
+MIN_GROUPS = 192
+"""Groups, at least, whose extremes set the limit of a row; and at least LIMIT_GROUPS * k."""
+LIMIT_GROUPS = 8
+_INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+_INTEGERS[torch.float64] = torch.int64
+
+
+def keys_of(scores: Tensor, largest: bool, *, total: bool, out: Tensor | None = None) -> Tensor:
+    """Integers in the order of the gains of some scores: raw, right from 0 up; or total, for all numbers."""
+    keys = scores.view(_INTEGERS[scores.dtype])
+    info = torch.iinfo(keys.dtype)
+    if not largest:
+        keys = torch.bitwise_xor(keys, info.min, out=out)
+    return _flipped(keys) if total else keys
+
+
+def _flipped(keys: Tensor) -> Tensor:
+    """From raw to total order and back."""
+    info = torch.iinfo(keys.dtype)
+    return (keys >> (info.bits - 1)).bitwise_and_(info.max).bitwise_xor_(keys)
+
+
+def most_crowded(k: int) -> int:
+    """Groups of a row that are looked into, at most."""
+    return 4 * k + 64
+
+
+class Candidates(NamedTuple):
+    """Columns that may be among the k best of their rows, in no order."""
+
+    rows: Tensor
+    """[m] int64 row of the block."""
+    columns: Tensor
+    """[m] int64."""
+    reach: Tensor
+    """[m]: no gain beyond this is possible there; with no error to account for, the gain itself."""
+
+
+class Found(NamedTuple):
+    """What a search found in one panel, on one side."""
+
+    candidates: Candidates
+    limit: Tensor
+    """[r]: at least k columns, of this panel or of earlier ones, have a gain of this or more."""
+    unordered: Tensor
+    """[r] rows that the raw order does not do for: no candidates."""
+    crowded: Tensor
+    """[r] rows with too many groups to look into: no candidates."""
+    invalid: Tensor
+    """[r] rows that hold a NaN, or without a bound on the error: no candidates."""
+
+
+class Panel:
+    """Scores of r rows with C columns, as tiles, and the extremes of their groups."""
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        k: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        sides: tuple[bool, ...],
+        *,
+        total: bool = False,
+    ) -> None:
+        n_tiles = math.ceil(columns / TILE_COLUMNS)
+        # Tiles of nearly equal width: libraries take another path, with other roundings, for a single column.
+        self.width = min(16 * math.ceil(columns / n_tiles / 16), max(columns, 1))
+        self.rows, self.k, self.dtype, self.device, self.sides = rows, k, dtype, device, sides
+        self.tiles = [slice(a, min(a + self.width, columns)) for a in range(0, columns, self.width)]
+        self.group = next(g for g in (GROUP, 4, 1) if g == 1 or columns >= 2 * g * k)
+        self.total = total
+        # A multiple of eight, so that eight comparisons can be looked at as one integer.
+        self.groups = 8 * math.ceil(math.ceil(self.width / self.group) / 8)
+        self.scores = buffers.take("panel", rows * columns, dtype, device)
+        self.extremes = {
+            largest: buffers.take(f"extremes {largest}", shape[0] * shape[1] * shape[2], _INTEGERS[dtype], device).view(
+                shape
+            )
+            for shape in [(len(self.tiles), rows, self.groups)]
+            for largest in sides
+        }
+        self._room = buffers.take("keys", rows * self.width, _INTEGERS[dtype], device)
+
+    def tile(self, t: int) -> Tensor:
+        """[r, c]: where tile t is kept."""
+        columns = self.tiles[t]
+        c = columns.stop - columns.start
+        return self.scores[self.rows * columns.start : self.rows * columns.stop].view(self.rows, c)
+
+    def add(self, t: int) -> None:
+        """Take the extremes of tile t, which has just been written."""
+        scores = self.tile(t)
+        room = self._room[: scores.numel()].view_as(scores)
+        for largest in self.sides:
+            keys = keys_of(scores, largest, total=self.total, out=room)
+            self._reduce(keys, self.extremes[largest][t])
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """All scores [f, C] of some rows."""
+        return torch.cat([self.tile(t)[rows] for t in range(len(self.tiles))], 1)
+
+    def _reduce(self, keys: Tensor, out: Tensor) -> None:
+        """Extremes of groups {i, i + g, i + 2g, ...}: so whole vector registers are compared."""
+        c = keys.shape[1]
+        g = math.ceil(c / self.group)
+        full = c // g
+        torch.amax(keys[:, : full * g].unflatten(1, (full, g)), 1, out=out[:, :g])
+        if c > full * g:
+            head = out[:, : c - full * g]
+            torch.maximum(head, keys[:, full * g :], out=head)
+        out[:, g:] = torch.iinfo(out.dtype).min
+
+    def search(self, largest: bool, limit: Tensor | None, error: Tensor | None, *, fine: bool = False) -> Found:
+        """Candidates of every row.
+
+        Args:
+            largest: the side.
+            limit: [r], what earlier panels have shown.
+            error: [T, r] bounds on what the gains of each tile may be off by, before they were rounded to the panel's
+                dtype; None: they are what is asked for, and `Found.crowded` rows are left out on account of ties only.
+            fine: set the limit by the extremes of all groups, not of a few larger ones.
+        """
+        rounding = 0.0 if error is None else 2.0**-8 if self.dtype == torch.bfloat16 else 2.0**-20
+        extremes = self.extremes[largest]
+        sample = extremes if fine else self._sample(extremes)
+        gains = self._gains(sample)
+        invalid = (sample > self._infinity()).any(2).any(0)
+        kth = _kth(_moved(gains, -rounding, error, -1.0), self.k)
+        limit = kth if limit is None else torch.maximum(kth, limit)
+        if error is None and self.total:
+            # Fewer than k numbers so far: NaN may have to fill up, which no extreme shows.
+            invalid |= limit == -math.inf
+        # What is left out stays below the limit by more than the rounding of these lines.
+        below = limit if error is None else limit - limit.abs() * 2.0**-20
+        cut = below.expand(len(self.tiles), -1) if error is None else below - error
+        cut = torch.where(cut > 0, cut / (1 + rounding), cut / (1 - rounding))
+        keys, positive = self._cut_keys(cut)
+        invalid |= cut.isnan().any(0)
+        unordered = ~invalid & ~positive if not self.total else torch.zeros_like(invalid)
+        crowded = torch.zeros_like(invalid)
+        if not fine and sample is not extremes:
+            crowded = ((sample >= keys[:, :, None]).sum((0, 2)) > most_crowded(self.k)) & ~invalid & ~unordered
+        keys.masked_fill_(invalid | unordered | crowded, torch.iinfo(keys.dtype).max)
+        tiles, rows, groups = self._hits(extremes, keys)
+        full = torch.bincount(rows, minlength=self.rows) > most_crowded(self.k)
+        if bool(full.any()):
+            crowded |= full
+            kept = ~full[rows]
+            tiles, rows, groups = tiles[kept], rows[kept], groups[kept]
+        candidates = self._elements(largest, keys, tiles, rows, groups, rounding, error)
+        return Found(candidates, below, unordered, crowded, invalid)
+
+    def settle(self, rows: Tensor, limit: Tensor, largest: bool) -> tuple[Candidates, Tensor]:
+        """Candidates of crowded rows [f] whose gains are exact, and their limits: of equals the lower columns.
+
+        The limit [f] is raised to the k-th best of all group extremes. Fewer than k groups are beyond that, so what
+        crowds a row then are equals at the limit, of which the first k columns do.
+        """
+        extremes = self.extremes[largest][:, rows]
+        limit = torch.maximum(_kth(self._gains(extremes), self.k), limit)
+        cut = limit.expand(len(self.tiles), -1)
+        keys, beyond = self._cut_keys(cut)[0], self._cut_keys(cut, beyond=True)[0]
+        tiles, places, groups = self._hits(extremes, keys)
+        full = torch.bincount(places, minlength=len(rows)) > most_crowded(self.k)
+        kept = ~full[places] | (extremes[tiles, places, groups] >= beyond[tiles, places])
+        keys = torch.where(full, beyond, keys)
+        found = [self._elements(largest, keys, tiles[kept], places[kept], groups[kept], 0.0, None, rows)]
+        wanted = (self.k - torch.bincount(found[0].rows, minlength=self.rows)[rows]).where(full, 0)
+        value = (limit if largest else -limit).to(self.dtype)
+        for t, columns in enumerate(self.tiles):
+            index = (wanted > 0).nonzero().squeeze(1)
+            if not len(index):
+                break
+            place, column = (self.tile(t)[rows[index]] == value[index, None]).nonzero().unbind(1)
+            counts = torch.bincount(place, minlength=len(index))
+            rank = torch.arange(len(place), device=self.device) - (counts.cumsum(0) - counts)[place]
+            kept = rank < wanted[index][place]
+            place, column = index[place[kept]], column[kept]
+            found.append(Candidates(rows[place], columns.start + column, limit[place]))
+            wanted[index] -= counts
+        return _joined(found), limit
+
+    def of_rows(self, rows: Tensor, largest: bool) -> Panel:
+        """A copy of some rows for one side, in the total order."""
+        part = object.__new__(Panel)
+        part.__dict__ |= vars(self)
+        part.rows, part.total, part.sides = len(rows), True, (largest,)
+        part.scores = torch.cat([self.tile(t)[rows].flatten() for t in range(len(self.tiles))])
+        part._room = torch.empty(len(rows) * self.width, dtype=self._room.dtype, device=self.device)
+        shape = (len(self.tiles), len(rows), self.groups)
+        part.extremes = {s: torch.empty(shape, dtype=self._room.dtype, device=self.device) for s in part.sides}
+        for t in range(len(self.tiles)):
+            part.add(t)
+        return part
+
+    def _infinity(self) -> int:
+        """The key of an infinite gain; beyond it are NaN."""
+        infinity = torch.tensor(math.inf, dtype=self.dtype, device="cpu")
+        return int(infinity.view(_INTEGERS[self.dtype]))
+
+    def _gains(self, keys: Tensor) -> Tensor:
+        """Gains of extremes, in float32 or wider; -inf for no column and for NaN."""
+        gains = (_flipped(keys) if self.total else keys).view(self.dtype)
+        gains = gains.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        return gains.masked_fill(gains.isnan() | (keys == torch.iinfo(keys.dtype).min), -math.inf)
+
+    def _sample(self, extremes: Tensor) -> Tensor:
+        """Extremes [T, r, s] of larger groups, as few as do."""
+        s, wanted = self.groups, max(MIN_GROUPS, LIMIT_GROUPS * self.k)
+        while s % 2 == 0 and (s // 2) * len(self.tiles) >= wanted:
+            s //= 2
+        return extremes if s == self.groups else extremes.unflatten(2, (self.groups // s, s)).amax(2)
+
+    def _cut_keys(self, cut: Tensor, *, beyond: bool = False) -> tuple[Tensor, Tensor]:
+        """[T, r] keys that exactly the gains from the cut up, or beyond it, reach; rows [r] whose cuts are positive."""
+        rounded = cut.to(self.dtype)
+        # Zeros of both signs are equal but have keys of their own.
+        rounded = rounded.masked_fill(rounded == 0, 0.0 if beyond else -0.0).contiguous()
+        keys = keys_of(rounded, True, total=self.total)
+        keys = keys + 1 if beyond else keys - (rounded.to(cut.dtype) > cut).to(keys.dtype)
+        return keys, (rounded > 0).all(0)
+
+    def _hits(self, extremes: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tile, row and group [h] of every extreme that reaches its row's key, in this order."""
+        name = "hits" if len(extremes[0]) == self.rows else "some hits"
+        mask = buffers.take(name, extremes.numel(), torch.bool, self.device).view(extremes.shape)
+        torch.ge(extremes, keys[:, :, None], out=mask)
+        tile, row, word = mask.view(torch.int64).nonzero().unbind(1)
+        place, bit = mask.unflatten(2, (-1, 8))[tile, row, word].nonzero().unbind(1)
+        return tile[place], row[place], 8 * word[place] + bit
+
+    def _elements(
+        self,
+        largest: bool,
+        keys: Tensor,
+        tiles: Tensor,
+        rows: Tensor,
+        groups: Tensor,
+        rounding: float,
+        error: Tensor | None,
+        index: Tensor | None = None,
+    ) -> Candidates:
+        """Elements of groups (sorted by tile) that reach the key; index: the rows of the panel that rows mean."""
+        last = int(torch.searchsorted(tiles, len(self.tiles) - 1))
+        found = []
+        # The last tile may be narrower than the others.
+        for t, part in ((0, slice(0, last)), (len(self.tiles) - 1, slice(last, None))):
+            tile, row, group = tiles[part], rows[part], groups[part]
+            if not len(tile):
+                continue
+            c = self.tiles[t].stop - self.tiles[t].start
+            g = math.ceil(c / self.group)
+            steps = torch.arange(0, min(self.group, math.ceil(c / g)) * g, g, device=self.device)
+            own = row if index is None else index[row]
+            first = tile * (self.rows * self.width) + own * c + group
+            flat = first[:, None] + steps
+            inside = None
+            if g * len(steps) > c:
+                inside = group[:, None] + steps < c
+                flat = torch.where(inside, flat, first[:, None])
+            reached = keys_of(self.scores.take(flat), largest, total=self.total) >= keys[tile, row][:, None]
+            place, step = (reached if inside is None else reached & inside).nonzero().unbind(1)
+            scores = self.scores.take(flat[place, step])
+            gains = (scores if largest else -scores).to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+            if error is not None:
+                gains = _moved(gains, rounding, error[tile[place], row[place]], 1.0)
+            columns = tile[place] * self.width + group[place] + steps[step]
+            found.append(Candidates(own[place], columns, gains))
+        if not found:
+            none = rows[:0]
+            return Candidates(none, none, none.to(torch.float64 if self.dtype == torch.float64 else torch.float32))
+        return _joined(found)
+
+
+def _joined(parts: list[Candidates]) -> Candidates:
+    return Candidates(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
+
+
+def _moved(gains: Tensor, rounding: float, error: Tensor | None, sign: float) -> Tensor:
+    """Bounds on exact gains from gains that are off by an error [..] and then rounded; sign: above or below."""
+    if error is None:
+        return gains
+    moved = torch.where(gains > 0, gains * (1 + rounding), gains * (1 - rounding))
+    return moved + sign * (error[:, :, None] if gains.ndim == 3 else error)
+
+
+def _kth(gains: Tensor, k: int) -> Tensor:
+    """The k-th largest of gains [T, r, s] for each row; -inf where there are fewer."""
+    flat = gains.permute(1, 0, 2).flatten(1)
+    if flat.shape[1] < k:
+        return flat.new_full((len(flat),), -math.inf)
+    return flat.topk(k, dim=1, sorted=False).values.amin(1)

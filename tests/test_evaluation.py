@@ -1,0 +1,313 @@
+"""Feature samples, steering, output scores and the table of scores, on the embedded model against plain loops."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import querylens_fast as ql
+from querylens_fast.demo.showcase import Example, load_example
+from querylens_fast.evaluation.contexts import feature_list
+from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample, load_feature_sample
+from querylens_fast.evaluation.methods import Context, find_methods
+from querylens_fast.evaluation.output_score import (
+    Promoted,
+    neutral_prefixes,
+    output_scores,
+    prefix_ids,
+    promoted_tokens,
+    read_promoted,
+)
+from querylens_fast.evaluation.ranking import rank_sums
+from querylens_fast.evaluation.scores import Case, input_scores, mean_scores, score_methods
+from querylens_fast.evaluation.steering import KL_TOLERANCE, Steered, calibrate
+from querylens_fast.lens.ablations import activations
+
+FEATURES = torch.tensor([3, 40, 700, 1500])
+
+
+@pytest.fixture(scope="module")
+def example() -> Example:
+    return load_example()
+
+
+@pytest.fixture(scope="module")
+def tokens(example: Example) -> ql.Tokens:
+    """Held-out text, with padding at the end of one sequence."""
+    held_out = example.held_out.head(24)
+    valid = held_out.valid_mask.clone()
+    valid[2, 40:] = False
+    return ql.Tokens(held_out.ids, valid)
+
+
+@pytest.fixture(scope="module")
+def sample(example: Example, tokens: ql.Tokens) -> FeatureSample:
+    return feature_sample(example.dictionaries[1], example.model, tokens, n_examples=5, progress=False)
+
+
+@pytest.fixture(scope="module")
+def prefixes(example: Example) -> torch.Tensor:
+    return example.held_out.ids[:12, :7]
+
+
+@pytest.fixture(scope="module")
+def promoted(example: Example, prefixes: torch.Tensor) -> Promoted:
+    return promoted_tokens(example.dictionaries[1], example.model, FEATURES, prefixes=prefixes, n_tokens=40)
+
+
+def test_activity_by_a_plain_loop(example: Example, tokens: ql.Tokens, sample: FeatureSample) -> None:
+    acts = activations(example.model, example.dictionaries[1], tokens.ids) * tokens.valid_mask[..., None]
+    assert torch.equal(sample.n_active, (acts > 0).sum((0, 1)))
+    assert torch.allclose(sample.density, (acts > 0).float().sum((0, 1)) / tokens.n_valid)
+    assert torch.allclose(sample.maximum, acts.amax((0, 1)))
+    means = acts.sum((0, 1)) / (acts > 0).sum((0, 1)).clamp_min(1)
+    assert torch.allclose(sample.mean, means, atol=1e-5)
+    for feature in FEATURES.tolist():
+        own = acts[:, :, feature]
+        peaks = own.amax(1)
+        order = [i for i in peaks.argsort(descending=True, stable=True).tolist() if peaks[i] > 0][:5]
+        found = sample.sequences[feature]
+        assert found[found >= 0].tolist() == order
+        for place, sequence in enumerate(order):
+            position = int(sample.positions[feature, place])
+            assert own[sequence, position] == peaks[sequence] == sample.values[feature, place]
+            assert sample.tokens[feature, place] == tokens.ids[sequence, position]
+        counted: dict[int, int] = {}
+        for sequence, position in (own > 0).nonzero().tolist():
+            token = int(tokens.ids[sequence, position])
+            counted[token] = counted.get(token, 0) + 1
+        assert dict(sample.top_tokens(feature, 10_000)) == counted
+
+
+def test_a_sample_is_read_back(sample: FeatureSample, tmp_path: Path) -> None:
+    path = sample.save(tmp_path / "sample.parquet")
+    again = load_feature_sample(path)
+    assert again.metadata == sample.metadata
+    for name in ("n_active", "mean", "maximum", "n_sequences", "values", "sequences", "positions", "tokens"):
+        assert torch.equal(getattr(again, name), getattr(sample, name)), name
+    assert all(torch.equal(a, b) for a, b in zip(again.pairs, sample.pairs, strict=True))
+    with pytest.raises(FileNotFoundError, match="make one with feature_sample"):
+        load_feature_sample(tmp_path / "none.parquet")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="no feature sample of this package, or damaged"):
+        load_feature_sample(path)
+
+
+def test_chosen_features(sample: FeatureSample) -> None:
+    chosen = sample.choose(30, min_examples=4, seed=1)
+    assert len(chosen) == 30 and bool((sample.n_sequences[chosen] >= 4).all())
+    assert torch.equal(chosen, sample.choose(30, min_examples=4, seed=1))
+    assert not torch.equal(chosen, sample.choose(30, min_examples=4, seed=2))
+    with pytest.raises(ValueError, match="no feature of .* is active in 1000 sequences"):
+        sample.choose(min_examples=1000)
+
+
+def test_contexts_are_the_references_lists(
+    example: Example, tokens: ql.Tokens, sample: FeatureSample, tmp_path: Path
+) -> None:
+    from querylens_fast.dictionaries.feature_lists import load_features, save_features_json
+
+    chosen = sample.choose(3, min_examples=4)
+    features = feature_list(sample, example.dictionaries[1], example.model, tokens, chosen)
+    assert [f.feature for f in features] == chosen.tolist()
+    assert load_features(save_features_json(features, tmp_path / "features.json")) == features
+    for feature in features:
+        for place, activation in enumerate(feature.activations or []):
+            peak = activation.max_value_token_index
+            assert peak is not None
+            assert activation.get_values()[peak] == activation.max_value
+            assert activation.max_value == pytest.approx(float(sample.values[feature.feature, place]), rel=1e-5)
+    other = ql.Tokens(tokens.ids + 1, tokens.valid_mask)
+    with pytest.raises(ValueError, match="made with another tokens"):
+        feature_list(sample, example.dictionaries[1], example.model, other, chosen)
+
+
+def test_rank_sums_break_ties_by_the_lower_id() -> None:
+    logits = torch.tensor([[[1.0, 3.0, 1.0, -0.0, 0.0], [-2.0, -2.0, -1.0, -3.0, float(2**20)]]])
+    first = [1, 0, 2, 3, 4], [2, 3, 1, 4, 0]
+    expected = torch.tensor([first[0], first[1]]).sum(0).double()
+    assert torch.equal(rank_sums(logits)[0], expected)
+    assert torch.equal(rank_sums(logits.double())[0], expected)
+
+
+@pytest.mark.parametrize("layer", (1, 4))
+def test_steered_logits_by_running_the_model(example: Example, prefixes: torch.Tensor, layer: int) -> None:
+    """The error term kept: the model's own stream plus (α − a) times the decoder row. Layer 4: the transcoder."""
+    dictionary, model = example.dictionaries[layer], example.model
+    alphas = torch.tensor([4.0, 9.0])
+    steered = Steered(model, dictionary, prefixes, FEATURES)
+    found = steered.logits(torch.tensor([1, 3]), alphas.double())
+    acts = activations(model, dictionary, prefixes)
+    rows = dictionary.values(FEATURES)
+    for c, (place, alpha) in enumerate(zip((1, 3), alphas, strict=True)):
+        delta = (alpha - acts[..., FEATURES[place]])[..., None] * rows[place]
+        assert torch.allclose(found[c], run_from(model, prefixes, 2, delta), atol=2e-4)
+    assert torch.allclose(steered.clean, run_from(model, prefixes, 2, torch.zeros(1)), atol=2e-4)
+
+
+def run_from(model: ql.Model, ids: torch.Tensor, layer: int, delta: torch.Tensor) -> torch.Tensor:
+    """Next-token logits with ``delta`` added to the stream in front of a layer."""
+    x = model.residuals(ids)[0][layer] + delta
+    masking = model.masking(ids)
+    for block in model.blocks[layer:]:
+        x = x + block.attention(x, masking)
+        x = x + block.mlp(x)
+    return model.logits(x[:, -1])
+
+
+def test_calibration_reaches_its_targets() -> None:
+    scale = torch.tensor([0.01, 1.0, 30.0, 1e-9]).double()
+
+    def kl(index: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
+        return (scale[index] * alphas).square() / (1 + scale[index] * alphas)
+
+    found = calibrate(kl, torch.full((4,), 5.0), 0.25)
+    assert bool(((found.kl - 0.25).abs() <= KL_TOLERANCE)[:3].all())
+    assert torch.allclose(kl(torch.arange(4), found.alphas), found.kl)
+    assert found.alphas[3] == pytest.approx(1e3, rel=0.02) and found.kl[3] < 0.1  # cannot be reached
+
+
+def test_promoted_tokens_by_plain_ranks(example: Example, prefixes: torch.Tensor, promoted: Promoted) -> None:
+    model = example.model
+    steered = Steered(model, example.dictionaries[1], prefixes, FEATURES)
+
+    def ranks(logits: torch.Tensor) -> torch.Tensor:
+        order = logits.argsort(dim=-1, descending=True, stable=True)
+        return order.argsort(dim=-1).double()
+
+    clean = ranks(steered.clean)
+    assert bool(((promoted.kl - torch.tensor([0.25, 0.5])).abs() <= KL_TOLERANCE).all())
+    for place in range(len(FEATURES)):
+        delta = torch.zeros(model.vocab_size).double()
+        for target in range(2):
+            logits = steered.logits(torch.tensor([place]), promoted.alphas[place, target : target + 1])
+            delta += (clean - ranks(logits[0])).mean(0) / model.vocab_size / 2
+            log_p, log_q = steered.clean.log_softmax(-1).double(), logits[0].log_softmax(-1).double()
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+            assert kl == pytest.approx(float(promoted.kl[place, target]), abs=1e-4)
+        assert torch.allclose(promoted.delta[place].double(), delta[promoted.token_ids[place]], atol=2e-4)
+        assert promoted.delta[place, -1] >= delta.sort(descending=True).values[39] - 2e-4
+
+
+@pytest.mark.parametrize("positions", ("forced", "generate"))
+def test_other_positions(example: Example, prefixes: torch.Tensor, promoted: Promoted, positions: str) -> None:
+    """Along continuations: seeded, and near the ranking at the prefixes alone (its S shares more than half)."""
+    arguments = {"prefixes": prefixes[:6], "n_tokens": 25, "positions": positions, "seed": 1, "progress": False}
+    found = promoted_tokens(example.dictionaries[1], example.model, FEATURES[:2], **arguments)
+    again = promoted_tokens(example.dictionaries[1], example.model, FEATURES[:2], **arguments)
+    assert torch.equal(found.token_ids, again.token_ids)
+    assert output_scores(found, promoted.token_ids[:2, :25]).mean() > 0.4
+    if positions == "generate":
+        low, high = torch.tensor([[0.25, 0.5]]), torch.tensor([[0.35, 0.6]])
+        narrow = found.alphas.frac() == 0
+        assert bool(narrow.all()) and bool(((found.kl >= low) & (found.kl <= high)).any())
+
+
+def test_steered_text(example: Example) -> None:
+    arguments = {"n_tokens": 8, "seed": 3}
+    text = ql.steer(example.dictionaries[0], example.model, 2035, 20.0, "def parse(self):", **arguments)
+    assert text.clean != text.steered and text == ql.steer(
+        example.dictionaries[0], example.model, 2035, 20.0, "def parse(self):", **arguments
+    )
+    with pytest.raises(ValueError, match="prompt is ''; expected at least one token"):
+        ql.steer(example.dictionaries[0], example.model, 2035, 20.0, "")
+    with pytest.raises(ValueError, match="strength is nan"):
+        ql.steer(example.dictionaries[0], example.model, 2035, float("nan"), "x")
+
+
+def test_output_scores(promoted: Promoted) -> None:
+    ids = promoted.token_ids[:, :10].flip(1).clone()
+    assert torch.equal(output_scores(promoted, ids), torch.ones(4))
+    ids[:, :5] = -1
+    assert torch.equal(output_scores(promoted, ids), torch.full((4,), 0.5))
+    with pytest.raises(ValueError, match="only 40 promoted tokens are stored"):
+        output_scores(promoted, torch.zeros(4, 41))
+    with pytest.raises(ValueError, match="signature_ids are of 3 features"):
+        output_scores(promoted, torch.zeros(3, 5))
+
+
+def test_promoted_tokens_resume(
+    example: Example, prefixes: torch.Tensor, promoted: Promoted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that stops after a block goes on from there, and the file gives what memory gave."""
+    from querylens_fast.evaluation import output_score
+
+    monkeypatch.setattr(output_score, "FEATURES_A_BLOCK", 2)
+    computed, rows = [], output_score._Search.rows
+
+    def stopping(self: object, features: torch.Tensor) -> object:
+        if len(computed) == 1:
+            raise KeyboardInterrupt
+        computed.append(features)
+        return rows(self, features)  # type: ignore[arg-type]
+
+    arguments = {"prefixes": prefixes, "n_tokens": 40, "out": tmp_path / "promoted.parquet", "progress": False}
+    monkeypatch.setattr(output_score._Search, "rows", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        promoted_tokens(example.dictionaries[1], example.model, FEATURES, **arguments)
+    monkeypatch.setattr(output_score._Search, "rows", rows)
+    promoted_tokens(example.dictionaries[1], example.model, FEATURES, **arguments)
+    again = read_promoted(tmp_path / "promoted.parquet")
+    assert torch.equal(again.features, FEATURES)
+    overlap = (again.token_ids[:, :, None] == promoted.token_ids[:, None]).any(-1).float().mean()
+    assert overlap > 0.95  # another first guess of α leads to another α within the tolerance
+
+
+def test_prefixes(example: Example) -> None:
+    assert len(set(neutral_prefixes())) == 100
+    groups = prefix_ids(example.model, None)
+    assert sum(map(len, groups)) == 100 and all(g.ndim == 2 for g in groups)
+    assert prefix_ids(example.model, torch.ones(2, 3, dtype=torch.int32))[0].dtype == torch.int64
+    with pytest.raises(ValueError, match="empty list"):
+        prefix_ids(example.model, [])
+
+
+def test_input_scores_count_repetitions() -> None:
+    activating = torch.tensor([[5, 5, 7, -1], [-1, -1, -1, -1]])
+    found = input_scores(torch.tensor([[5, 9], [1, 2]]), activating)
+    assert found[0] == pytest.approx(2 / 3) and found[1].isnan()
+
+
+def test_table_of_scores(
+    example: Example, sample: FeatureSample, promoted: Promoted, tokens: ql.Tokens, tmp_path: Path
+) -> None:
+    dictionary, model = example.dictionaries[1], example.model
+    ql.signatures(dictionary, model, preset="logit_lens_value", k=25, out=tmp_path / "stored.parquet", progress=False)
+    methods = find_methods(["logit_lens_value", "token_change@5", tmp_path / "stored.parquet"])
+    context = Context(model, tokens=tokens.head(2))
+    case = Case(dictionary, "sae", FEATURES, sample, promoted)
+    found = score_methods([case], context, methods, ks=(5, 25), out=tmp_path / "scores.parquet", progress=False)
+    frame = found.pandas()
+    assert len(frame) == 3 * 2 * len(FEATURES)
+    direct = frame[frame.method == "logit_lens_value"].drop(columns="method").reset_index(drop=True)
+    stored = frame[frame.method == "stored.parquet"].drop(columns="method").reset_index(drop=True)
+    assert direct.equals(stored)
+    ids = ql.signatures(dictionary, model, preset="token_change", token_change_value=5.0, tokens=tokens.head(2), k=25,
+                        features=FEATURES).top_ids  # fmt: skip
+    own = frame[(frame.method == "token_change@5") & (frame.k == 25)]
+    assert own.output_score.to_list() == pytest.approx(output_scores(promoted, ids).tolist())
+    expected = input_scores(ids, sample.tokens[FEATURES])
+    assert [x for x in own.input_score if x == x] == pytest.approx(expected[~expected.isnan()].tolist())
+    means = mean_scores(found, "output_score")
+    by_hand = own.output_score.mean(), 1.959964 * own.output_score.std() / len(own) ** 0.5
+    row = next(m for m in means if m.method == "token_change@5" and m.k == 25 and m.dictionary == "sae")
+    assert (row.mean, row.high - row.mean) == pytest.approx(by_hand)
+    assert ql.read_table(tmp_path / "scores.parquet").pandas().equals(frame)
+
+
+def test_mistakes(example: Example, sample: FeatureSample, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected at least one, and each once"):
+        find_methods(["logit_lens_key", "logit_lens_key"])
+    with pytest.raises(ValueError, match="only token_change takes"):
+        find_methods(["logit_lens_key@3"])
+    with pytest.raises(ValueError, match="'five' is no activation"):
+        find_methods(["token_change@five"])
+    with pytest.raises(FileNotFoundError, match="'none.parquet' does not exist"):
+        find_methods(["none.parquet"])
+    with pytest.raises(ValueError, match="n_examples is 0"):
+        feature_sample(example.dictionaries[0], example.model, example.fit_tokens, n_examples=0)
+    with pytest.raises(ValueError, match="n_tokens is 0"):
+        promoted_tokens(example.dictionaries[0], example.model, [1], n_tokens=0)
+    with pytest.raises(ValueError, match="expected sizes of at least 1"):
+        case = Case(example.dictionaries[1], "sae", FEATURES, sample)
+        score_methods([case], Context(example.model), find_methods(["logit_lens_key"]), ks=())

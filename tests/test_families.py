@@ -1,0 +1,74 @@
+"""Families of transformers' causal LMs against brute force through their own forward pass; the readout by names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import querylens_fast as ql
+from bench.families import errors, newest, table
+from bench.family_cases import FAMILIES, tiny
+from querylens_fast.models.frame import named_readout
+
+QUICK = (
+    "gpt_neox_parallel",
+    "opt",
+    "bloom",
+    "falcon_new",
+    "granite",
+    "cohere",
+    "qwen3_next",
+    "mamba",
+    "gpt_oss",
+    "jetmoe",
+)
+REFUSED = {
+    "gemma3n": "no single list of layers takes one residual stream",
+    "gemma4_shared": "layer 2 reads what earlier",
+}
+OTHERS = [pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n not in QUICK and n not in REFUSED]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *OTHERS])
+def test_transport_is_the_models_own_derivative(name: str) -> None:
+    model, found = errors(name)
+    assert max(found.values()) < 1e-5, found
+    readout = (
+        named_readout(model.own.model if model.own else model.source, torch.float64, name) if name != "bloom" else None
+    )
+    if readout is not None and name not in ("gpt", "ctrl"):
+        measured = model.embed_scale, model.logit_scale, model.logit_softcap
+        named = readout.embed_scale, readout.logit_scale, readout.softcap
+        assert measured[2] == named[2] and measured[:2] == pytest.approx(named[:2], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_layers_that_share_more_than_the_stream_are_refused(name: str) -> None:
+    with pytest.raises(ql.UnsupportedModelError, match=REFUSED[name]):
+        ql.as_model(tiny(name))
+
+
+@pytest.mark.parametrize("name", ["gpt_neox_parallel", "gemma"])
+def test_both_linearisations_agree(name: str) -> None:
+    by_hand, by_autodiff = (ql.as_model(tiny(name), linearisation=how) for how in ("hand-written", "autodiff"))
+    ids = torch.randint(3, 61, (3, 6), generator=torch.Generator().manual_seed(4))
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    valid[1, 4:], valid[2, :2], valid[0, 3] = False, False, False
+    ours, theirs = (
+        ql.fit_transport(m, ql.Tokens(ids, valid), orders=("full",), progress=False) for m in (by_hand, by_autodiff)
+    )
+    assert by_hand.fingerprint == by_autodiff.fingerprint
+    for pair, matrices in ours.matrices.items():
+        difference = (matrices - theirs.matrices[pair]).norm() / matrices.norm()
+        assert difference < 1e-6, (pair, float(difference))
+
+
+def test_a_parallel_layer_is_one_unit() -> None:
+    model = ql.as_model(tiny("gpt_neox_parallel"))
+    assert model.parallel and not model.has_submodules and model.linearisation == "hand-written"
+    assert ql.as_model(tiny("gptj")).parallel and not ql.as_model(tiny("mamba")).has_submodules
+
+
+def test_the_documented_table_is_the_newest_record() -> None:
+    page = Path(__file__).parent.parent / "docs" / "models.md"
+    assert table(newest()) in page.read_text(encoding="utf-8")
