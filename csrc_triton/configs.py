@@ -131,6 +131,15 @@ def target_of(device: torch.device) -> str:
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether ``tl.dot`` is right for bfloat16: everywhere but in Triton's interpreter as it comes (see its tests)."""
+    if not INTERPRETED:
+        return True
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    return getattr(InterpreterBuilder.create_dot, "widens_bfloat16", False)
+
+
 def programs_of(F: Tensor, config: Config) -> int:
     """Programs of a persistent grid on F's device."""
     if INTERPRETED:

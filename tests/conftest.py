@@ -1,5 +1,6 @@
 """Fixtures: tiny real models of every supported architecture, saved to disk and loaded as a user would."""
 
+import importlib.util
 import os
 
 import torch
@@ -13,6 +14,11 @@ import pytest
 from tiny_models import ARCHITECTURES, save_tiny_model
 
 import querylens_fast as ql
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from bench.interpreter import widen_bfloat16
+
+    widen_bfloat16()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -34,7 +34,7 @@ def check(found: object, S: torch.Tensor, k: int, atol: float) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 64, 1000, 7), (70, 40, 515, 25), (1, 7, 130, 130), (33, 128, 2049, 1)])
 def test_both_ways_with_every_term(method: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     n, d, V, k = shape
@@ -100,16 +100,53 @@ def test_histogram_goes_by_the_scores_in_memory() -> None:
     assert torch.equal(found.statistics.histogram.cpu().double(), counted)
 
 
-def test_bf16_is_the_exact_answer_for_rounded_inputs() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_is_the_exact_answer_for_rounded_inputs(method: str) -> None:
     F, W = gaussian(12, 48, seed=15), gaussian(900, 48, seed=16)
-    found = streamed_topk(F, W, 6, precision="bf16", backend="triton", method="gemm")
+    found = streamed_topk(F, W, 6, precision="bf16", backend="triton", method=method)
     check(found, F.bfloat16().double() @ W.bfloat16().double().T, 6, 1e-4)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the compiled kernel multiplies bfloat16")
-def test_interpreter_refuses_bfloat16_in_the_fused_kernel() -> None:
-    with pytest.raises(ValueError, match="use method='gemm'"):
-        streamed_topk(torch.zeros(2, 8), torch.zeros(9, 8), 1, precision="bf16", backend="triton", method="fused")
+def test_interpreter_multiplies_bfloat16_only_when_patched() -> None:
+    """Negative control of the patch: without it scores are wrong by far, and the fused kernel is refused."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from bench.interpreter import widen_bfloat16
+    from csrc_triton.configs import Config
+    from csrc_triton.topk import topk
+
+    F, W = gaussian(5, 64, seed=15).bfloat16(), gaussian(300, 64, seed=16).bfloat16()
+    best = (F.double() @ W.double().T).amax(1)
+
+    def largest() -> torch.Tensor:
+        keys = topk(F, W, config=Config(16, 128, 32, 4, 1)).top.amax((1, 2))
+        return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(torch.float32).double()
+
+    patched = InterpreterBuilder.create_dot
+    torch.testing.assert_close(largest(), best, rtol=1e-4, atol=1e-4)
+    InterpreterBuilder.create_dot = patched.__closure__[0].cell_contents
+    try:
+        assert ((largest() - best).abs() > 1e3).all()
+        with pytest.raises(ValueError, match="use method='gemm'"):
+            streamed_topk(F, W, 1, backend="triton", method="fused")
+    finally:
+        InterpreterBuilder.create_dot = patched
+    widen_bfloat16()
+    assert InterpreterBuilder.create_dot is patched
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="permutes the interpreter's programs")
+@pytest.mark.parametrize("method", METHODS)
+def test_order_of_programs_changes_nothing(method: str) -> None:
+    from bench.interpreter import shuffled_programs
+
+    F, W = gaussian(40, 32, seed=17), gaussian(600, 32, seed=18)
+    plain = streamed_topk(F, W, 7, backend="triton", method=method)
+    with shuffled_programs(19):
+        shuffled = streamed_topk(F, W, 7, backend="triton", method=method)
+    for one, other in zip(plain.sides().values(), shuffled.sides().values(), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -169,14 +169,14 @@ def test_chains_by_brute_force(sizes: list[int], seed: int, mutual: bool, thresh
 
 
 class Largest(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation makes."""
+    """Records the size of the largest dense tensor that any operation makes."""
 
     bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                 self.bytes = max(self.bytes, tensor.nbytes)
         return made
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import tune
-from csrc_triton.configs import INTERPRETED, Choice, configs, statistics_config, target_of
+from csrc_triton.configs import Choice, configs, multiplies_bfloat16, statistics_config, target_of
 from csrc_triton.epilogue import sums_of
 from csrc_triton.rescore import rescore
 from csrc_triton.select import Candidates, column_of, select
@@ -110,7 +110,7 @@ def choose(F: Tensor, W: Tensor, k: int, dtype: torch.dtype, method: str | None,
         choice = choice._replace(method="gemm")
     elif moments is not None:
         choice = choice._replace(config=statistics_config(target, dtype))
-    if INTERPRETED and dtype == torch.bfloat16 and choice.method == "fused":
+    if dtype == torch.bfloat16 and choice.method == "fused" and not multiplies_bfloat16():
         raise ValueError(
             "the fused kernel in bfloat16 under Triton's interpreter: it multiplies bfloat16 wrongly; use method='gemm'"
         )
