@@ -103,7 +103,7 @@ def streamed_topk(
     precision: str = "exact",
     method: str | None = None,
     statistics: bool = False,
-    histogram: Tensor | Sequence[float] | None = None,
+    histogram: Tensor | Sequence[float] | int | None = None,
     block_rows: int | None = None,
     max_memory_gib: float | None = None,
     threads: int | None = None,
@@ -125,8 +125,9 @@ def streamed_topk(
             None for the table's choice (`csrc_triton.configs`; `csrc_triton.tune` measures it on your device).
         statistics: also return `RowStatistics` of all V scores of each row, from the same pass; the pass of
             an "exact" call is then the float32 one; "bf16" keeps the narrow one and its rounding.
-        histogram: edges [bins + 1], ascending: adds the histogram to the statistics (and implies them). Bins are
-            [edge, next edge), the last one closed; scores outside are not counted. Slower than the other moments.
+        histogram: edges [bins + 1], ascending, or a number of bins between each row's extremes: adds the histogram to
+            the statistics (and implies them). Bins are [edge, next edge), the last one closed; scores outside are not
+            counted. Slower than the other moments.
         block_rows: rows of F scored at a time; None lets the backend choose. Changes memory and speed, not the result
             beyond the last bit of a score.
         max_memory_gib: bound on the torch backend's tiles and its narrow copy of W, at least 0.001; where rows have to
