@@ -5,11 +5,11 @@
 On the embedded model, 100 held-out prefixes of 7 tokens. *Ours* is `promoted_tokens`: clean pass once, only the layers
 above the dictionary again, several features in a batch, a secant in (log α, log KL), the ranks of the evaluation that
 reached the target. *Straightforward*: for each feature the whole model is run for every KL evaluation, α by bisection
-on [1, 1000] to the same tolerance in KL, ranks by two sorts. Both find the same tokens (compared before any time counts).
+on [1, 1000] to the same tolerance in KL, ranks by two sorts. Both find the same tokens (compared before timing).
 
-The second part (`--adaptive`) takes the output scores of the fixed transitions, of the adaptive preset and of the best
-fixed transition for each feature (the oracle), on the two halves of a seeded sample. The adaptive rule was chosen on the
-first half, and is reported on the second.
+The second part (`--adaptive`) takes the output scores of the fixed transitions, of the adaptive preset and of the
+best fixed transition for each feature (the oracle), on the two halves of a seeded sample. The adaptive rule was chosen
+on the first half, and is reported on the second.
 """
 
 from __future__ import annotations

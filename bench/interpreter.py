@@ -25,7 +25,7 @@ def widen_bfloat16() -> None:
         return original(self, _widened(a), _widened(b), d, *rest)
 
     create_dot.widens_bfloat16 = True  # pyright: ignore[reportFunctionMemberAccess]
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.create_dot = create_dot  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _widened(operand: Any) -> Any:

@@ -22,6 +22,7 @@ from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample, load_feature_sample
 from querylens_fast.evaluation.generation import SteeredText, steer
 from querylens_fast.evaluation.output_score import Promoted, output_scores, promoted_tokens
+from querylens_fast.evaluation.report import evaluation_report
 from querylens_fast.evaluation.stability import Stability, stability
 from querylens_fast.lens.compute import Signatures, scores_at, signatures
 from querylens_fast.lens.presets import PRESETS, Preset, find_preset
@@ -86,6 +87,7 @@ __all__ = [
     "weight_descriptions",
     "directions",
     "downstream",
+    "evaluation_report",
     "export_circuit_tracer",
     "export_jacobian_lens",
     "export_neuronpedia",

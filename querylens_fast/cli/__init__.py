@@ -10,7 +10,17 @@ import logging
 
 import typer
 
-from querylens_fast.cli import browsing, computing, explaining, exporting, lenses, relating, reliability, showing
+from querylens_fast.cli import (
+    browsing,
+    computing,
+    evaluating,
+    explaining,
+    exporting,
+    lenses,
+    relating,
+    reliability,
+    showing,
+)
 
 app = typer.Typer(
     help="Token signatures for every feature of sparse autoencoders and transcoders.",
@@ -50,6 +60,10 @@ app.command()(explaining.channels)
 app.add_typer(evaluate, name="evaluate")
 app.command()(reliability.stability)
 evaluate.command("input")(showing.evaluate_input)
+evaluate.command()(evaluating.report)
+app.command()(evaluating.sample)
+app.command()(evaluating.steer)
+app.command()(evaluating.judge)
 app.command()(computing.topk)
 app.command()(exporting.export)
 app.command("annotate-graph")(exporting.annotate_graph)

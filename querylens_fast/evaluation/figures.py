@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from querylens_fast.evaluation.scores import MeanScore
 
 if TYPE_CHECKING:
-    from querylens_fast.evaluation.report import Report
+    from querylens_fast.evaluation.report_data import Report
 
 TITLES = {
     "input_score": "Input score I(T)",

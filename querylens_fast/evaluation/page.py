@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from querylens_fast.runs.atomic_write import write_whole
 
 if TYPE_CHECKING:
-    from querylens_fast.evaluation.report import Report
+    from querylens_fast.evaluation.report_data import Report
 
 TABLE_K = 25
 

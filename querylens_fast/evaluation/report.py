@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,11 @@ from tqdm import tqdm
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.evaluation.feature_sample import feature_sample, load_feature_sample
-from querylens_fast.evaluation.generation import SteeredText, steer
+from querylens_fast.evaluation.generation import steer
 from querylens_fast.evaluation.methods import Context, find_methods
 from querylens_fast.evaluation.output_score import promoted_tokens
-from querylens_fast.evaluation.scores import Case, MeanScore, labels_of, mean_scores, score_methods
+from querylens_fast.evaluation.report_data import Report, Shown
+from querylens_fast.evaluation.scores import Case, labels_of, mean_scores, score_methods
 from querylens_fast.lens.compute import signatures
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
@@ -60,41 +60,6 @@ SHOWN = 3
 STEERED_STRENGTH = 1.5
 """Strength of the steered text, in units of the activation that reaches the larger KL target."""
 PROMPT = "The next part"
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A feature on the page."""
-
-    dictionary: str
-    feature: int
-    signatures: dict[str, list[tuple[str, float]]]
-    """(token, score) of each preset."""
-    contexts: list[list[tuple[str, float]]]
-    """(token, activation) of the text around the strongest positions."""
-    scores: dict[str, float]
-    steered: SteeredText | None
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a report holds.
-
-    Attributes:
-        folder: Where it lies; ``folder / "report.html"`` is the page.
-        scores: One row per dictionary, method, feature and k.
-        means: `MeanScore` of every score, method and k.
-        rel_var: Mean relative variance by dictionary, for (side, order).
-        oracle: Output score by dictionary of the fixed transitions, the adaptive preset and the best per feature.
-        shown: Features at the quartiles of activation strength.
-    """
-
-    folder: Path
-    scores: RelationTable
-    means: list[MeanScore]
-    rel_var: dict[str, dict[str, float]]
-    oracle: dict[str, dict[str, float]]
-    shown: list[Shown] = field(default_factory=list)
 
 
 def evaluation_report(

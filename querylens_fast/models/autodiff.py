@@ -202,13 +202,25 @@ class AutodiffPart(NoSingleWeights):
 
 
 @dataclass(frozen=True)
-class AutodiffMLP:
+class AutodiffMLP(NoSingleWeights):
     """The MLP of one layer, its norms included; it reads each position by itself, so there is no masking."""
 
     part: AutodiffPart
 
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(self.part, attribute)
+    @property
+    def name(self) -> str:
+        """The part's name."""
+        return self.part.name
+
+    @property
+    def adds_directly(self) -> bool:
+        """Whether what it adds goes into the residual stream without a norm after it."""
+        return self.part.adds_directly
+
+    @property
+    def routed(self) -> bool:
+        """Whether a router chooses experts in here."""
+        return self.part.routed
 
     def __call__(self, x: Tensor) -> Tensor:
         """The residual contribution [B, S, D] of x [B, S, D]."""
