@@ -267,7 +267,8 @@ def test_one_group_is_the_file_of_before(gpt2: ql.Model, sample: ql.Tokens, tmp_
     with safe_open(path, "pt") as file:
         pairs = [f"{side}.{order}" for side in ("value", "key") for order in ("full", "first_order")]
         assert set(file.keys()) == {"centre", *(f"{kind}.{p}" for kind in ("matrix", "energy") for p in pairs)}
-        names = """format model fingerprint frame_fingerprint behaviour convention linearisation routing dtype n_layers d_model n_valid n_sequences
+        names = """format model fingerprint frame_fingerprint behaviour
+            convention linearisation routing dtype n_layers d_model n_valid n_sequences
             tokens tokens_digest submodule through_norms energy n_probes seed querylens_fast torch transformers"""
         assert set(file.metadata()) == set(names.split())
     with pytest.raises(ValueError, match="keeps no groups of sequences: fit it with groups=8"):

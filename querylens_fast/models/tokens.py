@@ -132,9 +132,10 @@ def load_tokens(
     """
     if not isinstance(source, (str, Path)):
         if _is_dataset(source):
-            if column not in source.column_names:
-                raise ValueError(f"the dataset has columns {source.column_names}; none is named {column!r}")
-            rows = tokenize_and_concatenate(source[column], _tokenizer(model), max_length)
+            dataset: Any = source
+            if column not in dataset.column_names:
+                raise ValueError(f"the dataset has columns {dataset.column_names}; none is named {column!r}")
+            rows = tokenize_and_concatenate(dataset[column], _tokenizer(model), max_length)
             if not len(rows):
                 raise ValueError(f"the dataset has fewer than {max_length} tokens, not enough for one sequence")
             return _checked(*_draw(rows, None, num_samples, seed), model, "dataset", {"seed": str(seed)})
