@@ -5,6 +5,9 @@ import os
 
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one core a worker
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in the processes that tests start
 if not torch.cuda.is_available():
     # Triton decides when it is first imported whether its kernels are interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
