@@ -99,7 +99,7 @@ def saedashboard(n: int, d: int, vocabulary: int) -> dict[str, Any]:
 def sae_lens(n: int, d: int, vocabulary: int, ours: bool) -> dict[str, Any]:
     """Statistics of W_dec @ W_U in this process: ours, or the formulas of sae-lens's notebook on the whole matrix."""
     generator = torch.Generator().manual_seed(0)
-    W_dec, W_U = (torch.randn(shape, generator=generator) / d**0.5 for shape in ((n, d), (d, vocabulary)))
+    W_U, W_dec = (torch.randn(shape, generator=generator) / d**0.5 for shape in ((d, vocabulary), (n, d)))
     before, start = peak_mib(), time.perf_counter()
     if ours:
         from querylens_fast.integrations.sae_lens import get_W_U_W_dec_stats_df
@@ -145,7 +145,8 @@ def peak_mib() -> float:
 
 def _alone(part: str, options: argparse.Namespace) -> dict[str, Any]:
     """A part in a fresh process."""
-    sizes = ["--features", options.features, "--sae-lens-features", options.sae_lens_features, "--rows", options.rows]
+    sizes = ["--features", options.features, "--sae-lens-features", options.sae_lens_features]
+    sizes += ["--sae-lens-rows", options.sae_lens_rows, "--rows", options.rows]
     sizes += ["--d", options.d, "--vocabulary", options.vocabulary]
     command = [sys.executable, "-m", "bench", "integrations", "--alone", part, *map(str, sizes)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
@@ -160,11 +161,12 @@ def _run(part: str, options: argparse.Namespace) -> dict[str, Any]:
         return saedashboard(options.rows, d, vocabulary)
     if part == "logit_readout":
         return logit_readout(options.rows, d, vocabulary)
-    return sae_lens(options.sae_lens_features, d, vocabulary, part == "sae-lens ours")
+    ours = part == "sae-lens ours"
+    return sae_lens(options.sae_lens_features if ours else options.sae_lens_rows, d, vocabulary, ours)
 
 
-def _compared(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Both runs of the statistics, once they agree."""
+def _compared(ours: dict[str, Any], theirs: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Both runs of the statistics, once they agree; theirs, of fewer rows, extrapolated by rows."""
     error = max(
         abs(a - b) / max(1.0, abs(b))
         for name in theirs["first"]
@@ -173,13 +175,23 @@ def _compared(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     del ours["first"], theirs["first"]
     if error > 1e-4:
         raise SystemExit(f"wrong results: error {error:.3g}; no time reported")
-    return {"ours": ours, "sae-lens": theirs, "error": error, "speedup": theirs["seconds"] / ours["seconds"]}
+    n, rows = options.sae_lens_features, options.sae_lens_rows
+    extrapolated = theirs["seconds"] * n / rows
+    return {
+        "features": n,
+        "ours": ours,
+        "sae-lens": theirs | {"features": rows, "seconds_extrapolated": extrapolated},
+        "matrix_gib": n * options.vocabulary * 4 / 2**30,
+        "error": error,
+        "speedup": extrapolated / ours["seconds"],
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench integrations", description=__doc__)
     parser.add_argument("--features", type=int, default=65_536, help="of the Neuronpedia export")
     parser.add_argument("--sae-lens-features", type=int, default=24_576)
+    parser.add_argument("--sae-lens-rows", type=int, default=6144, help="features that sae-lens's way is timed on")
     parser.add_argument("--rows", type=int, default=512, help="features timed beside SAEDashboard and transformer-lens")
     parser.add_argument("--d", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=50_257)
@@ -194,8 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     record |= {"machine": machine(torch.device("cpu")), "shape": {"d": options.d, "vocabulary": options.vocabulary}}
     for part in options.parts:
         if part == "sae-lens":
-            found = _compared(_alone("sae-lens ours", options), _alone("sae-lens theirs", options))
-            found["features"] = options.sae_lens_features
+            found = _compared(_alone("sae-lens ours", options), _alone("sae-lens theirs", options), options)
         else:
             found = _alone(part, options)
         record[part] = found

@@ -99,7 +99,7 @@ class Dashboard:
     def _rows(self, scorer: Scorer, ids: Tensor, vectors: Tensor) -> Rows:
         rows = vectors.to(self.model.device)
         x, _ = scorer.prepare(unit_rows(rows) if self.unit_norm else rows)
-        found = streamed_topk(x, scorer.W, self.k, histogram=self.bins or None).to("cpu")  # type: ignore[arg-type]
+        found = streamed_topk(x, scorer.W, self.k, histogram=self.bins or None).to("cpu")
         sides: dict[str, Any] = found.sides()
         return Rows(ids, **sides, histogram=_histogram(found), vectors=vectors)
 

@@ -98,7 +98,8 @@ Readout = Scorer | LogitReadout
 
 def unembed(model: Model, final_norm: bool = True) -> Scorer:
     """The final norm, applied to the vector as a function, then W_U and b_U (paper §3; reference ``apply_unembed``)."""
-    return Scorer(model, model.W_U, bias=_wide(model.b_U), final_norm=final_norm)
+    bias = None if model.b_U is None else _wide(model.b_U * model.logit_scale)
+    return Scorer(model, model.W_U, bias=bias, factor=model.logit_scale if final_norm else 1.0, final_norm=final_norm)
 
 
 def dashboard(model: Model, unembedding: str = "raw") -> Scorer:
@@ -140,7 +141,7 @@ def _folded_unembedding(model: Model) -> Tensor:
 
 def logit_difference(model: Model) -> Scorer:
     """W_U alone, for differences of normed residuals (the ablations)."""
-    return Scorer(model, model.W_U)
+    return Scorer(model, model.W_U, factor=model.logit_scale)
 
 
 def embed(model: Model) -> Scorer:

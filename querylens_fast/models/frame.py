@@ -133,6 +133,7 @@ FINAL_NORMS = (
     "final_layer_norm",
     "norm_f",
     "embedding_norm",
+    "layer_norm",
     "final_norm",
     "ln_out",
 )
@@ -165,6 +166,11 @@ def named_readout(skeleton: nn.Module, dtype: torch.dtype, name: str) -> NamedRe
         )
     scale = getattr(embedding, "scalar_embed_scale", None)
     scale = scale if scale is not None else getattr(config, "embedding_multiplier", None)
+    own = getattr(embedding, "embed_scale", None)
+    if scale is None and isinstance(own, float):
+        scale = own
+    if hasattr(decoder, "normalizer"):  # RecurrentGemma keeps it in bfloat16, whatever the model's dtype
+        scale = float(torch.tensor(config.hidden_size**0.5).bfloat16())
     logits = 1.0
     for attribute, value in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
         factor = getattr(config, attribute, None)

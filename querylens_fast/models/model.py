@@ -152,6 +152,15 @@ class Model:
         return fingerprint(self)
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What a transport records of its model, for `difference_from`."""
+        return {
+            "fingerprint": self.fingerprint,
+            "frame_fingerprint": frame_fingerprint(self),
+            "behaviour": self.behaviour,
+        }
+
+    @property
     def raw_embedding(self) -> Tensor:
         """The embedding table as the checkpoint has it."""
         return (

@@ -8,13 +8,17 @@ saved beside the result it belongs to. A corpus that cannot be loaded is an erro
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 DOCUMENTS_PER_JOIN = 1000
 REFERENCE_HOLDOUT = 1000
@@ -72,10 +76,32 @@ def as_tokens(tokens: Any, model: Any = None) -> Tokens:
         return tokens if checked.mask_is_known == tokens.mask_is_known else checked
     if isinstance(tokens, (str, Path)):
         return load_tokens(tokens, model=model)
-    ids = torch.as_tensor(tokens).detach().cpu()
-    if ids.is_floating_point() or ids.dtype == torch.bool:
+    if isinstance(tokens, Mapping) and "input_ids" in tokens:  # a tokenizer's BatchEncoding
+        ids, mask = _rows(tokens["input_ids"])
+        given = tokens.get("attention_mask")
+        if given is not None:
+            mask = _rows(given)[0].bool()
+        return _checked(ids, mask, model, "memory", {})
+    if isinstance(tokens, list | tuple) and tokens and all(isinstance(t, str) for t in tokens):
+        encoded = _tokenizer(model)(list(tokens), add_special_tokens=False)["input_ids"]
+        return _checked(*_rows(encoded), model, "memory", {})
+    return _checked(*_rows(tokens), model, "memory", {})
+
+
+def _rows(tokens: Any) -> tuple[Tensor, Tensor | None]:
+    """Ids [B, S] int64 of a tensor or nested lists; rows of unequal length are padded, with a mask [B, S]."""
+    mask = None
+    if isinstance(tokens, list | tuple) and len({len(t) for t in tokens if isinstance(t, list | tuple)}) > 1:
+        width = max(len(row) for row in tokens)
+        mask = torch.tensor([[i < len(row) for i in range(width)] for row in tokens])
+        tokens = [[*row, *[0] * (width - len(row))] for row in tokens]
+    try:
+        ids = torch.as_tensor(tokens).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"tokens are a {type(tokens).__name__} that is no [B, S] of integer ids ({error})") from error
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"tokens have dtype {ids.dtype}; expected integer token ids")
-    return _checked(ids.long(), None, model, "memory", {})
+    return ids.long(), mask
 
 
 def load_tokens(
@@ -105,7 +131,16 @@ def load_tokens(
         ValueError: The file is damaged, holds no tokens, or ids outside the model's vocabulary.
     """
     if not isinstance(source, (str, Path)):
-        return as_tokens(source, model)
+        if _is_dataset(source):
+            if column not in source.column_names:
+                raise ValueError(f"the dataset has columns {source.column_names}; none is named {column!r}")
+            rows = tokenize_and_concatenate(source[column], _tokenizer(model), max_length)
+            if not len(rows):
+                raise ValueError(f"the dataset has fewer than {max_length} tokens, not enough for one sequence")
+            return _checked(*_draw(rows, None, num_samples, seed), model, "dataset", {"seed": str(seed)})
+        known = as_tokens(source, model)
+        ids, mask = _draw(known.ids, known.valid_mask, num_samples, seed)
+        return known if num_samples is None else replace(known, ids=ids, valid_mask=mask)
     path, details = Path(source), {"seed": str(seed), "max_length": str(max_length)}
     if path.suffix == ".safetensors":
         ids, mask = _read_safetensors(path)
@@ -114,9 +149,13 @@ def load_tokens(
     if path.suffix in (".txt", ".md", ".py", ".rst"):
         if not path.is_file():
             raise FileNotFoundError(f"text file {str(path)!r} does not exist")
-        rows = tokenize_and_concatenate([path.read_text(encoding="utf-8")], _tokenizer(model), max_length)
+        rows = tokenize_and_concatenate([_text(path)], _tokenizer(model), max_length)
+    elif path.suffix in (".jsonl", ".parquet"):
+        rows = tokenize_and_concatenate(_column(path, column), _tokenizer(model), max_length)
     elif path.exists():
-        raise ValueError(f"{str(path)!r}: token files are .safetensors, text files .txt, .md, .rst or .py")
+        raise ValueError(
+            f"{str(path)!r}: token files are .safetensors, text files .txt, .md, .rst or .py, tables .jsonl or .parquet"
+        )
     else:
         rows = tokenize_and_concatenate(_dataset_texts(str(source), split, column), _tokenizer(model), max_length)
         if len(rows) > 2 * REFERENCE_HOLDOUT:  # the reference leaves the last thousand rows out of its draw
@@ -142,8 +181,12 @@ def _read_safetensors(path: Path) -> tuple[Tensor, Tensor | None]:
     if "tokens" not in tensors:
         raise ValueError(f"token file {str(path)!r} holds {sorted(tensors)}; expected a tensor named 'tokens' [B, S]")
     ids, mask = tensors["tokens"], tensors.get("valid_mask")
-    if ids.is_floating_point():
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"token file {str(path)!r}: 'tokens' has dtype {ids.dtype}; expected int64")
+    ids = ids[None] if ids.ndim == 1 else ids
+    mask = tensors.get("valid_mask")
+    if mask is not None and mask.ndim == 1:
+        tensors["valid_mask"] = mask[None]
     return ids.long(), None if mask is None else mask.bool()
 
 
@@ -151,6 +194,11 @@ def _checked(ids: Tensor, mask: Tensor | None, model: Any, source: str, details:
     if ids.ndim == 1:
         ids = ids[None]
     vocab = getattr(model, "vocab_size", None)
+    table = getattr(model, "position_embedding", None)
+    if table is not None and ids.shape[-1] > len(table):
+        raise ValueError(
+            f"tokens from {source} are {ids.shape[-1]} long, but the model has {len(table)} positions; cut them shorter"
+        )
     if ids.numel() and (int(ids.min()) < 0 or (vocab is not None and int(ids.max()) >= vocab)):
         worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise ValueError(f"tokens from {source}: id {worst} is outside the model's vocabulary of {vocab}")
@@ -167,8 +215,40 @@ def _draw(ids: Tensor, mask: Tensor | None, n: int | None, seed: int) -> tuple[T
         return ids, mask
     if n < 1:
         raise ValueError(f"num_samples is {n}; expected at least 1")
+    if n > len(ids):
+        logger.warning("num_samples is %d, but the corpus has %d sequences: some are drawn more than once", n, len(ids))
     picked = torch.randint(0, len(ids), (n,), generator=torch.Generator().manual_seed(seed))
     return ids[picked], None if mask is None else mask[picked]
+
+
+def _is_dataset(source: Any) -> bool:
+    """Whether it is a `datasets.Dataset`, recognised without importing the package."""
+    return hasattr(source, "column_names") and type(source).__module__.startswith("datasets")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text file {str(path)!r} is not UTF-8 ({error}); convert it first") from error
+
+
+def _column(path: Path, column: str) -> list[str]:
+    """The texts of one column of a .jsonl or Parquet file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"text file {str(path)!r} does not exist")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            texts = pq.read_table(path, columns=[column])[column].to_pylist()
+        else:
+            texts = [json.loads(line)[column] for line in _text(path).splitlines() if line.strip()]
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as rows with a text column {column!r} ({error})") from error
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{str(path)!r}: column {column!r} holds other things than text")
+    return texts
 
 
 def _tokenizer(model: Any) -> Any:

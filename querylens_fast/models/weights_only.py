@@ -62,8 +62,11 @@ def load_weights_only(
     parts = named_readout(skeleton, dtype, name)
     wanted = {"W_E": skeleton.get_input_embeddings(), "W_U": skeleton.get_output_embeddings(), "norm": parts.final_norm}
     files = _Files(name, revision)
-    for module in wanted.values():
-        if module is not None:
+    tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
+    for part, module in wanted.items():
+        if part == "W_U" and tied:
+            module.weight = wanted["W_E"].weight
+        elif module is not None:
             _fill(module, skeleton, files, dtype, device)
     embedding, head = wanted["W_E"], wanted["W_U"]
     n_layers = int(config.get_text_config().num_hidden_layers)

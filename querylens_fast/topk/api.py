@@ -112,8 +112,7 @@ def streamed_topk(
 
     Args:
         F: [n, d] rows to be scored (features), any float dtype; n may be 0.
-        W: [V, d] candidates (unembedding, embedding or other rows), on F's device; its dtype may be another
-            than F's (both are then widened where scores are computed).
+        W: [V, d] candidates (unembedding, embedding or other rows), on F's device and of F's dtype.
         k: how many to keep on each side, 1 ≤ k ≤ V.
         bias: [V], added last.
         scale: [V], multiplied onto the product (after the offset), e.g. 1/‖w_v - c‖.
@@ -126,9 +125,9 @@ def streamed_topk(
             None for the table's choice (`csrc_triton.configs`; `csrc_triton.tune` measures it on your device).
         statistics: also return `RowStatistics` of all V scores of each row, from the same pass; the pass of
             an "exact" call is then the float32 one; "bf16" keeps the narrow one and its rounding.
-        histogram: adds a histogram and its edges to the statistics (and implies them). Edges [bins + 1], ascending:
-            bins are [edge, next edge), the last one closed; scores outside are not counted. A number N: N equal bins
-            between each row's own least and greatest score, as torch.histc on the row; counts sum to V.
+        histogram: edges [bins + 1], ascending, or a number of bins between each row's extremes: adds the histogram to
+            the statistics (and implies them). Bins are [edge, next edge), the last one closed; scores outside are not
+            counted. Slower than the other moments.
         block_rows: rows of F scored at a time; None lets the backend choose. Changes memory and speed, not the result
             beyond the last bit of a score.
         max_memory_gib: bound on the torch backend's tiles and its narrow copy of W, at least 0.001; where rows have to

@@ -282,7 +282,7 @@ def _metadata(model: Model, tokens: Tokens, options: FitOptions) -> dict[str, st
     return {
         "format": FORMAT,
         "model": model.name,
-        "fingerprint": model.fingerprint,
+        **model.identity,
         "convention": model.convention,
         "linearisation": model.linearisation,
         "routing": "held fixed: experts and weights" if model.mixture_of_experts else "none",

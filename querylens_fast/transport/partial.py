@@ -106,7 +106,7 @@ def fit_passage(
         "order": order,
         "side": side,
         "start": str(point),
-        "fingerprint": model.fingerprint,
+        **model.identity,
         "n_valid": str(tokens.n_valid),
         "tokens": tokens.source,
         "tokens_digest": tokens.digest,
@@ -164,7 +164,7 @@ def find_passage(given: Passage | Transport | None, model: Model, point: int, si
     if isinstance(given, Transport):
         given.check_model(model)
         return passage_of(given, point, side)
-    if given.metadata["fingerprint"] != model.fingerprint:
+    if model.difference_from(given.metadata) is not None:
         raise ValueError(f"this passage was fitted on another model than {model.name!r}")
     if (given.start, given.side) != (point, side):
         raise ValueError(

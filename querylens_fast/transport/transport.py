@@ -224,11 +224,9 @@ class Transport:
                 f"transport of {self.metadata['model']!r} has (layers, d_model) = {(self.n_layers, self.d_model)}, but "
                 f"model {model.name!r} has {found}; fit a transport on this model"
             )
-        if self.metadata["fingerprint"] != model.fingerprint:
-            raise ValueError(
-                f"transport was fitted on {self.metadata['model']!r} with other weights than {model.name!r} has "
-                f"(fingerprints {self.metadata['fingerprint'][:8]} and {model.fingerprint[:8]}); fit it again"
-            )
+        difference = model.difference_from(self.metadata)
+        if difference is not None:
+            raise ValueError(f"transport was fitted on {self.metadata['model']!r} with {difference}; fit it again")
 
     def save(self, path: str | Path) -> Path:
         """Write the transport to a safetensors file, completely or not at all. Returns the path.

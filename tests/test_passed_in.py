@@ -1,0 +1,78 @@
+"""What people pass in as a model: wrappers are taken off, hostile folders and unusable models are refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_models import CONFIGS
+
+import querylens_fast as ql
+
+
+def source(name: str = "qwen3") -> torch.nn.Module:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+
+
+def test_wrappers_are_taken_off() -> None:
+    model = source()
+    plain = ql.as_model(model)
+    assert ql.as_model(torch.nn.DataParallel(model)).fingerprint == plain.fingerprint
+    assert ql.as_model(torch.compile(model)).fingerprint == plain.fingerprint
+    assert "_querylens_model" not in vars(model)
+
+
+def test_unusable_models_are_refused_by_name() -> None:
+    with torch.device("meta"):
+        absent = transformers.AutoModelForCausalLM.from_config(CONFIGS["qwen3"]())
+    with pytest.raises(ql.UnsupportedModelError, match="not in memory"):
+        ql.as_model(absent.eval())
+    with pytest.raises(ql.UnsupportedModelError, match="has no unembedding"):
+        ql.as_model(transformers.AutoModel.from_config(CONFIGS["qwen3"]()).eval())
+    with pytest.raises(ValueError, match=r"call .eval\(\)"):
+        ql.as_model(source("gpt2").train())
+    adapted = source()
+    adapted.model.layers[0].lora_A = torch.nn.Linear(2, 2)
+    with pytest.raises(ql.UnsupportedModelError, match="merge_and_unload"):
+        ql.as_model(adapted)
+
+
+def test_a_changed_weight_is_noticed_behind_data() -> None:
+    """Edits through .data do not raise a tensor's version."""
+    model = source("gemma3")
+    before = ql.as_model(model).fingerprint
+    model.model.layers[1].input_layernorm.weight.data.add_(0.5)
+    assert ql.as_model(model).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layer": 10**7}, "n_layer = 10000000, more than"),
+        ({"n_layer": -3}, "n_layer = -3; expected a positive integer"),
+        ({"n_layer": 900}, "has 900 layers, but its weights are"),
+        ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}, "needs code of its own|never run"),
+    ],
+)
+def test_hostile_configs(change: dict, message: str, gpt2_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(gpt2_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        ql.load_model(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a list; expected a JSON object"):
+        ql.load_model(folder)
+
+
+def test_the_readout_alone(gpt2: ql.Model, gpt2_folder: Path) -> None:
+    model = ql.load_model(gpt2_folder, dtype="float64", linearisation="none")
+    directions = ql.directions(torch.randn(4, 24), layer=1)
+    whole, alone = (ql.signatures(directions, m, preset="logit_lens_value", k=3) for m in (gpt2, model))
+    assert torch.equal(whole.top_ids, alone.top_ids)
+    with pytest.raises(ql.UnsupportedModelError, match="was not read"):
+        model.residuals(torch.zeros(1, 3, dtype=torch.int64))

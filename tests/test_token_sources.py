@@ -1,0 +1,47 @@
+"""Tokens as people pass them: strings, encodings, data sets, tables, ragged lists; what is refused."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+import querylens_fast as ql
+
+TEXTS = [" ".join(f"w{3 + (i + j) % 50}" for i in range(40)) for j in range(4)]
+
+
+def test_strings_encodings_and_ragged_lists(gpt2: ql.Model) -> None:
+    strings = ql.load_tokens(["w5 w6 w7", "w8"], model=gpt2)  # type: ignore[arg-type]
+    assert strings.valid_mask.tolist() == [[True, True, True], [True, False, False]]
+    encoded = gpt2.tokenizer(["w5 w6 w7", "w8"], padding=True)
+    assert ql.load_tokens(encoded, model=gpt2).valid_mask.sum() == 4
+    ragged = ql.load_tokens([[5, 6, 7], [8]], model=gpt2)  # type: ignore[arg-type]
+    assert torch.equal(ragged.valid_mask, strings.valid_mask) and ragged.ids[0].tolist() == [5, 6, 7]
+
+
+def test_tables_and_data_sets(gpt2: ql.Model, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    lines = tmp_path / "c.jsonl"
+    lines.write_text("\n".join(json.dumps({"text": t}) for t in TEXTS))
+    table = datasets.Dataset.from_dict({"text": TEXTS})
+    table.to_parquet(str(tmp_path / "c.parquet"))
+    found = [ql.load_tokens(s, model=gpt2, max_length=8) for s in (lines, tmp_path / "c.parquet", table)]
+    assert all(torch.equal(f.ids, found[0].ids) for f in found)
+    with pytest.raises(ValueError, match="text column 'body'"):
+        ql.load_tokens(lines, model=gpt2, column="body")
+
+
+def test_what_is_refused(gpt2: ql.Model, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for wrong in (torch.ones(2, 2, dtype=torch.bool), torch.ones(2, 2, dtype=torch.complex64)):
+        with pytest.raises(ValueError, match="expected integer token ids"):
+            ql.load_tokens(wrong, model=gpt2)
+    with pytest.raises(ValueError, match="33 long, but the model has 32 positions"):
+        ql.load_tokens(torch.full((1, 33), 5), model=gpt2)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 w5")
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        ql.load_tokens(tmp_path / "latin.txt", model=gpt2)
+    with caplog.at_level(logging.WARNING):
+        assert ql.load_tokens(torch.tensor([5, 6, 7]), model=gpt2, num_samples=3).ids.shape == (3, 3)
+    assert "num_samples is 3, but the corpus has 1 sequences" in caplog.text
