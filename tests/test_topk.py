@@ -291,3 +291,19 @@ def test_compiled_kernel(dtype: torch.dtype, shape: tuple[int, int, int, int]) -
     for ids, largest in ((result.top_ids, True), (result.bottom_ids, False)):
         expected, _ = oracle.topk(S, k, largest)
         torch.testing.assert_close(S.gather(1, ids), expected, rtol=0, atol=1e-5 * d**0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lazy_negation_is_resolved(backend: str) -> None:
+    F, W = integers(5, 6, 61), integers(300, 6, 62)
+    result = run(torch._neg_view(-F), torch._neg_view(-W), 7, backend=backend)
+    check_exact(result, oracle.scores(F, W, None, None, None), 7)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("n", [5, 200])
+def test_mixed_dtypes(dtypes: tuple[torch.dtype, torch.dtype], n: int) -> None:
+    F, W = integers(n, 6, 63).to(dtypes[0]), integers(2000, 6, 64).to(dtypes[1])
+    result = run(F, W, 7, backend="torch")
+    assert result.top_scores.dtype == torch.float32
+    check_exact(result, oracle.scores(F.float(), W.float(), None, None, None), 7)
