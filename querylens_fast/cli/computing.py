@@ -29,8 +29,8 @@ DICTIONARY = flags_of(ql.load_dictionary, "sae_id", "layer", "kind", "hook_name"
 LENS = flags_of(
     LensOptions,
     *("preset", "transport", "tokens", "tuned_lens", "features", "k", "stats", "layers", "token_change_value"),
-    *("adaptive_threshold", "final_norm", "submodule", "through_norms", "format", "token_strings", "block_rows"),
-    *("resume", "progress", "backend", "max_memory_gib"),
+    *("adaptive_threshold", "final_norm", "unit_norm", "unembedding", "submodule", "through_norms"),
+    *("format", "token_strings", "block_rows", "resume", "progress", "backend", "max_memory_gib"),
     defaults={"features": "all"},
     helps={
         "preset": f"{', '.join(ql.PRESETS)}, or components like key_identity_embed.",
