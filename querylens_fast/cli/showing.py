@@ -37,7 +37,7 @@ def demo(
         "key tokens: Logit | Query Lens",
         "value tokens: Logit | Query Lens",
     ):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in ("dictionary", "feature"))
     for row in result.rows:
         pairs = [
             f"Logit: {showcase.visible(row.tokens[f'logit_lens_{side}'])}\n"
