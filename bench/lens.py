@@ -135,7 +135,10 @@ def report(result: dict[str, Any]) -> None:
             f"break-even at {r['break_even_features_a_layer']:.0f} features a layer"
         )
     first = result["first_order_both_sides"]
-    print(f"first order, both sides: {first['fit_s']:.2f} s ({first['fit_over_floor']:.3f} x the floor)")
+    print(
+        f"first order, both sides: {first['fit_s']:.2f} s ({first['fit_over_floor']:.3f} x the floor), "
+        f"{first['closed_form']:.0%} of the modules in closed form"
+    )
 
 
 def subject(options: argparse.Namespace, dtype: torch.dtype) -> tuple[ql.Model, list[ql.Dictionary], ql.Tokens]:

@@ -79,8 +79,8 @@ class Subject:
         """The scores of given tokens [n, k] under a transport."""
         return ql.scores_at(self.dictionary, self.model, self.ids, token_ids, preset=self.preset, transport=transport)
 
-    def figures(self, whole: ql.Transport, samples: list[ql.Transport]) -> dict[str, float]:
-        """Coverage, calibration and what stable_k is worth, over all samples."""
+    def figures(self, whole: ql.Transport, samples: list[ql.Transport]) -> dict[str, float | None]:
+        """Coverage, calibration and what stable_k is worth, over all samples; None where nothing varies."""
         truth = self.top(whole)
         rest = (1 - samples[0].n_valid / whole.n_valid) ** 0.5
         held: dict[str, list[Tensor]] = {"pool": [], "own": []}
@@ -104,10 +104,10 @@ class Subject:
         return {
             "coverage": float(torch.stack(held["pool"]).double().mean()),
             "coverage_of_own_top": float(torch.stack(held["own"]).double().mean()),
-            "claimed_over_real_error": float((torch.stack(claimed).mean() / torch.stack(errors).mean()).sqrt()),
+            "claimed_over_real_error": _finite((torch.stack(claimed).mean() / torch.stack(errors).mean()).sqrt()),
             "stable_share": float(share.mean()),
             "confirmed_share": float(kept.mean()),
-            "correlation": float(torch.corrcoef(torch.stack([share.flatten(), kept.flatten()]))[0, 1]),
+            "correlation": _finite(torch.corrcoef(torch.stack([share.flatten(), kept.flatten()]))[0, 1]),
             "jaccard": float(torch.stack([jaccard(a, b).mean() for a, b in combinations(lists, 2)]).mean()),
         }
 
@@ -117,6 +117,11 @@ class Subject:
         others = [other for other in lists if other is not ids]
         shared = torch.stack([(ids[:, :, None] == other[:, None]).any(2).double().mean(1) for other in others])
         return shared.mean(0)
+
+
+def _finite(value: Tensor) -> float | None:
+    """A number for JSON, None for NaN and infinity."""
+    return float(value) if bool(value.isfinite()) else None
 
 
 def shuffles(n: int, count: int) -> list[Tensor]:
@@ -181,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
             found = subject.figures(transport, samples)
             about = {"dictionary": Path(subject.dictionary.name).name, "preset": subject.preset.name}
             record["samples"].append({"sequences": size, "n_samples": len(samples), **about, **found})
-            print(size, *about.values(), *(f"{name} {value:.3f}" for name, value in found.items()))
+            print(size, *about.values(), *(f"{name} {value}" for name, value in found.items()))
     record["until"] = extrapolation(subjects, transport, 10)
     for row in record["until"]:
         print(row)

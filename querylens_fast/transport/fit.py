@@ -33,6 +33,7 @@ GROWTH = 1.5
 """By how much a growing sample is larger at the next comparison."""
 
 logger = logging.getLogger(__name__)
+logging.getLogger(f"{__name__}.other_processes").disabled = True
 
 
 @torch.no_grad()
@@ -236,15 +237,16 @@ class _Fit:
         bar.set_postfix(jaccard=f"{reached:.3f}", until=until, sequences=n)
         self.outcome = {"until": str(until), "until_k": str(self.options.k), "jaccard": f"{reached:.4f}"}
         self.outcome["lowest_jaccard"] = worst
+        say = logger if self.process.leads else logging.getLogger(f"{__name__}.other_processes")
         said = "top %d tokens of the median feature agree to Jaccard %.3f between halves of %d sequences (lowest: %s)"
         if reached >= until:
-            logger.info(said, self.options.k, reached, n, worst)
+            say.info(said, self.options.k, reached, n, worst)
             return True
         if n_batches == len(self.batches):
             more = sequences_needed(n, reached, until)
             self.outcome["sequences_needed"] = str(more)
             said = f"{said}; for %g about %d sequences would be needed"
-            logger.warning(said, self.options.k, reached, n, worst, until, more)
+            say.warning(said, self.options.k, reached, n, worst, until, more)
         return False
 
     def _group_totals(self, n_batches: int) -> tuple[Tensor, Tensor]:
