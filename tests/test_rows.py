@@ -3,7 +3,6 @@
 import tempfile
 import threading
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import querylens_fast as ql
-from querylens_fast.dictionaries.prefetch import ReadAhead, prefetch, read_ahead
+from querylens_fast.dictionaries.prefetch import prefetch
 from querylens_fast.dictionaries.rows import FileRows, MemoryRows, SummedRows
 from querylens_fast.dictionaries.tensor_files import open_tensors
 
@@ -95,33 +94,6 @@ class Watched:
         return self.rows.read(ids)
 
 
-def test_the_next_block_is_read_meanwhile() -> None:
-    rows = Watched(torch.randn(20, 3))
-    blocks = list(torch.arange(20).split(8))
-    with ThreadPoolExecutor(1) as reader:
-        ahead = ReadAhead(rows, blocks, reader)
-        for i, block in enumerate(blocks):
-            assert torch.equal(ahead.read(block), rows.rows.read(block))
-            assert ahead.read(block) is ahead.read(block)
-            if i + 1 < len(blocks):
-                assert rows.read_next.wait(10), "nothing was read while the block is worked on"
-                rows.read_next.clear()
-        assert rows.reads == [("asked", blocks[0].tolist()), *(("ahead", b.tolist()) for b in blocks[1:])]
-        other = torch.tensor([3, 1])
-        assert torch.equal(ahead.read(other), rows.rows.read(other)) and rows.reads[-1] == ("asked", [3, 1])
-
-
-def test_an_error_of_the_background_is_raised_at_its_block() -> None:
-    rows = Watched(torch.randn(200, 3))
-    blocks = [torch.tensor([1]), torch.tensor([2]), torch.tensor([99])]
-    with read_ahead(ql.directions(torch.randn(200, 3), layer=0), "value", blocks, torch.device("cpu")) as dictionary:
-        dictionary.value_rows.rows = rows  # type: ignore[union-attr]
-        dictionary.values(blocks[0])
-        dictionary.values(blocks[1])
-        with pytest.raises(OSError, match="the disk is gone"):
-            dictionary.values(blocks[2])
-
-
 def watched_dictionary(n: int = 200) -> tuple[ql.Dictionary, Watched]:
     dictionary = ql.directions(torch.randn(n, 3), layer=0)
     rows = Watched(dictionary.values(slice(None)))
@@ -168,9 +140,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str, transpose
     rows = open_tensors(path)[0]["m"].rows(transposed)
     blocks = list(torch.arange(n).split(4096))
     before, peak = anonymous_mib(), 0.0
-    with ThreadPoolExecutor(1) as reader:
-        ahead = ReadAhead(rows, blocks, reader)
-        for block in blocks:
-            assert ahead.read(block).shape == (4096, D)
-            peak = max(peak, anonymous_mib())
+    dictionary = ql.directions(torch.zeros(1, D), layer=0)
+    dictionary.n_features, dictionary.value_rows = n, rows
+    for _, vectors in prefetch(dictionary, "value", blocks):
+        assert vectors.shape == (4096, D)
+        peak = max(peak, anonymous_mib())
     assert peak - before < 16
