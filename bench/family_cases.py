@@ -42,6 +42,22 @@ def rope(kind: str, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
 
 
+DEEPSEEK = without("num_key_value_heads") | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", GPT),
     "gpt_neox_parallel": ("GPTNeoXConfig", without("num_key_value_heads") | {"use_parallel_residual": True}),
@@ -136,44 +152,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereConfig", COMMON | {"logit_scale": 0.25}),
     "cohere2": ("Cohere2Config", COMMON | SLIDING | {"logit_scale": 0.25}),
     "smollm3": ("SmolLM3Config", COMMON),
-    "deepseek_v3": (
-        "DeepseekV3Config",
-        without("num_key_value_heads")
-        | {
-            "num_key_value_heads": 4,
-            "q_lora_rank": 12,
-            "kv_lora_rank": 12,
-            "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 4,
-            "v_head_dim": 8,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "moe_intermediate_size": 20,
-            "first_k_dense_replace": 1,
-            "n_shared_experts": 1,
-        },
-    ),
-    "deepseek_v2": (
-        "DeepseekV2Config",
-        without("num_key_value_heads")
-        | {
-            "num_key_value_heads": 4,
-            "q_lora_rank": 12,
-            "kv_lora_rank": 12,
-            "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 4,
-            "v_head_dim": 8,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "moe_intermediate_size": 20,
-            "first_k_dense_replace": 1,
-            "n_shared_experts": 1,
-        },
-    ),
+    "deepseek_v3": ("DeepseekV3Config", DEEPSEEK),
+    "deepseek_v2": ("DeepseekV2Config", DEEPSEEK),
     "nemotron": ("NemotronConfig", HEADS),
     "jetmoe": (
         "JetMoeConfig",

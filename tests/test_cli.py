@@ -17,7 +17,8 @@ import querylens_fast as ql
 from querylens_fast.cli import app
 from querylens_fast.demo import showcase
 from querylens_fast.demo.showcase import PRESETS, load_example
-from querylens_fast.evaluation.input_score import MaxActivating, evaluate_presets, input_scores, max_activating_tokens
+from querylens_fast.evaluation.methods import Context, find_methods, fit_for
+from querylens_fast.evaluation.scores import Case, MeanScore, labels_of, mean_scores, score_methods
 
 CASE = golden("gpt2-standard-sae")
 
@@ -60,52 +61,45 @@ def test_demo_files_are_what_the_interface_gives(demo_folder: Path) -> None:
     assert table["top_tokens"].take([7]).to_pylist() == found.top_tokens[:1]
 
 
-def test_the_engine_names_what_activates_features(demo_folder: Path) -> None:
+def input_scores(
+    sources: list[ql.Dictionary],
+    model: ql.Model,
+    held_out: ql.Tokens,
+    fit: ql.Tokens,
+    names: list[str],
+    least: int,
+) -> list[MeanScore]:
+    """Means of the input score, with what the presets need fitted on ``fit``."""
+    cases = []
+    for dictionary, label in zip(sources, labels_of(sources), strict=True):
+        sample = ql.feature_sample(dictionary, model, held_out, progress=False)
+        cases.append(Case(dictionary, label, sample.choose(dictionary.n_features, least), sample))
+    methods = find_methods(names)
+    context = Context(model, fit_for(methods, model, fit))
+    return mean_scores(score_methods(cases, context, methods, coherence=False))
+
+
+def test_the_engine_names_what_activates_features() -> None:
     """The paper's finding on the input side: Query Lens keys hold the activating tokens far more often."""
-    example = load_example()
-    transport = demo_folder / "transport.safetensors"
-    names = ["logit_lens_key", "query_lens_key"]
-    scores = evaluate_presets(example.model, example.dictionaries[:2], example.held_out.head(64), transport, names)
-    mean = {s.preset: s.mean for s in scores if s.dictionary is None}
+    example, names = load_example(), ["logit_lens_key", "query_lens_key"]
+    held_out, fit = example.held_out.head(64), example.fit_tokens.head(4)
+    scores = input_scores(example.dictionaries[:2], example.model, held_out, fit, names, least=5)
+    mean = {s.method: s.mean for s in scores if s.dictionary is None}
     assert mean["query_lens_key"] > 0.2 and mean["query_lens_key"] > 5 * mean["logit_lens_key"]
     for score in scores:
         assert score.low <= score.mean <= score.high and score.n_features > 500
 
 
-def test_dictionaries_of_one_name_are_judged_by_their_own_tokens(demo_folder: Path) -> None:
+def test_dictionaries_of_one_name_are_judged_by_their_own_tokens() -> None:
     """And the adaptive preset gets the transport that it needs."""
     example = load_example()
     two = [dataclasses.replace(d, name="model/hook") for d in example.dictionaries[1:3]]
-    held_out, sample = example.held_out.head(24), example.held_out.head(2)
+    held_out, fit = example.held_out.head(24), example.held_out.head(2)
     names = ["query_lens_key", "query_lens_value_adaptive"]
-    scores = evaluate_presets(example.model, two, held_out, sample, names, min_examples=1)
+    scores = input_scores(two, example.model, held_out, fit, names, least=1)
     assert [s.dictionary for s in scores] == ["model/hook (0)", "model/hook (1)", None] * 2
-    transport = ql.fit_transport(example.model, sample, progress=False)
-    alone = evaluate_presets(example.model, two[:1], held_out, transport, names[:1], min_examples=1)
+    alone = input_scores(two[:1], example.model, held_out, fit, names[:1], least=1)
     assert alone[0].mean == scores[0].mean != scores[1].mean
-    with pytest.raises(ValueError, match="'zero_out' cannot be evaluated here"):
-        evaluate_presets(example.model, two, held_out, sample, ["zero_out"])
-
-
-def test_max_activating_tokens_by_definition() -> None:
-    example = load_example()
-    dictionary, held_out = example.dictionaries[0], example.held_out.head(20)
-    found = max_activating_tokens(example.model, dictionary, held_out, n_examples=5, rows=7)
-    pre, _, _ = example.model.residuals(held_out.ids)
-    acts = dictionary.coder.to(torch.device("cpu"), torch.float32).encode(pre[1])
-    for feature in (3, 500, 1999):
-        strongest = acts[..., feature].max(dim=1)
-        order = strongest.values.topk(5)
-        expected = held_out.ids[order.indices, strongest.indices[order.indices]]
-        expected = torch.where(order.values > 0, expected, -1)
-        assert torch.allclose(found.peaks[feature], order.values, atol=1e-4)
-        assert found.tokens[feature].tolist() == expected.tolist()
-
-
-def test_input_score_counts_repetitions() -> None:
-    activating = MaxActivating(torch.tensor([[4, 4, 9, 7], [5, -1, -1, -1], [-1, -1, -1, -1]]), torch.zeros(3, 4))
-    scores = input_scores(torch.tensor([[4, 1], [1, 2], [3, 4]]), activating)
-    assert scores[0] == 0.5 and scores[1] == 0 and scores[2].isnan()
 
 
 def test_evaluate_input_of_a_users_files(tmp_path: Path) -> None:

@@ -1,20 +1,23 @@
-"""Commands that test signatures: feature samples, steered text, judgements and the evaluation report."""
+"""Commands that test signatures: feature samples, scores, steered text, judgements and the evaluation report."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import querylens_fast as ql
 from querylens_fast.cli.computing import LOADING, ModelArgument
-from querylens_fast.cli.console import quiet_loading, reported_errors, say
+from querylens_fast.cli.console import quiet_loading, reported_errors, say, wide_console
 from querylens_fast.cli.flags import Flags, flags_of, with_flags
 from querylens_fast.demo import ASSETS
 from querylens_fast.evaluation.judge import DEFAULT_JUDGE
 
+ModelOption = Annotated[str | None, typer.Option(help="Default: the embedded model and dictionaries.")]
+ManyOption = Annotated[list[str] | None, typer.Option("--dictionary", help="Repeat for more layers.")]
 DictionaryArgument = Annotated[str, typer.Argument(help="sae-lens folder, weights file or release.")]
 SAMPLING = flags_of(ql.feature_sample, "n_examples")
 STEERING = flags_of(ql.steer, "n_tokens", "temperature", "seed")
@@ -97,9 +100,65 @@ def judge(
 
 
 @with_flags
+def input_score(
+    model: ModelOption = None,
+    dictionaries: ManyOption = None,
+    tokens: Annotated[str | None, typer.Option(help="Held-out sample to find activating tokens in.")] = None,
+    transport: Annotated[Path | None, typer.Option(help="Default: fitted on the first tokens, left out after.")] = None,
+    presets: Annotated[str, typer.Option(help="Comma-separated presets and result files.")] = (
+        "logit_lens_key,key_identity_embed_cosine_centered,query_lens_key,logit_lens_value,query_lens_value"
+    ),
+    k: Annotated[int, typer.Option(help="Signature size.")] = 25,
+    examples: Annotated[int, typer.Option(help="Activating sequences of each feature.")] = 20,
+    min_examples: Annotated[int, typer.Option(help="Features with fewer are left out.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Write the means as JSON too.")] = None,
+    loading: Flags = LOADING,
+) -> None:
+    """The paper's input score I(T): is what activates a feature in its signature? By layer, with 95 % intervals."""
+    with reported_errors():
+        from querylens_fast.demo.showcase import FIT_SEQUENCES
+        from querylens_fast.evaluation.methods import Context, find_methods, fit_for
+        from querylens_fast.evaluation.scores import Case, labels_of, mean_scores, score_methods
+        from querylens_fast.runs.atomic_write import write_whole
+
+        quiet_loading()
+        methods = find_methods(presets.split(","))
+        loaded, sources, text = _subject(model, dictionaries, tokens, loading)
+        # The embedded sample begins with what its own transports are fitted on.
+        cut = min(FIT_SEQUENCES, len(text.ids) // 2) if transport is None or model is None else 0
+        held_out = ql.Tokens(text.ids[cut:], text.valid_mask[cut:], text.source)
+        fitted = fit_for(methods, loaded, text.head(cut)) if transport is None else ql.load_transport(transport)
+        cases = []
+        for source, label in zip(sources, labels_of(sources), strict=True):
+            found = ql.feature_sample(source, loaded, held_out, n_examples=examples)
+            cases.append(Case(source, label, found.choose(source.n_features, min_examples), found))
+        context = Context(loaded, fitted, text.head(cut or 1))
+        scores = mean_scores(score_methods(cases, context, methods, ks=(k,), coherence=False, progress=True))
+        if out is not None:
+            n = {case.label: case.dictionary.n_features for case in cases}
+            n_all = {**n, None: sum(n.values())}
+            rows = [
+                {"preset": s.method, **s.as_dict(), "n_left_out": n_all[s.dictionary] - s.n_features} for s in scores
+            ]
+            write_whole(out, json.dumps(rows, indent=1))
+    from rich.table import Table
+
+    names = [*(case.label for case in cases), None]
+    table = Table(title=f"Input score I(T), k={k}: mean over features [95 % interval]")
+    for name in ("preset", *names[:-1], "mean over dictionaries"):
+        table.add_column(name)
+    cells = {(s.method, s.dictionary): f"{s.mean:.3f} [{s.low:.3f}, {s.high:.3f}] n={s.n_features}" for s in scores}
+    for method in methods:
+        table.add_row(method.name, *(cells.get((method.name, name), "") for name in names))
+    wide_console(200).print(table, markup=False)
+    if out is not None:
+        say(f"results: {out.resolve()}")
+
+
+@with_flags
 def report(
     model: Annotated[str | None, typer.Argument(help="Folder or hub id. Default: the embedded model.")] = None,
-    dictionary: Annotated[list[str] | None, typer.Option(help="Repeat for more layers.")] = None,
+    dictionaries: ManyOption = None,
     tokens: Annotated[str | None, typer.Option(help="Token file, text file or dataset name.")] = None,
     out: Annotated[Path, typer.Option(help="The folder; an interrupted report goes on.")] = Path("report"),
     transport: Annotated[Path | None, typer.Option(help="Default: fitted on the first sequences.")] = None,
@@ -108,21 +167,28 @@ def report(
 ) -> None:
     """Scores of every preset, figures and one HTML page, for a model's dictionaries."""
     with reported_errors():
-        quiet_loading()
-        if model is None:
-            from querylens_fast.demo.showcase import FIT_SEQUENCES, load_example
+        from querylens_fast.demo.showcase import FIT_SEQUENCES
 
-            if dictionary or tokens:
-                raise ValueError("--dictionary and --tokens belong to a model: name it, or give neither")
-            example = load_example()
-            loaded, dictionaries = example.model, example.dictionaries
-            text = ql.load_tokens(ASSETS / "tokens.safetensors", model=loaded)
-            if transport is None and reporting["fit_sequences"] is None:
-                reporting |= {"fit_sequences": FIT_SEQUENCES}
-        else:
-            if not dictionary or not tokens:
-                raise ValueError("with a model, give --dictionary (once for each layer) and --tokens too")
-            loaded, text = ql.load_model(model, **loading), tokens
-            dictionaries = [ql.load_dictionary(d) for d in dictionary]
-        found = ql.evaluation_report(loaded, dictionaries, text, out, transport=transport, **reporting)
+        quiet_loading()
+        loaded, sources, text = _subject(model, dictionaries, tokens, loading)
+        if model is None and reporting["fit_sequences"] is None:
+            reporting |= {"fit_sequences": FIT_SEQUENCES}
+        found = ql.evaluation_report(loaded, sources, text, out, transport=transport, **reporting)
     say(f"{len(found.scores)} rows of scores; page: {(found.folder / 'report.html').resolve()}")
+
+
+def _subject(
+    model: str | None, dictionaries: list[str] | None, tokens: str | None, loading: Flags
+) -> tuple[ql.Model, list[Any], ql.Tokens]:
+    """A user's model, dictionaries and sample, or the embedded ones."""
+    if model is None:
+        from querylens_fast.demo.showcase import load_example
+
+        if dictionaries or tokens:
+            raise ValueError("--dictionary and --tokens belong to a model: name it too, or give none of them")
+        example = load_example()
+        return example.model, example.dictionaries, ql.load_tokens(ASSETS / "tokens.safetensors", model=example.model)
+    if not dictionaries or not tokens:
+        raise ValueError("with a model, give --dictionary (once for each layer) and --tokens too")
+    loaded = ql.load_model(model, **loading)
+    return loaded, [ql.load_dictionary(d) for d in dictionaries], ql.load_tokens(tokens, model=loaded)

@@ -12,7 +12,7 @@ import torch
 from querylens_fast.demo import ASSETS
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
-from querylens_fast.evaluation.input_score import MaxActivating, max_activating_tokens
+from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample
 from querylens_fast.lens.compute import Signatures, signatures
 from querylens_fast.lens.storage import StoredSignatures
 from querylens_fast.models.load import load_model
@@ -110,15 +110,15 @@ def run_demo(out: Path, k: int = 25, assets: Path = ASSETS) -> DemoResult:
         result.n_features += dictionary.n_features
     lap("signatures")
     for dictionary in example.dictionaries:
-        peaks = max_activating_tokens(model, dictionary, example.held_out)
-        result.rows += _shown(model, dictionary, transport, peaks)
+        sample = feature_sample(dictionary, model, example.held_out, progress=False)
+        result.rows += _shown(model, dictionary, transport, sample)
     lap("activations")
     return result
 
 
-def _shown(model: Model, dictionary: Dictionary, transport: Transport, activating: MaxActivating) -> list[Shown]:
-    active = (activating.counts >= QUARTILE_EXAMPLES).nonzero()[:, 0]
-    by_strength = active[activating.peaks[active, 0].argsort(stable=True)]
+def _shown(model: Model, dictionary: Dictionary, transport: Transport, sample: FeatureSample) -> list[Shown]:
+    active = (sample.counts >= QUARTILE_EXAMPLES).nonzero()[:, 0]
+    by_strength = active[sample.values[active, 0].argsort(stable=True)]
     chosen = by_strength[[len(by_strength) * q // 4 for q in (1, 2, 3)]]
     found: dict[str, Signatures] = {
         preset: signatures(dictionary, model, preset=preset, transport=transport, k=5, features=chosen)
@@ -126,7 +126,7 @@ def _shown(model: Model, dictionary: Dictionary, transport: Transport, activatin
     }
     rows = []
     for i, feature in enumerate(chosen.tolist()):
-        ids = [t for t in activating.tokens[feature].tolist() if t >= 0]
+        ids = [t for t in sample.tokens[feature].tolist() if t >= 0]
         by_count = sorted(set(ids), key=lambda t: (-ids.count(t), ids.index(t)))[:4]
         tokens = {preset: signature.top_tokens[i] for preset, signature in found.items()}
         name = Path(dictionary.name).name

@@ -20,7 +20,9 @@ from querylens_fast.lens.presets import Preset, find_preset
 from querylens_fast.lens.storage import StoredSignatures, read_identity
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens
-from querylens_fast.transport.transport import Transport
+from querylens_fast.transport.fit import fit_transport
+from querylens_fast.transport.jacobians import Order
+from querylens_fast.transport.transport import ORDERS, Transport
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,16 @@ def find_methods(names: Sequence[str | Path]) -> list[Method]:
     if twice or not found:
         raise ValueError(f"methods are {[m.name for m in found]}; expected at least one, and each once")
     return found
+
+
+def fit_for(methods: Sequence[Method], model: Model, tokens: Tokens) -> Transport | None:
+    """The transport that the presets among methods need, fitted on tokens; None where they need none."""
+    moving = {m.preset.stream_transition for m in methods if m.preset is not None and m.preset.needs_transport}
+    if not moving:
+        return None
+    adaptive = "adaptive" in moving
+    orders: list[Order] = [order for order in ORDERS if adaptive or order in moving]
+    return fit_transport(model, tokens, orders=orders, energy="probes" if adaptive else "none")
 
 
 def _find(name: str) -> Method:
