@@ -27,7 +27,7 @@ MIN_ROWS_READY = 32
 MIN_COLUMNS = 1024
 COLUMNS_PER_K = 32
 PROBES = 128
-"""Rows, spread over F, that show whether the bfloat16 pass proves anything here."""
+"""Rows of F that show whether the bfloat16 pass proves anything here."""
 BATCH_ELEMENTS = 1 << 23
 """Elements of F whose candidates are scored exactly at once."""
 FEW_ROWS = 64
@@ -67,7 +67,8 @@ class _Pass:
         rest = None if limit is None else max(limit // 4, limit - copied)
         V = self.product.n_columns
         self.plan = plan(len(request.F), V, NARROW, block_rows=request.block_rows, max_bytes=rest, whole=False)
-        self.total = False
+        self.wide = False
+        """Whether the probes needed the sharpest limits, so that every row gets them at once."""
 
     def run(self) -> Outcome:
         """All rows: a few as a probe, the rest, then those that are open."""
@@ -75,20 +76,26 @@ class _Pass:
         everything = torch.arange(n, device=self.request.F.device)
         if not bool(self.product.norms.isfinite().all()):
             return self._in_full(everything, self.request.sides, 0)
-        probes = everything[:: max(1, n // PROBES)][:PROBES] if n > 4 * PROBES else everything[:0]
+        probes = self._probes() if n > 4 * PROBES else everything[:0]
         proved = {largest: torch.zeros(n, dtype=torch.bool, device=everything.device) for largest in self.sides}
         with torch.no_grad(), full_float32(self.request.F.device):
             if len(probes):
                 self._attempt(probes, proved, wide=False)
                 if not self._mostly(proved, probes):
                     self._attempt(probes, proved, wide=True)
-                    self.total = True
+                    self.wide = True
                     if not self._mostly(proved, probes):
                         return self._in_full(everything, self.request.sides, n * len(self.sides))
             rest = torch.ones(n, dtype=torch.bool, device=everything.device)
             rest[probes] = False
-            self._attempt(rest.nonzero().squeeze(1), proved, wide=False)
+            self._attempt(rest.nonzero().squeeze(1), proved, wide=self.wide)
             return self._finish(proved)
+
+    def _probes(self) -> Tensor:
+        """Rows drawn at random (a stride may meet a pattern), equal ones once."""
+        n = len(self.request.F)
+        drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:PROBES].sort().values
+        return self._distinct(drawn.to(self.request.F.device))[0]
 
     def _mostly(self, proved: dict[bool, Tensor], rows: Tensor) -> bool:
         return all(2 * int(done[rows].sum()) > len(rows) for done in proved.values())
@@ -102,7 +109,7 @@ class _Pass:
             if not len(rows):
                 continue
             one, places = self._distinct(rows)
-            if len(one) > FEW_ROWS:
+            if len(one) > FEW_ROWS and not self.wide:
                 self._attempt(one, {largest: done}, wide=True)
             left = one[~done[one]]
             if len(left):
@@ -150,9 +157,8 @@ class _Pass:
         F, epilogue = request.F[rows], request.epilogue.of_rows(rows)
         blocks = {largest: _Block(len(rows), request.F.device) for largest in proposals}
         for columns in self.plan.panels(product.n_columns):
-            total = self.total or wide
             n_columns = columns.stop - columns.start
-            panel = Panel(len(rows), n_columns, request.k, NARROW, F.device, tuple(proposals), total=total)
+            panel = Panel(len(rows), n_columns, request.k, NARROW, F.device, tuple(proposals), total=wide)
             for t, tile in enumerate(panel.tiles):
                 product.write(slice(columns.start + tile.start, columns.start + tile.stop), panel.tile(t))
                 panel.add(t)
