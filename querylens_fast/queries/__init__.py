@@ -1,0 +1,8 @@
+"""Queries over result files: one layer that pages, the HTTP API and Python share.
+
+    results = ql.open_results("results/")
+    results.feature("sae_layer6", 1234).signatures[0].top
+    results.search(" Paris", side="key").rows
+
+`views` holds the types of the answers, `display` the form of tokens that people see.
+"""
