@@ -242,7 +242,7 @@ def test_columnar_tables_hold_no_token_without_a_score(model, dictionaries, tmp_
 def test_ticks_are_multiples_of_a_tenth() -> None:
     assert tick_values(-0.5, 1.0) == [-0.3, 0.0, 0.3, 0.6, 0.9]
     assert tick_values(-1.0, 0.5) == [-0.9, -0.6, -0.3, 0.0, 0.3]
-    assert tick_values(-1e-9, 1e-9) == [0.0]
+    assert tick_values(-0.15, 0.29) == [-0.1, 0.0, 0.1, 0.2, 0.3]
 
 
 def test_delphi_neighbours_are_the_cosines_without_the_feature_itself(dictionaries, tmp_path) -> None:

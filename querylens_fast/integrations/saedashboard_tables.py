@@ -104,10 +104,11 @@ def _table(rows: Rows, **columns: pa.Array) -> pa.Table:
 
 
 def tick_values(low: float, high: float) -> list[float]:
-    """Ticks of a histogram from low to high: multiples of a tenth, three on the longer side of 0; 0 alone below 0.3."""
-    if max(high, -low) < 0.3:
-        return [0.0]
-    step = 0.1 * int(1e-4 + max(high, -low) / 0.3) + 1e-6
-    above = 3 if high > -low else int(high / step)
-    below = 3 if high <= -low else int(-low / step)
-    return [round(step * i, 1) for i in range(-below, above + 1)]
+    """Ticks of a histogram from low to high: multiples of a number of tenths, 0 and three on its longer side."""
+    tenths = max(1, int(1e-4 + max(high, -low) / 0.3))
+    above, below = (max(0, int(end / (tenths / 10 + 1e-6))) for end in (high, -low))
+    if high > -low:
+        above = 3
+    else:
+        below = 3
+    return [i * tenths / 10 for i in range(-below, above + 1)]
