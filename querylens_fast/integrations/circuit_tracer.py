@@ -227,7 +227,7 @@ def annotate_graph(
     if unknown:
         logger.warning("%d feature nodes of %s are in no result: left as they are", unknown, path)
     target = Path(out or path)
-    write_bytes(target, json.dumps(graph, ensure_ascii=False, indent=2).encode())
+    write_bytes(target, json.dumps(graph, indent=2).encode())
     return Annotated(target, labelled, unknown)
 
 
