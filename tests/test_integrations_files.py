@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import zlib
 from pathlib import Path
 
@@ -174,6 +175,27 @@ def test_new_batches_are_saedashboards_numbers(model, dictionaries, tmp_path) ->
         assert feature["activations"] == [] and feature["frac_nonzero"] == 0
 
 
+def test_what_is_missing_is_said_before_anything_is_written(model, dictionaries, tmp_path, caplog) -> None:
+    nameless = ql.load_model(ASSETS / "model")
+    nameless.tokenizer = None
+    exports = {
+        "model_id= and sae_set=": lambda m: ql.export_saedashboard(dictionaries[0], m, tmp_path / "s"),
+        "activations and densities are not known": lambda m: ql.export_saedashboard(
+            dictionaries[0], m, tmp_path / "c", into="columnar"
+        ),
+        "no examples": lambda m: ql.export_circuit_tracer(dictionaries, tmp_path / "f", transcoder_id="x", model=m),
+        "": lambda m: write_explanations(dictionaries[0], tmp_path / "e", "layers.0", model=m),
+    }
+    for said, export in exports.items():
+        with pytest.raises(ValueError, match="no tokenizer"):
+            export(nameless)
+        assert not list(tmp_path.iterdir())
+        export(model)
+        assert said in caplog.text
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path)
+
+
 def test_existing_batches_keep_everything_but_logits(model, dictionaries, tmp_path) -> None:
     features = [
         {"feature_index": i, "pos_str": ["old"], "pos_values": [9.0], "neg_str": [], "neg_values": [], "own": i,
@@ -265,6 +287,10 @@ def test_delphi_explanations_are_json_strings(model, dictionaries, tmp_path) -> 
     )
     assert [p.name for p in paths] == ["layers.0_latent3.txt"]
     assert json.loads(paths[0].read_text()).startswith('Promotes "')
+    given = write_explanations(dictionaries[0], tmp_path, "layers.0", model=model, features=[3, 4], texts={4: "four"})
+    assert [json.loads(path.read_text())[:4] for path in given] == ["The ", "four"]
+    with pytest.raises(ValueError, match="texts has feature 5"):
+        write_explanations(dictionaries[0], tmp_path / "x", "layers.0", model=model, features=[3], texts={5: "five"})
     with pytest.raises(ValueError, match="template"):
         write_explanations(dictionaries[0], tmp_path / "x", "layers.0", "{token}", model=model)
     assert not (tmp_path / "x").exists()

@@ -93,6 +93,7 @@ def export_circuit_tracer(
         "token_style": token_style,
         "layers": [source.identity for source in layers],
     }
+    logger.warning("texts and activations are not known here: features have no examples and no histogram")
     target = Path(folder)
     with claimed(target, identity, resume):
         index = []

@@ -185,7 +185,9 @@ class _Plan:
                 "gemma-2-2b, …): a local Neuronpedia makes it from model.jsonl, neuronpedia.org has to know it"
             )
         if not self.activity.texts:
-            missing.append("no activations= are given: pages show no texts, and the list of features leaves them out")
+            missing.append("no activations= are given: pages show no texts")
+            if self.activity.maximum is None:
+                missing.append("neither activations= nor sample= is given: the list of features leaves them all out")
         has_vectors = self.vectors and self.source.dictionary is not None
         if not has_vectors and not self.activity.texts and self.activity.maximum is None:
             missing.append('without vectors and activations pages are covered by "no known activations"')

@@ -94,6 +94,9 @@ def export_saedashboard(
     existing = _existing(target)
     if into == FORMS[0] and existing and not (target / "querylens_fast.json").exists():
         return _replace(existing, opened, strings)
+    if into == FORMS[0] and not (model_id and sae_set):
+        opened.missing.append("model_id= and sae_set= are not both given: batch files leave those names empty")
+    opened.missing.append("activations and densities are not known here: those fields are left empty")
     opened.say_missing()
     head = {
         "model_id": model_id,
