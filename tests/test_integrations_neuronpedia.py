@@ -158,7 +158,7 @@ def features_with_texts(layer: int = 1) -> list[ql.Feature]:
 def test_everything_is_imported_and_a_second_import_changes_nothing(model, dictionary, database, tmp_path) -> None:
     folder = ql.export_neuronpedia(
         dictionary, model, tmp_path, **PLACE, activations=features_with_texts(), explanations={5: "five \udfff"},
-        rows_per_file=16, neighbours=4, source_fields={"dataset": "pile", "num_prompts": 3},
+        description="a\0 \ud800", rows_per_file=16, neighbours=4, source_fields={"dataset": "pile", "num_prompts": 3},
         sample=SimpleNamespace(maximum=torch.full((40,), math.nan), density=torch.full((40,), 0.25)),
     )  # fmt: skip
     assert folder == tmp_path / "tiny" / "1-ql-res"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -21,22 +22,27 @@ def rounded(values: Tensor, decimals: int = DECIMALS) -> list[list[float]]:
     return values.double().nan_to_num(0.0, 0.0, 0.0).round(decimals=decimals).add(0.0).tolist()
 
 
-def tokens_and_scores(ids: Tensor, scores: Tensor, strings: Sequence[str]) -> tuple[list[list[str]], list[list[float]]]:
-    """Token strings and rounded scores of ids and scores [n, k]; entries without a finite score are left out."""
+def ids_and_scores(
+    ids: Tensor, scores: Tensor, decimals: int | None = DECIMALS
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Ids and scores [n, k] as lists, entries without a finite score left out; decimals=None does not round."""
     ids, scores = ids.cpu(), scores.cpu().double()
     kept = torch.isfinite(scores) & (ids >= 0)
-    numbers = rounded(scores)
-    texts = [[_string(strings, i) for i in row] for row in ids.tolist()]
-    if not bool(kept.all()):
-        for i in (~kept).any(1).nonzero()[:, 0].tolist():
-            chosen = kept[i].tolist()
-            texts[i] = [text for text, keep in zip(texts[i], chosen, strict=True) if keep]
-            numbers[i] = [number for number, keep in zip(numbers[i], chosen, strict=True) if keep]
-    return texts, numbers
+    listed, numbers = ids.tolist(), scores.tolist() if decimals is None else rounded(scores, decimals)
+    for i in (~kept).any(1).nonzero()[:, 0].tolist():
+        chosen = kept[i].tolist()
+        listed[i], numbers[i] = (list(compress(row[i], chosen)) for row in (listed, numbers))
+    return listed, numbers
+
+
+def tokens_and_scores(ids: Tensor, scores: Tensor, strings: Sequence[str]) -> tuple[list[list[str]], list[list[float]]]:
+    """Token strings and rounded scores of ids and scores [n, k]; entries without a finite score are left out."""
+    listed, numbers = ids_and_scores(ids, scores)
+    return [[_string(strings, i) for i in row] for row in listed], numbers
 
 
 def _string(strings: Sequence[str], index: int) -> str:
-    return strings[index] if 0 <= index < len(strings) else OUT_OF_RANGE
+    return strings[index] if index < len(strings) else OUT_OF_RANGE
 
 
 def vector_lists(vectors: Tensor) -> list[list[float]]:
