@@ -100,7 +100,7 @@ def saedashboard(n: int, d: int, vocabulary: int) -> dict[str, Any]:
 
 
 def _dashboards_functions() -> tuple[Callable[[Tensor], list[float]], Callable[[Tensor], Any], str]:
-    """Functions of a row of logits (both tables, of which the top scores are returned; histogram) and whose they are."""
+    """Functions of a row of logits (both tables, returning the top scores; histogram), and whose they are."""
     try:
         from sae_dashboard.components import LogitsHistogramData  # type: ignore[import-not-found]
         from sae_dashboard.data_parsing_fns import get_logits_table_data  # type: ignore[import-not-found]
