@@ -19,6 +19,7 @@ from querylens_fast.cli import (
     lenses,
     relating,
     reliability,
+    serving,
     showing,
 )
 
@@ -46,6 +47,7 @@ app.command()(computing.signatures)
 app.command()(browsing.show)
 app.command()(browsing.search)
 app.command()(browsing.verify)
+app.command()(serving.serve)
 app.command()(relating.downstream)
 app.command()(relating.upstream)
 app.command()(relating.flow)

@@ -35,6 +35,7 @@ from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, as_tokens
 from querylens_fast.relations.tables import RelationTable
 from querylens_fast.runs.atomic_write import write_whole
+from querylens_fast.runs.run_record import agree
 from querylens_fast.transport.fit import fit_transport
 from querylens_fast.transport.transport import Transport, load_transport
 
@@ -194,8 +195,8 @@ def _case(
     path = folder / f"sample-{name}.parquet"
     if path.exists():
         sample = load_feature_sample(path)
-        wanted = (tokens.digest, dictionary.fingerprint)
-        if (sample.metadata["tokens_digest"], sample.metadata["dictionary_fingerprint"]) != wanted:
+        made = [sample.metadata["tokens_digest"], sample.metadata["dictionary_fingerprint"]]
+        if not agree(made, [tokens.digest, dictionary.fingerprint]):
             raise FileExistsError(f"{str(path)!r} is of another sample; delete it or choose another folder")
     else:
         sample = feature_sample(

@@ -12,6 +12,7 @@ from typing import Any
 
 from querylens_fast.runs.atomic_write import whole, write_whole
 from querylens_fast.runs.run_lock import held, resumable
+from querylens_fast.runs.run_record import agree
 
 RECORD = "querylens_fast.json"
 """Beside the files: what they are of. The tools do not read it."""
@@ -47,9 +48,9 @@ def _refuse_others(folder: Path, record: Path, identity: dict[str, Any], resume:
         earlier = json.loads(record.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(record)!r} is damaged ({error}); delete the folder and run again") from error
-    if earlier != identity:
+    if not agree(earlier, identity):
         was = earlier if isinstance(earlier, dict) else {}
-        changed = ", ".join(sorted(k for k in was.keys() | identity.keys() if was.get(k) != identity.get(k)))
+        changed = ", ".join(sorted(k for k in was.keys() | identity.keys() if not agree(was.get(k), identity.get(k))))
         raise FileExistsError(
             f"{str(folder)!r} holds another export (different: {changed}); delete it or choose another folder"
         )
