@@ -237,13 +237,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(_run(options.alone, options)))
         return
     record = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
-    record |= {"machine": machine(torch.device("cpu")), "shape": {"d": options.d, "vocabulary": options.vocabulary}}
+    record |= {"shape": {"d": options.d, "vocabulary": options.vocabulary}}
     for part in options.parts:
         if part == "sae-lens":
             found = _compared(_alone("sae-lens ours", options), _alone("sae-lens theirs", options), options)
         else:
             found = _alone(part, options)
-        record[part] = found
+        record[part] = {**found, "machine": machine(torch.device("cpu"))}
         save(options.out, record)
         print(part, json.dumps(found))
     print(f"written to {options.out}")
