@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import compress
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from querylens_fast.integrations.dashboard import Rows
 from querylens_fast.integrations.tokens import OUT_OF_RANGE
 from querylens_fast.models.norms import at_least_float32
 
 DECIMALS = 5
 """As SAEDashboard rounds."""
+LOGIT_FIELDS = ("neg_str", "neg_values", "pos_str", "pos_values")
+LOGIT_FIELDS += ("logits_hist_data_bar_heights", "logits_hist_data_bar_values")
+ALIGNMENT_FIELDS = ("neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1")
 DIGITS = 7
 """Significant digits of a vector's largest component, which is all that float32 has."""
 
@@ -63,3 +68,23 @@ def alignments(vectors: Tensor, k: int = 3) -> tuple[list[list[int]], list[list[
     found = rows.topk(min(k, rows.shape[1]), dim=1)
     share = found.values / rows.abs().sum(1, keepdim=True)
     return found.indices.tolist(), rounded(found.values), rounded(share)
+
+
+def logit_fields(rows: Rows, strings: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The fields that come from the unembedding, as dashboards name them: a dictionary a feature."""
+    none: list[list[Any]] = [[] for _ in range(len(rows.features))]
+    negative = tokens_and_scores(rows.bottom_ids, rows.bottom_scores, strings)
+    positive = tokens_and_scores(rows.top_ids, rows.top_scores, strings)
+    bars = (none, none) if rows.histogram is None else (rows.histogram.heights.tolist(), rounded(rows.histogram.values))
+    return _by_feature(LOGIT_FIELDS, (*negative, *positive, *bars))
+
+
+def alignment_fields(rows: Rows) -> Iterator[dict[str, Any]]:
+    """The neuron alignment, empty without vectors: a dictionary a feature."""
+    none: list[list[Any]] = [[] for _ in range(len(rows.features))]
+    return _by_feature(ALIGNMENT_FIELDS, (none, none, none) if rows.vectors is None else alignments(rows.vectors))
+
+
+def _by_feature(names: Sequence[str], columns: Sequence[list[Any]]) -> Iterator[dict[str, Any]]:
+    for values in zip(*columns, strict=True):
+        yield dict(zip(names, values, strict=True))

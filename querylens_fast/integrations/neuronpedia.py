@@ -43,9 +43,10 @@ from querylens_fast.integrations.neuronpedia_lines import (
 )
 from querylens_fast.integrations.neuronpedia_metadata import Names, metadata_lines, place_of
 from querylens_fast.integrations.neuronpedia_tables import LOCAL_CREATOR, MODELS, import_sql
-from querylens_fast.integrations.sources import Source, blocks_of, digest_of, open_source
+from querylens_fast.integrations.sources import Source, blocks_of, open_source
 from querylens_fast.integrations.tokens import token_strings
 from querylens_fast.models.load import as_model
+from querylens_fast.runs.run_record import digest_of
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from querylens_fast.integrations.columns import alignments, rounded, tokens_and_scores
+from querylens_fast.integrations.columns import alignment_fields, logit_fields
 from querylens_fast.integrations.dashboard import Rows
 from querylens_fast.integrations.folder import claimed, json_bytes, write_bytes
 from querylens_fast.integrations.saedashboard_tables import COLUMNAR, tables_of
@@ -131,7 +131,7 @@ def _replace(paths: Sequence[Path], source: Source, strings: Sequence[str]) -> l
     for path in paths:
         batch = _read_batch(path)
         places = [at[feature["feature_index"]] for feature in batch["features"]]
-        fields = (fields for rows in _scattered(source, places) for fields in _logit_fields(rows, strings))
+        fields = (fields for rows in _scattered(source, places) for fields in logit_fields(rows, strings))
         for feature, found in zip(batch["features"], fields, strict=True):
             feature |= {name: value for name, value in found.items() if value}
         write_bytes(path, json.dumps(batch).encode())
@@ -156,46 +156,16 @@ def _read_batch(path: Path) -> dict[str, Any]:
     raise ValueError(f"{str(path)!r} is no batch file of SAEDashboard: a feature_index is no number")
 
 
-def _logit_fields(rows: Rows, strings: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The fields that come from the unembedding, a dictionary a feature."""
-    positive, positive_scores = tokens_and_scores(rows.top_ids, rows.top_scores, strings)
-    negative, negative_scores = tokens_and_scores(rows.bottom_ids, rows.bottom_scores, strings)
-    for i in range(len(rows.features)):
-        heights, values = [], []
-        if rows.histogram is not None:
-            heights = rows.histogram.heights[i].tolist()
-            values = rounded(rows.histogram.values[i : i + 1])[0]
-        yield {
-            "neg_str": negative[i],
-            "neg_values": negative_scores[i],
-            "pos_str": positive[i],
-            "pos_values": positive_scores[i],
-            "logits_hist_data_bar_heights": heights,
-            "logits_hist_data_bar_values": values,
-        }
-
-
 def _write_batches(
     target: Path, source: Source, blocks: Sequence[slice], strings: Sequence[str], head: dict[str, Any]
 ) -> list[Path]:
     paths = [target / f"batch-{i}.json" for i in range(len(blocks))]
     pending = [i for i, path in enumerate(paths) if not path.exists()]
     for i, rows in zip(pending, source.read([blocks[i] for i in pending]), strict=True):
-        none: list[list[Any]] = [[] for _ in range(len(rows.features))]
-        aligned = (none, none, none) if rows.vectors is None else alignments(rows.vectors)
-        features = [
-            {**_blank(feature), **_alignment(aligned, j), **fields}
-            for j, (feature, fields) in enumerate(
-                zip(rows.features.tolist(), _logit_fields(rows, strings), strict=True)
-            )
-        ]
+        fields = zip(rows.features.tolist(), alignment_fields(rows), logit_fields(rows, strings), strict=True)
+        features = [{**_blank(feature), **alignment, **logits} for feature, alignment, logits in fields]
         write_bytes(paths[i], json_bytes({**head, "features": features}))
     return paths
-
-
-def _alignment(aligned: tuple[Any, Any, Any], i: int) -> dict[str, Any]:
-    names = ("neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1")
-    return {name: column[i] for name, column in zip(names, aligned, strict=True)}
 
 
 def _blank(feature: int) -> dict[str, Any]:
