@@ -12,6 +12,7 @@ from urllib.parse import quote, urlencode
 
 from querylens_fast.queries.display import MARKS
 from querylens_fast.queries.views import FeatureView, SignatureView, Token
+from querylens_fast.serve.plots import histogram
 
 if TYPE_CHECKING:
     import jinja2
@@ -35,6 +36,16 @@ FIELD_NAMES = {
     "output_score": "output score",
     "density": "density",
     "maximum": "largest activation",
+}
+RELATIONS = {
+    "itself": "closest in the same dictionary",
+    "neighbours": "closest features",
+    "previous residual": "before: residual stream",
+    "attention": "before: attention",
+    "mlp": "before: MLP",
+    "next residual": "after: residual stream",
+    "downstream": "features that read it",
+    "upstream": "features that write what it reads",
 }
 SPOKEN = {" ": "space ", "\n": "line end ", "\r": "carriage return ", "\t": "tab ", "\u00a0": "no-break space "}
 _MARKED = re.compile(f"([{''.join(MARKS.values())}]+|⟨U\\+[0-9A-F]+⟩)")
@@ -62,7 +73,7 @@ class Links:
 
 
 def chip(token: Token, links: Links, shade: str = "z", extra: str = "") -> Markup:
-    """A token as a chip, a link where there is a page for it. The text is escaped and isolated from its surroundings."""
+    """A token as a chip, a link where there is a page for it; its text is escaped and isolated from what is around."""
     from markupsafe import Markup
 
     opening, closing = _chip(token, links.token(token))
@@ -96,7 +107,7 @@ def shade(score: float | None, largest: float) -> str:
 
 
 def score_bar(score: float, se: float | None, most: float) -> Markup:
-    """A bar of |score| ÷ most with a whisker of one standard error either side; beside the number, so unseen by readers."""
+    """A bar of |score| ÷ most with a whisker of one standard error either side. Screen readers have the number."""
     from markupsafe import Markup
 
     if not (most > 0 and math.isfinite(score)):
@@ -152,6 +163,14 @@ def short(name: str) -> str:
     return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or name
 
 
+def running(tokens: Iterable[Token]) -> Markup:
+    """Tokens as running text on one line: line ends as marks, white space as the browser sets it."""
+    from markupsafe import Markup, escape
+
+    text = "".join(t.shown if t.text is None else t.text for t in tokens)
+    return Markup(str(escape(text)).replace("\n", "<i>⏎</i> "))
+
+
 def by_side(view: FeatureView) -> dict[str, list[SignatureView]]:
     """A feature's signatures by side, the key first, Logit Lens before the others."""
     found = {
@@ -159,6 +178,18 @@ def by_side(view: FeatureView) -> dict[str, list[SignatureView]]:
         for side in ("key", "value")
     }
     return {side: signatures for side, signatures in found.items() if signatures}
+
+
+def feature_context(view: FeatureView) -> dict[str, Any]:
+    """What the parts of a feature's page need besides the view."""
+    tokens = [t for s in view.signatures for t in (*s.top, *s.bottom)]
+    shape = view.histogram
+    return {
+        "view": view,
+        "errors": any(t.se is not None for t in tokens),
+        "shared": any(t.shared for t in tokens),
+        "plot": None if shape is None else histogram(shape.edges, shape.counts),
+    }
 
 
 def query(parameters: Mapping[str, Any], **changes: Any) -> str:
@@ -184,7 +215,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    made.filters |= {"number": number, "fixed": fixed, "preset_name": preset_name, "short": short}
+    made.filters |= {"number": number, "fixed": fixed, "preset_name": preset_name, "short": short, "running": running}
     made.globals |= {
         "chip": chip,
         "shade": shade,
@@ -193,6 +224,7 @@ def environment() -> jinja2.Environment:
         "by_side": by_side,
         "query": query,
         "field_names": FIELD_NAMES,
+        "relation_names": RELATIONS,
         "links": Links(),
     }
     return made

@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.routing import APIRoute
@@ -16,10 +15,10 @@ from fastapi.routing import APIRoute
 from querylens_fast.queries.budget import UNLIMITED, Budget, QueryStopped
 from querylens_fast.queries.files import ResultGone
 from querylens_fast.queries.results import Filter, Results
-from querylens_fast.queries.views import FIELDS, DictionaryInfo, FeatureView
+from querylens_fast.queries.views import FIELDS, DictionaryInfo
 from querylens_fast.serve import try_it
-from querylens_fast.serve.markup import FIELD_NAMES, Links, environment, preset_name, query
-from querylens_fast.serve.plots import LinePlot, histogram, line_plot
+from querylens_fast.serve.markup import FIELD_NAMES, Links, environment, feature_context, preset_name, query
+from querylens_fast.serve.plots import LinePlot, line_plot
 
 PAGES = (("/", "Overview"), ("/search", "Search"), ("/compare", "Compare"), ("/try", "Try it"))
 SHORT = 10
@@ -206,18 +205,6 @@ def try_page(request: Request) -> HTMLResponse:
         limits=limits,
         tokens_of={} if firing is None else _written(_results(request), firing),
     )
-
-
-def feature_context(view: FeatureView) -> dict[str, Any]:
-    """What the parts of a feature's page need besides the view."""
-    tokens = [t for s in view.signatures for t in (*s.top, *s.bottom)]
-    shape = view.histogram
-    return {
-        "view": view,
-        "errors": any(t.se is not None for t in tokens),
-        "shared": any(t.shared for t in tokens),
-        "plot": None if shape is None else histogram(shape.edges, shape.counts),
-    }
 
 
 def error_page(request: Request, error: Exception) -> HTMLResponse:
