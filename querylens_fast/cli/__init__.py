@@ -20,6 +20,7 @@ from querylens_fast.cli import (
     relating,
     reliability,
     reporting,
+    serving,
     showing,
 )
 
@@ -47,6 +48,7 @@ app.command()(computing.signatures)
 app.command()(browsing.show)
 app.command()(browsing.search)
 app.command()(browsing.verify)
+app.command()(serving.serve)
 app.command()(relating.downstream)
 app.command()(relating.upstream)
 app.command()(relating.flow)
