@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse
-from fastapi.routing import APIRoute
 
-from querylens_fast.queries.budget import UNLIMITED, Budget, QueryStopped
-from querylens_fast.queries.files import ResultGone
+from querylens_fast.queries.budget import Budget
 from querylens_fast.queries.results import Filter, Results
 from querylens_fast.queries.views import FIELDS, DictionaryInfo
 from querylens_fast.serve import try_it
@@ -27,27 +25,23 @@ ROWS = 25
 """Features on a page of results."""
 USUAL_COLUMNS = ("rel_var", "density")
 
+EXPLAINED = {
+    404: ("Not found", "Look for it by a token or a feature number in the box above."),
+    410: (
+        "The result has changed",
+        "Its file was replaced, shortened or removed while it was read. Load the page again; the overview shows what "
+        "is left.",
+    ),
+    422: ("This address cannot be answered", "Change the value that is named, or begin with an empty search."),
+    500: ("The server made a mistake", "Its log says which. Other pages may work."),
+    503: ("That took too long", "Ask for one dictionary, fewer filters or a shorter text."),
+}
+"""Title and advice of error pages, by status."""
+
 templates = cache(environment)
 
 
-class PageRoute(APIRoute):
-    """A route whose mistakes end in a page that says what to do."""
-
-    def get_route_handler(self) -> Callable[..., Any]:
-        handle = super().get_route_handler()
-
-        async def handled(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except (LookupError, ValueError, ResultGone, QueryStopped, try_it.Busy, try_it.TooLong) as error:
-                if isinstance(error, (KeyError, IndexError, UnicodeError)):
-                    raise
-                return error_page(request, error)
-
-        return handled
-
-
-router = APIRouter(route_class=PageRoute, default_response_class=HTMLResponse, include_in_schema=False)
+router = APIRouter(default_response_class=HTMLResponse, include_in_schema=False)
 
 
 @router.get("/")
@@ -171,7 +165,7 @@ def compare(request: Request) -> HTMLResponse:
 @router.get("/try")
 def try_page(request: Request) -> HTMLResponse:
     """Which features fire at each token of a text; the text under a steered feature."""
-    tried: try_it.TryIt | None = getattr(request.app.state, "try_it", None)
+    tried: try_it.TryIt | None = request.app.state.try_it
     asked = {n: request.query_params.get(n, "") for n in ("text", "prompt", "dictionary", "feature", "strength", "n")}
     asked["n"] = asked["n"] or "20"
     firing = steered = problem = None
@@ -196,7 +190,7 @@ def try_page(request: Request) -> HTMLResponse:
     return _page(
         request,
         "try",
-        400 if problem else 200,
+        422 if problem else 200,
         dictionaries=slugs,
         asked=asked,
         firing=firing,
@@ -207,32 +201,27 @@ def try_page(request: Request) -> HTMLResponse:
     )
 
 
-def error_page(request: Request, error: Exception) -> HTMLResponse:
-    """A page that says what is wrong and where to go on, with the status that fits."""
-    status, title, advice = _explained(error)
+@router.get("/api/docs")
+def documentation(request: Request) -> HTMLResponse:
+    """The JSON API on one page."""
+    operations = [
+        (method.upper(), path, operation)
+        for path, methods in request.app.openapi()["paths"].items()
+        for method, operation in methods.items()
+    ]
+    return _page(request, "api", operations=operations)
+
+
+def error_page(request: Request, status: int, message: str) -> HTMLResponse:
+    """A page that says what is wrong and where to go on."""
+    title, advice = EXPLAINED.get(status, EXPLAINED[500])
     suggestions = [("/", "Overview"), ("/search", "Search")]
     slug = request.path_params.get("dictionary")
-    if slug is not None:
+    if slug is not None and status == 404:
         known = _results(request).dictionaries
         near = [d for d in known if d.slug == slug] or known[:5]
         suggestions = [(f"/search?dictionary={quote(d.slug)}", f"Features of {d.slug}") for d in near] + suggestions
-    return _page(request, "error", status, title=title, message=str(error), advice=advice, suggestions=suggestions)
-
-
-def _explained(error: Exception) -> tuple[int, str, list[str]]:
-    """(status, title, advice) of an error."""
-    if isinstance(error, ResultGone):
-        return 503, "The result has changed", [
-            "The file was replaced, shortened or removed while it was read. Load the page again; when the file is gone "
-            "for good, the overview shows what is left."
-        ]  # fmt: skip
-    if isinstance(error, (QueryStopped, try_it.TooLong)):
-        return 503, "That took too long", ["Ask for one dictionary, fewer filters or a shorter text."]
-    if isinstance(error, try_it.Busy):
-        return 503, "The model is busy", ["Load the page again in a moment."]
-    if isinstance(error, LookupError):
-        return 404, "Not found", ["Look for it by a token or a feature number in the box above."]
-    return 400, "This address cannot be answered", ["Change the value that is named, or begin with an empty search."]
+    return _page(request, "error", status, title=title, message=message, advice=advice, suggestions=suggestions)
 
 
 def _page(request: Request, name: str, status: int = 200, **context: Any) -> HTMLResponse:
@@ -250,7 +239,7 @@ def _results(request: Request) -> Results:
 
 
 def _budget(request: Request) -> Budget:
-    return getattr(request.state, "budget", UNLIMITED)
+    return request.state.budget
 
 
 def _number_of(text: str, name: str) -> int:
