@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import importlib
-import importlib.util
 import logging
 import signal
 import socket
@@ -17,7 +14,6 @@ from typing import Any
 import anyio.to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -26,8 +22,9 @@ from querylens_fast.queries.background import Indexer
 from querylens_fast.queries.budget import QueryStopped
 from querylens_fast.queries.files import ResultGone
 from querylens_fast.queries.results import Results
-from querylens_fast.serve import api
+from querylens_fast.serve import api, pages
 from querylens_fast.serve.security import Guard, is_local
+from querylens_fast.serve.try_it import TryIt
 
 logger = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
@@ -76,12 +73,9 @@ def create_app(
     for kind in (*STATUS, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _problem)
     app.include_router(api.router)
-    app.get("/api/docs", include_in_schema=False)(_documentation)
-    if importlib.util.find_spec("querylens_fast.serve.pages") is not None:
-        app.include_router(importlib.import_module("querylens_fast.serve.pages").router)
-        app.mount("/static", StaticFiles(directory=STATIC))
-    if model is not None:
-        app.state.try_it = importlib.import_module("querylens_fast.serve.try_it").TryIt(model, run or {})
+    app.include_router(pages.router)
+    app.mount("/static", StaticFiles(directory=STATIC))
+    app.state.try_it = None if model is None else TryIt(model, run or {})
     return app
 
 
@@ -141,44 +135,24 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _problem(request: Request, error: Exception) -> Response:
-    """What went wrong, as JSON; an error of the server's own is logged, and not told."""
+    """What went wrong, as a page or as JSON; an error of the server's own is logged, and not told."""
+    status, message, headers = _told(error)
+    if request.url.path.startswith("/api/"):
+        return api.Json({"error": message}, status, headers=headers)
+    return pages.error_page(request, status, message)
+
+
+def _told(error: Exception) -> tuple[int, str, Mapping[str, str] | None]:
+    """(Status, message, headers) of an error."""
     if isinstance(error, HTTPException):
-        return api.Json({"error": str(error.detail)}, error.status_code, headers=error.headers)
+        return error.status_code, str(error.detail), error.headers
     if isinstance(error, RequestValidationError):
-        return api.Json({"error": "; ".join(map(_sentence, error.errors()))}, 422)
+        return 422, "; ".join(map(_sentence, error.errors())), None
     for kind, status in STATUS.items():
         if isinstance(error, kind) and not isinstance(error, (KeyError, IndexError, UnicodeError)):
-            return api.Json({"error": str(error)}, status)
-    return api.Json({"error": "the server made a mistake; its log says which"}, 500)
+            return status, str(error), None
+    return 500, "the server made a mistake; its log says which", None
 
 
 def _sentence(problem: Mapping[str, Any]) -> str:
     return f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}"
-
-
-def _documentation(request: Request) -> HTMLResponse:
-    """The API on one page, without scripts."""
-    schema = request.app.openapi()
-    parts = []
-    for path, methods in schema["paths"].items():
-        for method, operation in methods.items():
-            rows = "".join(map(_parameter, operation.get("parameters", ())))
-            answer = operation["responses"]["200"]["content"]["application/json"]["schema"]
-            kind = html.escape(answer.get("$ref", answer.get("title", "")).rpartition("/")[2])
-            parts.append(
-                f"<h2><code>{method.upper()} {html.escape(path)}</code></h2><p>{html.escape(operation['description'])} "
-                f"Answer: <code>{kind}</code>.</p><table><tr><th>parameter<th>type<th>meaning</tr>{rows}</table>"
-            )
-    return HTMLResponse(
-        "<!doctype html><html lang=en><meta charset=utf-8><title>querylens-fast API</title>"
-        "<link rel=stylesheet href=/static/style.css><main><h1>API</h1>"
-        '<p>Types of the answers: <a href="/api/openapi.json">openapi.json</a>.</p>' + "".join(parts) + "</main>"
-    )
-
-
-def _parameter(said: Mapping[str, Any]) -> str:
-    schema = said["schema"]
-    kinds = [str(s.get("type", s.get("enum", ""))) for s in schema.get("anyOf", [schema])]
-    kind = " or ".join(k for k in kinds if k != "null")
-    meaning = said.get("description", "") + (" Required." if said["required"] else "")
-    return f"<tr><td><code>{html.escape(said['name'])}</code><td>{html.escape(kind)}<td>{html.escape(meaning)}</tr>"
