@@ -215,7 +215,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    made.filters |= {"number": number, "fixed": fixed, "preset_name": preset_name, "short": short, "running": running}
+    made.filters |= {"number": number, "fixed": fixed, "preset_name": preset_name, "short": short, "running": running, "repr": repr}
     made.globals |= {
         "chip": chip,
         "shade": shade,
