@@ -145,6 +145,7 @@ def fixed(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}".replace("-", "\u2212")
 
 
+@lru_cache(1024)
 def preset_name(label: str) -> str:
     """A preset's label for people: "query_lens_value_approx~2" is "Query Lens, first order (2)"."""
     name, _, copy = label.partition("~")
@@ -215,7 +216,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    made.filters |= {"number": number, "fixed": fixed, "preset_name": preset_name, "short": short, "running": running, "repr": repr}
+    made.filters |= {f.__name__: f for f in (number, fixed, preset_name, short, running, repr)}
     made.globals |= {
         "chip": chip,
         "shade": shade,
