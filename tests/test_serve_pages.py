@@ -208,6 +208,7 @@ def test_a_mistake_ends_in_a_page_that_says_what_to_do(
     assert answer.status_code == status
     assert words in answer.text and "Traceback" not in answer.text
     assert not Page(answer.text).open
+    assert "This address cannot be answered" in client.post("/search").text
 
 
 def test_results_that_are_deleted_cut_replaced_or_written_while_served(folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -181,6 +181,12 @@ def by_side(view: FeatureView) -> dict[str, list[SignatureView]]:
     return {side: signatures for side, signatures in found.items() if signatures}
 
 
+def chief(signatures: Sequence[SignatureView]) -> SignatureView:
+    """The signature that stands for a side: the full transport's where there is one."""
+    order = ("full", "adaptive", "first_order")
+    return min(signatures, key=lambda s: order.index(s.transition) if s.transition in order else len(order))
+
+
 def feature_context(view: FeatureView) -> dict[str, Any]:
     """What the parts of a feature's page need besides the view."""
     tokens = [t for s in view.signatures for t in (*s.top, *s.bottom)]
@@ -223,6 +229,7 @@ def environment() -> jinja2.Environment:
         "score_bar": score_bar,
         "largest": largest,
         "by_side": by_side,
+        "chief": chief,
         "query": query,
         "field_names": FIELD_NAMES,
         "relation_names": RELATIONS,
