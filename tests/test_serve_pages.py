@@ -316,7 +316,7 @@ def test_a_text_is_tried(trying: TestClient, monkeypatch: pytest.MonkeyPatch) ->
     assert max(f.maximum for f in firing.features) == pytest.approx(float(acts.max()))
     steered = {"dictionary": "sae1", "prompt": "def f(", "feature": "656", "strength": "12", "n": "3"}
     page = trying.get("/try", params=steered)
-    direct = ql.steer(tried.dictionaries["sae1"], tried.model, 656, 12.0, "def f(", n_tokens=3)
+    direct = ql.steer(tried.model, tried.dictionaries["sae1"], 656, 12.0, "def f(", n_tokens=3)
     assert page.status_code == 200 and "With feature" in page.text
     assert tried.steer("sae1", 656, 12.0, "def f(", 3) == direct
     for change, words in (

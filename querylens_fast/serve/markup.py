@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
+from querylens_fast.queries.catalog import PREFERRED
 from querylens_fast.queries.display import MARKS
 from querylens_fast.queries.views import FeatureView, SignatureView, Token
 from querylens_fast.serve.plots import histogram
@@ -182,9 +183,9 @@ def by_side(view: FeatureView) -> dict[str, list[SignatureView]]:
 
 
 def chief(signatures: Sequence[SignatureView]) -> SignatureView:
-    """The signature that stands for a side: the full transport's where there is one."""
-    order = ("full", "adaptive", "first_order")
-    return min(signatures, key=lambda s: order.index(s.transition) if s.transition in order else len(order))
+    """The signature that stands for a side."""
+    rank = {name: i for i, name in enumerate(PREFERRED)}
+    return min(signatures, key=lambda s: rank.get(s.preset.partition("~")[0], len(rank)))
 
 
 def feature_context(view: FeatureView) -> dict[str, Any]:
