@@ -51,7 +51,9 @@ class Page(HTMLParser):
         if tag in ("input", "select", "textarea") and dict(attrs).get("type") != "hidden":
             own = dict(attrs).get("id")
             targets = [a.get("for") for t, a in self.elements if t == "label"]
-            self.labelled.append("label" in self.open or (own is not None and own in targets))
+            self.labelled.append(
+                "label" in self.open or "aria-label" in dict(attrs) or (own is not None and own in targets)
+            )
         if tag not in ("meta", "link", "input", "br", "img", "col"):
             self.open.append(tag)
 
@@ -281,7 +283,7 @@ def contrast(first: str, second: str) -> float:
 
 def test_numbers_names_and_plots() -> None:
     assert [number(x) for x in (None, float("nan"), 0.0, 0.25, 12.345, 1234567, 2.5e-7, -3)] == [
-        "–", "–", "0.000", "0.250", "12.3", "1\u202f234\u202f567", "2.50e−07", "−3",
+        "–", "–", "0", "0.250", "12.3", "1\u202f234\u202f567", "2.50e−07", "−3",
     ]  # fmt: skip
     assert preset_name("query_lens_value_approx~2") == "Query Lens, first order (2)"
     assert preset_name("value_identity_embed") == "value identity embed"

@@ -135,10 +135,12 @@ def number(value: float | int | None, digits: int = 3) -> str:
         return "–"
     if isinstance(value, int) or value == int(value) and abs(value) >= 10**digits:
         return f"{int(value):,}".replace(",", "\u202f").replace("-", "\u2212")
-    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+    if value == 0:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e6:
         return f"{value:.{digits - 1}e}".replace("-", "\u2212")
-    before = 0 if value == 0 else max(0, math.floor(math.log10(abs(value))) + 1)
-    return f"{value:.{max(0, digits - before) if before else digits}f}".replace("-", "\u2212")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}".replace("-", "\u2212")
 
 
 def fixed(value: float, digits: int = 2) -> str:
