@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
+from querylens_fast.queries.catalog import PREFERRED
 from querylens_fast.queries.display import MARKS
 from querylens_fast.queries.views import FeatureView, SignatureView, Token
 from querylens_fast.serve.plots import histogram
@@ -134,10 +135,12 @@ def number(value: float | int | None, digits: int = 3) -> str:
         return "–"
     if isinstance(value, int) or value == int(value) and abs(value) >= 10**digits:
         return f"{int(value):,}".replace(",", "\u202f").replace("-", "\u2212")
-    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+    if value == 0:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e6:
         return f"{value:.{digits - 1}e}".replace("-", "\u2212")
-    before = 0 if value == 0 else max(0, math.floor(math.log10(abs(value))) + 1)
-    return f"{value:.{max(0, digits - before) if before else digits}f}".replace("-", "\u2212")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}".replace("-", "\u2212")
 
 
 def fixed(value: float, digits: int = 2) -> str:
@@ -145,6 +148,7 @@ def fixed(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}".replace("-", "\u2212")
 
 
+@lru_cache(1024)
 def preset_name(label: str) -> str:
     """A preset's label for people: "query_lens_value_approx~2" is "Query Lens, first order (2)"."""
     name, _, copy = label.partition("~")
@@ -178,6 +182,12 @@ def by_side(view: FeatureView) -> dict[str, list[SignatureView]]:
         for side in ("key", "value")
     }
     return {side: signatures for side, signatures in found.items() if signatures}
+
+
+def chief(signatures: Sequence[SignatureView]) -> SignatureView:
+    """The signature that stands for a side."""
+    rank = {name: i for i, name in enumerate(PREFERRED)}
+    return min(signatures, key=lambda s: rank.get(s.preset.partition("~")[0], len(rank)))
 
 
 def feature_context(view: FeatureView) -> dict[str, Any]:
@@ -215,13 +225,14 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    made.filters |= {"number": number, "fixed": fixed, "preset_name": preset_name, "short": short, "running": running}
+    made.filters |= {f.__name__: f for f in (number, fixed, preset_name, short, running, repr)}
     made.globals |= {
         "chip": chip,
         "shade": shade,
         "score_bar": score_bar,
         "largest": largest,
         "by_side": by_side,
+        "chief": chief,
         "query": query,
         "field_names": FIELD_NAMES,
         "relation_names": RELATIONS,
