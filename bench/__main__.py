@@ -10,6 +10,7 @@ COMMANDS = {
     "lens": "transport and signatures of whole dictionaries against one walk for each feature",
     "reliability": "standard errors of scores against many disjoint samples: coverage, stable tokens, sample size",
     "million": "a dictionary of a million features: time, memory, search",
+    "serve": "the server over results of a million features: latencies under load, memory, time to the first answer",
     "families": "every family of transformers: how it is linearised, error against brute force",
     "evaluation": "output scores by prefix against a straightforward implementation; gain of the adaptive preset",
     "integrations": "exports and calls of other tools beside what those tools do: time, memory",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -59,22 +58,42 @@ class Once:
                     self._made[key] = make()
         return self._made[key]
 
+    def put(self, key: Any, value: Any) -> None:
+        """Replace a value."""
+        with self._lock:
+            self._made[key] = value
+
+    def keep(self, wanted: Callable[[Any], bool]) -> None:
+        """Forget the values whose keys are not wanted."""
+        with self._lock:
+            self._made = {key: value for key, value in self._made.items() if wanted(key)}
+
 
 class OpenDictionary:
     """What the results hold of one dictionary."""
 
-    def __init__(self, entry: Entry, rows_of: Callable[[Member], Rows], vocabulary: Callable[[], Vocabulary]) -> None:
-        """Take its entry in the catalog, and how its results and its model's vocabulary are opened."""
-        self.entry, self.rows_of, self._vocabulary = entry, rows_of, vocabulary
-        self._once = Once()
+    def __init__(
+        self, entry: Entry, once: Once, rows_of: Callable[[Member], Rows], vocabulary: Callable[[str], Vocabulary]
+    ) -> None:
+        """Take its entry in the catalog, where to keep what is read, and how results and vocabularies are opened."""
+        self.entry, self.rows_of, self._vocabulary, self._shared = entry, rows_of, vocabulary, once
+        self.key = tuple((file.path, file.stamp) for file in entry.files)
+        """What is kept is kept as long as these files are the same."""
+
+    def once(self, what: Any, make: Callable[[], T]) -> T:
+        """Something that is read or computed when it is first asked for."""
+        return self._shared.get((self.key, what), make)
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return self._vocabulary()
+        return self._vocabulary(self.entry.model_fingerprint)
 
-    @cached_property
+    @property
     def features(self) -> np.ndarray:
         """Ids of the features that any result of `signatures` holds, ascending."""
+        return self.once("features", self._features)
+
+    def _features(self) -> np.ndarray:
         found = [self.rows_of(member).features for member in self.entry.members]
         if not found:
             return np.zeros(0, np.int64)
@@ -96,26 +115,26 @@ class OpenDictionary:
     @property
     def sample(self) -> SampleTable | None:
         file = self.entry.sample
-        return None if file is None else self._once.get("sample", lambda: SampleTable(file))
+        return None if file is None else self.once("sample", lambda: SampleTable(file))
 
     @property
     def sample_tokens(self) -> SampleTokens | None:
         """The tokens of the sample, where a file beside it holds them."""
         file = self.entry.sample
-        return None if file is None else self._once.get("tokens", lambda: SampleTokens.beside(file))
+        return None if file is None else self.once("tokens", lambda: SampleTokens.beside(file))
 
     @property
     def scores(self) -> ScoreTable | None:
         if not self.entry.scores:
             return None
         file, label = self.entry.scores[-1]
-        return self._once.get("scores", lambda: ScoreTable(file, label))
+        return self.once("scores", lambda: ScoreTable(file, label))
 
     @property
     def links(self) -> list[LinkTable]:
         name, layer = self.entry.name, self.entry.layer
         return [
-            self._once.get(("links", file.path), lambda file=file: LinkTable(file, name, layer))
+            self.once(("links", file.path), lambda file=file: LinkTable(file, name, layer))
             for file in self.entry.relations
         ]
 
@@ -134,14 +153,14 @@ class OpenDictionary:
         if source is None:
             return None
         key = (name, *source[1:])
-        return self._once.get(key, lambda: self._column(name, source))
+        return self.once(key, lambda: self._column(name, source))
 
     def mean(self, name: str, member: Member) -> float | None:
         """The mean of a statistic over a result's features, without those that are not finite."""
         rows = self.rows_of(member)
         if name not in rows.statistics:
             return None
-        return self._once.get(("mean", name, member.label), lambda: _finite_mean(rows.column(name)))
+        return self.once(("mean", name, member.label), lambda: _finite_mean(rows.column(name)))
 
     def _source_of(self, name: str, member: Member | None) -> tuple[str, Any] | None:
         if name in ("density", "maximum"):
