@@ -9,7 +9,7 @@ from torch import Tensor
 
 import querylens_fast as ql
 from querylens_fast.transport.fit import plan_batches
-from querylens_fast.transport.growth import sequences_needed, top_tokens
+from querylens_fast.transport.growth import middle, sequences_needed, top_tokens
 from querylens_fast.transport.jacobians import Budget
 
 POINTS = 2 * LAYERS + 1
@@ -93,6 +93,11 @@ def test_extrapolation_follows_the_square_root() -> None:
     overlap = 2 * 0.6 / 1.6  # four times the sequences halve what is exchanged
     target = (1 + overlap) / 2
     assert sequences_needed(100, 0.6, target / (2 - target)) == 400
+
+
+def test_middle_lies_between_the_steps_of_the_median() -> None:
+    assert middle(torch.full((9,), 0.7)) == pytest.approx(0.7)
+    assert 0.7 < middle(torch.tensor([0.1, 0.7, 0.7, 0.7, 0.8, 0.8, 0.8, 1.0])) < 0.8
 
 
 @pytest.mark.parametrize(

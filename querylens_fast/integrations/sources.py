@@ -7,7 +7,6 @@ gives `Rows` block by block.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -277,8 +276,3 @@ def _padded(lists: Sequence[Sequence[float]], name: str) -> Tensor:
 
 def _dtype(name: str) -> torch.dtype:
     return torch.int64 if name.endswith("ids") else torch.float64
-
-
-def digest_of(identity: dict[str, Any]) -> str:
-    """A digest of JSON values."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
