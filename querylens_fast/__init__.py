@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from querylens_fast.integrations.circuit_tracer import annotate_graph, export_circuit_tracer
     from querylens_fast.integrations.neuronpedia import export_neuronpedia
     from querylens_fast.integrations.saedashboard import export_saedashboard
+    from querylens_fast.queries.results import open_results
 
 __version__ = "0.1.0"
 
@@ -111,6 +112,7 @@ __all__ = [
     "load_transport",
     "neighbours",
     "neuron_dictionary",
+    "open_results",
     "output_features",
     "read_table",
     "scores_at",
@@ -140,4 +142,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("querylens_fast.integrations")
     if name in _INTEGRATIONS:
         return getattr(importlib.import_module(f"querylens_fast.integrations.{_INTEGRATIONS[name]}"), name)
+    if name == "open_results":
+        return importlib.import_module("querylens_fast.queries.results").open_results
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

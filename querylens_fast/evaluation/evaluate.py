@@ -32,6 +32,7 @@ from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, as_tokens
 from querylens_fast.relations.tables import RelationTable
 from querylens_fast.runs import processes
+from querylens_fast.runs.run_record import agree
 from querylens_fast.transport.fit import fit_transport
 from querylens_fast.transport.transport import Transport, load_transport
 
@@ -234,7 +235,7 @@ def _sample(
         feature_sample(dictionary, model, tokens, n_examples=examples, out=path, **limits)
     group.wait("sample")
     found = load_feature_sample(path)
-    wanted = (tokens.digest, dictionary.fingerprint)
-    if (found.metadata["tokens_digest"], found.metadata["dictionary_fingerprint"]) != wanted:
+    made = [found.metadata["tokens_digest"], found.metadata["dictionary_fingerprint"]]
+    if not agree(made, [tokens.digest, dictionary.fingerprint]):
         raise FileExistsError(f"{str(path)!r} is of another sample; delete it or choose another folder")
     return found

@@ -20,6 +20,7 @@ from querylens_fast.lens.presets import Preset, find_preset
 from querylens_fast.lens.storage import StoredSignatures, read_identity
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens
+from querylens_fast.runs.run_record import agree
 from querylens_fast.transport.fit import fit_transport
 from querylens_fast.transport.jacobians import Order
 from querylens_fast.transport.transport import ORDERS, Transport
@@ -58,7 +59,9 @@ class Method:
 
     def serves(self, dictionary: Dictionary) -> bool:
         """Whether the method is about this dictionary: a preset is about any, a file about its own."""
-        return self.path is None or read_identity(self.path).get("dictionary_fingerprint") == dictionary.fingerprint
+        if self.path is None:
+            return True
+        return agree(read_identity(self.path).get("dictionary_fingerprint"), dictionary.fingerprint)
 
     def sizes(self, ks: Sequence[int]) -> list[int]:
         """Those of the signature sizes that the method has: a file's own k is its largest.
