@@ -12,6 +12,7 @@ COMMANDS = {
     "million": "a dictionary of a million features: time, memory, search",
     "serve": "the server over results of a million features: latencies under load, memory, time to the first answer",
     "families": "every family of transformers: how it is linearised, error against brute force",
+    "linearisations": "a transport through a model's own layers against the hand-written linearisation: time, memory",
     "evaluation": "output scores by prefix against a straightforward implementation; gain of the adaptive preset",
     "integrations": "exports and calls of other tools beside what those tools do: time, memory",
     "relations": "features against features, both sides, to Parquet: time, memory, ratio to chunked torch",

@@ -53,7 +53,7 @@ def straightforward(model: ql.Model, dictionary: ql.Dictionary, prefixes: Tensor
     def logits(alpha: float | None) -> Tensor:
         spliced = splice(model, dictionary, prefixes, error_term=True)
         stream = spliced.clean() if alpha is None else spliced.changed(torch.tensor([feature]), alpha)
-        return model.logits(run_from(model, stream, spliced.point, prefixes))[0, :, -1]
+        return model.logits(run_from(model, stream, spliced.point, prefixes)[0, :, -1])
 
     def ranks(of: Tensor) -> Tensor:
         return of.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).double()
