@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode
 
 from querylens_fast.queries.catalog import PREFERRED
 from querylens_fast.queries.display import MARKS
-from querylens_fast.queries.views import FeatureView, SignatureView, Token
+from querylens_fast.queries.views import FeatureView, ScoredToken, SignatureView, Token
 from querylens_fast.serve.plots import histogram
 
 if TYPE_CHECKING:
@@ -107,21 +107,46 @@ def shade(score: float | None, largest: float) -> str:
     return f"{'p' if score > 0 else 'n'}{step}"
 
 
+def signature_rows(tokens: Iterable[ScoredToken], most: float, links: Links) -> Markup:
+    """Table rows of a signature: rank, chip, whether it is shared, bar and score. Written here for speed."""
+    from markupsafe import Markup
+
+    rows = []
+    for rank, t in enumerate(tokens, 1):
+        opening, closing = _chip(t.token, links.token(t.token))
+        error = "" if t.se is None else f" <small>±{fixed(t.se)}</small>"
+        title = "" if t.se is None else f' title="± {number(t.se, 2)}"'
+        rows.append(
+            f'<tr><td class="rank">{rank}</td><td class="token">{opening}{shade(t.score, most)}{closing}</td>'
+            f'<td class="same">{_shared(t.shared)}</td><td class="track">{score_bar(t.score, t.se, most)}</td>'
+            f'<td class="num score"{title}>{fixed(t.score)}{error}</td></tr>'
+        )
+    return Markup("\n".join(rows))
+
+
 def score_bar(score: float, se: float | None, most: float) -> Markup:
     """A bar of |score| ÷ most with a whisker of one standard error either side. Screen readers have the number."""
     from markupsafe import Markup
 
     if not (most > 0 and math.isfinite(score)):
         return Markup("")
-    long = 100 * abs(score) / most
-    whisker = (
-        "" if not se else f'<path class="whisker" d="M{long - 100 * se / most:.1f} 4.5H{long + 100 * se / most:.1f}"/>'
-    )
+    long, error = 100 * abs(score) / most, 100 * (se or 0.0) / most
+    whisker = f'<path class="whisker" d="M{long - error:.1f} 4.5H{long + error:.1f}"/>' if error else ""
     kind = "p" if score >= 0 else "n"
     return Markup(
         '<svg viewBox="0 0 100 9" preserveAspectRatio="none" aria-hidden="true">'
         f'<rect class="bar-{kind}" y="1" width="{long:.1f}" height="7"/>{whisker}</svg>'
     )
+
+
+@lru_cache(1024)
+def _shared(presets: tuple[str, ...]) -> str:
+    from markupsafe import escape
+
+    if not presets:
+        return ""
+    names = escape(", ".join(map(preset_name, presets)))
+    return f'<span title="also in {names}">∩<span class="unseen"> shared</span></span>'
 
 
 def largest(scores: Iterable[float | None]) -> float:
@@ -230,6 +255,7 @@ def environment() -> jinja2.Environment:
         "chip": chip,
         "shade": shade,
         "score_bar": score_bar,
+        "signature_rows": signature_rows,
         "largest": largest,
         "by_side": by_side,
         "chief": chief,
