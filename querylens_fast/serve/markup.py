@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -73,12 +73,23 @@ class Links:
         return f"/feature/{quote(dictionary)}/{feature}"
 
 
-def chip(token: Token, links: Links, shade: str = "z", extra: str = "") -> Markup:
+def chip(token: Token, links: Links, shade: str = "z") -> Markup:
     """A token as a chip, a link where there is a page for it; its text is escaped and isolated from what is around."""
     from markupsafe import Markup
 
     opening, closing = _chip(token, links.token(token))
-    return Markup(f"{opening}{shade}{extra}{closing}")
+    return Markup(f"{opening}{shade}{closing}")
+
+
+def chips(tokens: Iterable[Token], links: Links, here: Collection[int] = ()) -> Markup:
+    """A row of chips without scores; those whose ids are in ``here`` are outlined."""
+    from markupsafe import Markup
+
+    pieces = ['<span class="chips">']
+    for token in tokens:
+        opening, closing = _chip(token, links.token(token))
+        pieces += opening, "z here" if token.id in here else "z", closing
+    return Markup("".join([*pieces, "</span>"]))
 
 
 @lru_cache(1 << 16)
@@ -253,6 +264,7 @@ def environment() -> jinja2.Environment:
     made.filters |= {f.__name__: f for f in (number, fixed, preset_name, short, running, repr)}
     made.globals |= {
         "chip": chip,
+        "chips": chips,
         "shade": shade,
         "score_bar": score_bar,
         "signature_rows": signature_rows,
