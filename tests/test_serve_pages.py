@@ -9,9 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from served_results import N_FEATURES, VOCABULARY, odd_model, write_results
+from served_results import N_FEATURES, VOCABULARY
 from starlette.testclient import TestClient
-from tiny_models import save_tiny_model
 from typer.testing import CliRunner
 
 import querylens_fast as ql
@@ -26,10 +25,8 @@ STYLE = Path(ql.__file__).parent / "serve" / "static" / "style.css"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("served")
-    write_results(odd_model(save_tiny_model("gpt2", root / "model")), root / "results")
-    return root / "results"
+def folder(served: Path) -> Path:
+    return served / "results"
 
 
 @pytest.fixture(scope="module")

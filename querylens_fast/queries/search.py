@@ -253,7 +253,8 @@ def _candidates(place: int, source: Source, token_ids: Sequence[int], query: Que
         column = found.values(some.field, member)
         if column is None:
             return None
-        kept &= (column[at] >= some.low) & (column[at] <= some.high)
+        with np.errstate(over="ignore"):  # bounds are compared in the column's own precision
+            kept &= (column[at] >= some.low) & (column[at] <= some.high)
     if field == "score":
         keys = -scores if (query.end == "top") != descending else scores
     elif field == "feature":
