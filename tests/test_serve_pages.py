@@ -359,6 +359,8 @@ def test_a_text_is_tried(trying: TestClient, monkeypatch: pytest.MonkeyPatch) ->
         answer = trying.get("/try", params=steered | change)
         assert answer.status_code == 422 and words in answer.text and "Not computed" in answer.text
     assert trying.get("/try?dictionary=sae0&text=x").status_code == 404
+    longest = trying.get("/try", params={"dictionary": "sae1", "text": "日" * try_it.MAX_CHARACTERS})
+    assert longest.status_code == 422 and "tokens; expected" in longest.text, "its address is not too long"
     monkeypatch.setattr(try_it, "MAX_SECONDS", -1.0)
     assert "took longer" in trying.get("/try", params=steered).text
     monkeypatch.setattr(try_it, "MAX_SECONDS", 0.0)
