@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+import torch
 from served_results import N_FEATURES, VOCABULARY
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 import querylens_fast as ql
 from querylens_fast.queries.results import open_results
+from querylens_fast.runs.part_writer import PartWriter
 from querylens_fast.serve import try_it
 from querylens_fast.serve.app import create_app
 from querylens_fast.serve.markup import number, preset_name
@@ -210,26 +213,53 @@ def test_a_mistake_ends_in_a_page_that_says_what_to_do(
     assert "This address cannot be answered" in client.post("/search").text
 
 
-def test_results_that_are_deleted_cut_replaced_or_written_while_served(folder: Path, tmp_path: Path) -> None:
+def test_results_that_are_cut_deleted_and_put_back_while_served(folder: Path, tmp_path: Path) -> None:
+    """Before the files are looked at again a page says that the result has changed; then the rest is shown."""
     for file in folder.glob("sae1.*"):
         shutil.copy(file, tmp_path)
     path = tmp_path / "sae1.query_lens_value.parquet"
     whole = path.read_bytes()
-    with TestClient(create_app(open_results(tmp_path)), base_url="http://127.0.0.1") as client:
-        assert client.get("/feature/sae1/3").status_code == 200
-        path.write_bytes(whole[: len(whole) // 2])
-        for address in ("/feature/sae1/3", "/", "/search?q=self", "/compare"):
-            answer = client.get(address)
-            assert answer.status_code in (200, 410) and "Traceback" not in answer.text, address
-            assert "Overview" in answer.text
-        path.unlink()
-        assert client.get("/").status_code in (200, 410)
-        assert client.get("/feature/sae1/3").status_code in (200, 410)
-        parts = tmp_path / "sae1.query_lens_value.parquet.parts"
-        assert not parts.exists()
+    results = open_results(tmp_path)
+    pages = ("/feature/sae1/3", "/", "/search?q=self", "/compare", "/token/9")
+    with TestClient(create_app(results), base_url="http://127.0.0.1") as client:
+        assert client.get("/feature/sae1/3").text.count("Query Lens</caption>") == 2
+        for change in (lambda: path.write_bytes(whole[: len(whole) // 2]), path.unlink):
+            change()
+            for answer in map(client.get, pages):
+                assert answer.status_code in (200, 410) and not Page(answer.text).open
+                assert answer.status_code == 200 or "The result has changed" in answer.text
+            results.refresh()
+            assert [client.get(address).status_code for address in pages] == [200] * len(pages)
+            assert client.get("/feature/sae1/3").text.count("Query Lens</caption>") == 1
+            assert ("1 file is not shown" in client.get("/").text) == path.exists()
         path.write_bytes(whole)
-        client.get("/")
-        assert "Query Lens" in client.get("/feature/sae1/3").text
+        results.refresh()
+        assert client.get("/feature/sae1/3").text.count("Query Lens</caption>") == 2
+
+
+def test_a_run_that_is_not_finished_is_on_the_overview(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "later.parquet"
+    shutil.copy(folder / "sae0.logit_lens_value.parquet", tmp_path)
+    model = ql.load_model(folder.parent / "model")
+    source = ql.directions(torch.randn(9, model.d_model), layer=2, name="later")
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        written = []
+
+        def stop(self: PartWriter, start: int, table: pa.Table) -> None:
+            written.append(start)
+            if len(written) == 3:
+                raise KeyboardInterrupt
+            write(self, start, table)
+
+        write = PartWriter.write
+        patch.setattr(PartWriter, "write", stop)
+        ql.signatures(source, model, preset="logit_lens_value", k=3, out=path, block_rows=2, progress=False)
+    with TestClient(create_app(open_results(tmp_path)), base_url="http://127.0.0.1") as client:
+        text = re.sub(r"<[^>]*>|\s+", " ", client.get("/").text)
+        assert re.search(r"Not finished: +logit_lens_value of later, [1-8] of 9 features", text)
+        ql.signatures(source, model, preset="logit_lens_value", k=3, out=path, block_rows=2, progress=False)
+        client.app.state.results.refresh()  # type: ignore[attr-defined]
+        assert "Not finished" not in client.get("/").text and client.get("/feature/later/8").status_code == 200
 
 
 def test_the_static_report_needs_nothing_else(folder: Path, tmp_path: Path) -> None:
@@ -329,6 +359,8 @@ def test_a_text_is_tried(trying: TestClient, monkeypatch: pytest.MonkeyPatch) ->
         answer = trying.get("/try", params=steered | change)
         assert answer.status_code == 422 and words in answer.text and "Not computed" in answer.text
     assert trying.get("/try?dictionary=sae0&text=x").status_code == 404
+    longest = trying.get("/try", params={"dictionary": "sae1", "text": "日" * try_it.MAX_CHARACTERS})
+    assert longest.status_code == 422 and "tokens; expected" in longest.text, "its address is not too long"
     monkeypatch.setattr(try_it, "MAX_SECONDS", -1.0)
     assert "took longer" in trying.get("/try", params=steered).text
     monkeypatch.setattr(try_it, "MAX_SECONDS", 0.0)
