@@ -15,6 +15,7 @@ from querylens_fast.cli.console import quiet_loading, reported_errors, say, wide
 from querylens_fast.cli.flags import Flags, flags_of, with_flags
 from querylens_fast.demo import ASSETS
 from querylens_fast.evaluation.judge import DEFAULT_JUDGE
+from querylens_fast.runs import processes as ranks
 
 ModelOption = Annotated[str | None, typer.Option(help="Default: the embedded model and dictionaries.")]
 ManyOption = Annotated[list[str] | None, typer.Option("--dictionary", help="Repeat for more layers.")]
@@ -115,32 +116,38 @@ def input_score(
     loading: Flags = LOADING,
 ) -> None:
     """The paper's input score I(T): is what activates a feature in its signature? By layer, with 95 % intervals."""
-    with reported_errors():
+    with reported_errors(), ranks.joined() as group:
         from querylens_fast.demo.showcase import FIT_SEQUENCES
         from querylens_fast.evaluation.methods import Context, find_methods, fit_for
         from querylens_fast.evaluation.scores import Case, labels_of, mean_scores, score_methods
         from querylens_fast.runs.atomic_write import write_whole
 
         quiet_loading()
+        loading |= {"device": group.device(loading["device"])}
         methods = find_methods(presets.split(","))
         loaded, sources, text = _subject(model, dictionaries, tokens, loading)
         # The embedded sample begins with what its own transports are fitted on.
         cut = min(FIT_SEQUENCES, len(text.ids) // 2) if transport is None or model is None else 0
         held_out = ql.Tokens(text.ids[cut:], text.valid_mask[cut:], text.source)
         fitted = fit_for(methods, loaded, text.head(cut)) if transport is None else ql.load_transport(transport)
-        cases = []
-        for source, label in zip(sources, labels_of(sources), strict=True):
-            found = ql.feature_sample(source, loaded, held_out, n_examples=examples)
-            cases.append(Case(source, label, found.choose(source.n_features, min_examples), found))
+        share = group.share(range(len(sources)))
+        own = {i: ql.feature_sample(sources[i], loaded, held_out, n_examples=examples) for i in share}
+        found = dict(pair for some in group.gather(own) for pair in some.items())
+        cases = [
+            Case(source, label, found[i].choose(source.n_features, min_examples), found[i])
+            for i, (source, label) in enumerate(zip(sources, labels_of(sources), strict=True))
+        ]
         context = Context(loaded, fitted, text.head(cut or 1))
         scores = mean_scores(score_methods(cases, context, methods, ks=(k,), coherence=False, progress=True))
-        if out is not None:
+        if out is not None and group.leads:
             n = {case.label: case.dictionary.n_features for case in cases}
             n_all = {**n, None: sum(n.values())}
             rows = [
                 {"preset": s.method, **s.as_dict(), "n_left_out": n_all[s.dictionary] - s.n_features} for s in scores
             ]
             write_whole(out, json.dumps(rows, indent=1))
+    if not group.leads:
+        return
     from rich.table import Table
 
     names = [*(case.label for case in cases), None]
@@ -166,15 +173,17 @@ def report(
     loading: Flags = LOADING,
 ) -> None:
     """Scores of every preset, figures and one HTML page, for a model's dictionaries."""
-    with reported_errors():
+    with reported_errors(), ranks.joined() as group:
         from querylens_fast.demo.showcase import FIT_SEQUENCES
 
         quiet_loading()
+        loading |= {"device": group.device(loading["device"])}
         loaded, sources, text = _subject(model, dictionaries, tokens, loading)
         if model is None and reporting["fit_sequences"] is None:
             reporting |= {"fit_sequences": FIT_SEQUENCES}
         found = ql.evaluation_report(loaded, sources, text, out, transport=transport, **reporting)
-    say(f"{len(found.scores)} rows of scores; page: {(found.folder / 'report.html').resolve()}")
+    if group.leads:
+        say(f"{len(found.scores)} rows of scores; page: {(found.folder / 'report.html').resolve()}")
 
 
 def _subject(

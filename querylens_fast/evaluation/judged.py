@@ -10,7 +10,7 @@ import torch
 
 from querylens_fast.evaluation.judge import Judgement, list_key, prompt_digest
 from querylens_fast.lens.search import show
-from querylens_fast.lens.storage import StoredSignatures, format_of
+from querylens_fast.lens.storage import StoredSignatures, format_of, read_identity, refuse_other_columns
 from querylens_fast.relations.tables import Block, RelationTable, rows, tabulate
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ def result_lists(path: str | Path, n_features: int, *, seed: int = 0, model: str
         raise ValueError(f"features is {n_features}; expected at least 1")
     if not Path(path).is_file():
         raise FileNotFoundError(f"result {str(path)!r} does not exist")
+    if format_of(path) == "parquet":
+        read_identity(path)
+        refuse_other_columns(path)
     table = StoredSignatures(Path(path), 0, format_of(path)).table()
     features = table["feature"].to_pylist()
     if len(set(features)) != len(features):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
-from querylens_fast.evaluation.feature_sample import feature_sample, load_feature_sample
+from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample, load_feature_sample
 from querylens_fast.evaluation.generation import steer
 from querylens_fast.evaluation.methods import Context, find_methods
 from querylens_fast.evaluation.output_score import promoted_tokens
@@ -34,6 +34,7 @@ from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, as_tokens
 from querylens_fast.relations.tables import RelationTable
+from querylens_fast.runs import processes
 from querylens_fast.runs.atomic_write import write_whole
 from querylens_fast.transport.fit import fit_transport
 from querylens_fast.transport.transport import Transport, load_transport
@@ -115,6 +116,7 @@ def evaluation_report(
     model.str_tokens([0])
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    group = processes.current()
     fit, held_out = _cut(as_tokens(tokens, model), fit_sequences, transport is not None)
     context = Context(
         model,
@@ -124,7 +126,11 @@ def evaluation_report(
         max_memory_gib,
     )
     labels = labels_of(loaded)
-    bar = tqdm(list(zip(loaded, labels, strict=True)), desc="dictionaries", disable=not progress)
+    pairs = list(zip(loaded, labels, strict=True))
+    for dictionary, label in group.share(pairs):
+        _sample(model, dictionary, label, held_out, folder, min_examples, progress)
+    group.wait("feature samples")
+    bar = tqdm(pairs, desc="dictionaries", disable=not (progress and group.leads))
     settings = {"n_features": n_features, "min_examples": min_examples, "prefixes": prefixes, "seed": seed}
     cases = [_case(model, dictionary, label, held_out, folder, progress, **settings) for dictionary, label in bar]
     scores = score_methods(
@@ -136,11 +142,13 @@ def evaluation_report(
         [m for score in ("input_score", "output_score", "embedding_coherence") for m in mean_scores(scores, score)],
         _rel_var(cases, context.transport),
         _oracle(scores, labels),
-        [s for case in cases for s in _shown(case, context, held_out, scores, prompt)],
+        [s for case in cases for s in _shown(case, context, held_out, scores, prompt)] if group.leads else [],
     )
-    figures = draw_figures(report, folder / "figures")
-    write_page(report, figures)
-    write_whole(folder / "report.json", json.dumps(_numbers(report), indent=1))
+    if group.leads:
+        figures = draw_figures(report, folder / "figures")
+        write_page(report, figures)
+        write_whole(folder / "report.json", json.dumps(_numbers(report), indent=1))
+    group.wait("report")
     return report
 
 
@@ -173,7 +181,8 @@ def _transport(
             raise FileExistsError(f"{str(path)!r} was fitted on other tokens; delete it or choose another folder")
         return found
     found = fit_transport(model, tokens, energy="probes", max_memory_gib=max_memory_gib, progress=progress)
-    found.save(path)
+    if processes.current().leads:
+        found.save(path)
     return found
 
 
@@ -190,22 +199,26 @@ def _case(
     prefixes: Sequence[str] | Tensor | None,
     seed: int,
 ) -> Case:
-    name = label.replace("/", "-")
-    path = folder / f"sample-{name}.parquet"
-    if path.exists():
-        sample = load_feature_sample(path)
-        wanted = (tokens.digest, dictionary.fingerprint)
-        if (sample.metadata["tokens_digest"], sample.metadata["dictionary_fingerprint"]) != wanted:
-            raise FileExistsError(f"{str(path)!r} is of another sample; delete it or choose another folder")
-    else:
-        sample = feature_sample(
-            dictionary, model, tokens, n_examples=max(20, min_examples), out=path, progress=progress
-        )
+    sample = _sample(model, dictionary, label, tokens, folder, min_examples, progress)
     chosen = sample.choose(n_features, min_examples, seed)
-    promoted = promoted_tokens(
-        dictionary, model, chosen, prefixes=prefixes, out=folder / f"promoted-{name}.parquet", progress=progress
-    )
+    out = folder / f"promoted-{label.replace('/', '-')}.parquet"
+    promoted = promoted_tokens(dictionary, model, chosen, prefixes=prefixes, out=out, progress=progress)
     return Case(dictionary, label, chosen, sample, promoted)
+
+
+def _sample(
+    model: Model, dictionary: Dictionary, label: str, tokens: Tokens, folder: Path, min_examples: int, progress: bool
+) -> FeatureSample:
+    """Where the dictionary's features are active: from its file in the folder, or computed and written there."""
+    path = folder / f"sample-{label.replace('/', '-')}.parquet"
+    if not path.exists():
+        n_examples = max(20, min_examples)
+        return feature_sample(dictionary, model, tokens, n_examples=n_examples, out=path, progress=progress)
+    sample = load_feature_sample(path)
+    wanted = (tokens.digest, dictionary.fingerprint)
+    if (sample.metadata["tokens_digest"], sample.metadata["dictionary_fingerprint"]) != wanted:
+        raise FileExistsError(f"{str(path)!r} is of another sample; delete it or choose another folder")
+    return sample
 
 
 def _rel_var(cases: Sequence[Case], transport: Transport | None) -> dict[str, dict[str, float]]:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -40,6 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from querylens_fast.models.model import Model
+from querylens_fast.runs import processes
 from querylens_fast.runs.part_writer import PartWriter, read_identity
 from querylens_fast.runs.run_lock import held, resumable
 from querylens_fast.runs.sealed_parquet import opened
@@ -121,7 +122,8 @@ def tabulate(
     Args:
         blocks: The product, at least one block.
         metadata: What the rows are, as JSON values; ``what`` names the product. A file of other metadata is refused.
-        out: A ``.parquet`` file to stream to. Peak memory is then one block's rows.
+        out: A ``.parquet`` file to stream to. Peak memory is then one block's rows. Within `processes.joined` the
+            blocks are shared among the processes, as they are without a file.
         resume: Go on from what an earlier, killed call wrote; False: refuse to touch it.
         progress: Show a progress bar; by default with ``out``.
         unit: What the bar counts.
@@ -136,15 +138,18 @@ def tabulate(
     if not blocks:
         raise ValueError(f"there is nothing to compute for {metadata.get('what')!r}: no features or no targets chosen")
     metadata = json.loads(json.dumps({"format": FORMAT, **metadata, "blocks": len(blocks)}))
-    show = out is not None if progress is None else progress
-    with tqdm(total=sum(b.size for b in blocks), desc=metadata.get("what"), unit=unit, disable=not show) as bar:
+    shown = (out is not None if progress is None else progress) and processes.current().leads
+    with tqdm(total=sum(b.size for b in blocks), desc=metadata.get("what"), unit=unit, disable=not shown) as bar:
         if out is not None:
             return _write(blocks, metadata, Path(out), resume, bar)
-        parts = []
-        for block in blocks:
-            parts.append(block.compute())
+        group, own = processes.current(), {}
+        for i, block in group.share(list(enumerate(blocks))):
+            own[i] = block.compute()
             bar.update(block.size)
-    return RelationTable(metadata, in_memory=pa.concat_tables(parts).unify_dictionaries())
+            group.check()
+        parts = dict(part for some in group.gather(own) for part in some.items())
+    table = pa.concat_tables([parts[i] for i in range(len(blocks))]).unify_dictionaries()
+    return RelationTable(metadata, in_memory=table)
 
 
 def read_table(path: str | Path) -> RelationTable:
@@ -277,10 +282,18 @@ def _for_each(value: Any, repeats: int) -> Any:
 def _write(blocks: Sequence[Block], metadata: dict[str, Any], out: Path, resume: bool, bar: tqdm[Any]) -> RelationTable:
     if out.suffix != ".parquet":
         raise ValueError(f"out is {str(out)!r}; expected a .parquet file")
-    with held(out), resumable(out):
-        writer = PartWriter(out, metadata, row_group=ROW_GROUP, resume=resume)
-        for i, block in enumerate(blocks):
+    group = processes.current()
+    group.agree("the table", metadata)
+    with held(out) if group.leads else nullcontext(), resumable(out):
+        with group.in_turn("open the table"):
+            writer = PartWriter(out, metadata, row_group=ROW_GROUP, resume=resume)
+        for i, block in group.share(list(enumerate(blocks))):
             if not writer.done(i):
                 writer.write(i, block.compute())
             bar.update(block.size)
-        return RelationTable(metadata, writer.finish(n_parts=len(blocks)))
+            group.check()
+        group.wait("table written")
+        if group.leads:
+            writer.finish(n_parts=len(blocks))
+        group.wait("table finished")
+        return RelationTable(metadata, out)
