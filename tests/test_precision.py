@@ -89,6 +89,21 @@ def test_dead_features_are_scored_once() -> None:
     check_exact(found, F, W, 5, 1e-4)
 
 
+def test_probes_are_not_all_dead_where_every_other_row_is() -> None:
+    F, W = gaussian(600, 32, seed=10), gaussian(3000, 32, seed=11)
+    F[::2] = 0
+    found, widened, fallback = narrow_topk(F, W, 5)
+    assert widened == 600 and fallback == 2
+    check_exact(found, F, W, 5, 1e-4)
+
+
+def test_rows_get_the_sharpest_limits_at_once_where_the_probes_need_them() -> None:
+    """Columns of very different norm: the limits of a few large groups of columns leave too many candidates."""
+    F, W = gaussian(520, 8, seed=12), gaussian(49152, 8, seed=13) * gaussian(49152, 1, seed=14).exp()
+    _, widened, fallback = narrow_topk(F, W, 12)
+    assert widened == 0 and fallback == 0
+
+
 @pytest.mark.parametrize("factor", [1e3, float("inf"), float("nan")])
 def test_a_few_outlying_columns_cost_no_row_its_proof(factor: float) -> None:
     F, W = gaussian(60, 48, seed=12), gaussian(6000, 48, seed=13)

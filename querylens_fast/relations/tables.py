@@ -21,7 +21,8 @@ A product is a sequence of `Block`s, each of which computes its rows when called
     found.table(), found.pandas(), found.metadata
 
 With ``out`` every block becomes a part file in ``<out>.parts``, whole or not at all; a killed run called again computes
-only what is missing, and the file appears under its name once it is complete.
+only what is missing, and the file appears under its name once it is complete. Within `processes.joined` the blocks are
+shared among the processes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -122,8 +123,7 @@ def tabulate(
     Args:
         blocks: The product, at least one block.
         metadata: What the rows are, as JSON values; ``what`` names the product. A file of other metadata is refused.
-        out: A ``.parquet`` file to stream to. Peak memory is then one block's rows. Within `processes.joined` the
-            blocks are shared among the processes, as they are without a file.
+        out: A ``.parquet`` file to stream to. Peak memory is then one block's rows.
         resume: Go on from what an earlier, killed call wrote; False: refuse to touch it.
         progress: Show a progress bar; by default with ``out``.
         unit: What the bar counts.
@@ -138,18 +138,17 @@ def tabulate(
     if not blocks:
         raise ValueError(f"there is nothing to compute for {metadata.get('what')!r}: no features or no targets chosen")
     metadata = json.loads(json.dumps({"format": FORMAT, **metadata, "blocks": len(blocks)}))
-    shown = (out is not None if progress is None else progress) and processes.current().leads
-    with tqdm(total=sum(b.size for b in blocks), desc=metadata.get("what"), unit=unit, disable=not shown) as bar:
+    show = out is not None if progress is None else progress
+    own = processes.current().share(blocks) if out is not None else blocks
+    hidden = not (show and processes.current().leads)
+    with tqdm(total=sum(b.size for b in own), desc=metadata.get("what"), unit=unit, disable=hidden) as bar:
         if out is not None:
             return _write(blocks, metadata, Path(out), resume, bar)
-        group, own = processes.current(), {}
-        for i, block in group.share(list(enumerate(blocks))):
-            own[i] = block.compute()
+        parts = []
+        for block in blocks:
+            parts.append(block.compute())
             bar.update(block.size)
-            group.check()
-        parts = dict(part for some in group.gather(own) for part in some.items())
-    table = pa.concat_tables([parts[i] for i in range(len(blocks))]).unify_dictionaries()
-    return RelationTable(metadata, in_memory=table)
+    return RelationTable(metadata, in_memory=pa.concat_tables(parts).unify_dictionaries())
 
 
 def read_table(path: str | Path) -> RelationTable:
@@ -284,16 +283,18 @@ def _write(blocks: Sequence[Block], metadata: dict[str, Any], out: Path, resume:
         raise ValueError(f"out is {str(out)!r}; expected a .parquet file")
     group = processes.current()
     group.agree("the table", metadata)
-    with held(out) if group.leads else nullcontext(), resumable(out):
-        with group.in_turn("open the table"):
+    with ExitStack() as stack:
+        if group.leads:
+            stack.enter_context(held(out))
+        stack.enter_context(resumable(out))
+        with group.in_turn("open"):
             writer = PartWriter(out, metadata, row_group=ROW_GROUP, resume=resume)
         for i, block in group.share(list(enumerate(blocks))):
             if not writer.done(i):
                 writer.write(i, block.compute())
             bar.update(block.size)
             group.check()
-        group.wait("table written")
-        if group.leads:
-            writer.finish(n_parts=len(blocks))
-        group.wait("table finished")
-        return RelationTable(metadata, out)
+        group.wait("written")
+        path = writer.finish(n_parts=len(blocks)) if group.leads else out
+        group.wait("finished")
+        return RelationTable(metadata, path)

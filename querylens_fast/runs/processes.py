@@ -73,10 +73,6 @@ class Ranks:
         """Add up a tensor over the processes, in place on each."""
         return tensor
 
-    def gather(self, value: T) -> list[T]:
-        """What each process gives (anything that can be pickled), by rank."""
-        return [value]
-
     def check(self) -> None:
         """Raise `RankStopped` if another process has died or failed."""
 
@@ -117,17 +113,6 @@ class _Joined(Ranks):
 
         self._together("sum", lambda: dist.all_reduce(tensor, async_op=True))
         return tensor
-
-    def gather(self, value: T) -> list[T]:
-        import torch.distributed as dist
-
-        found: list[Any] = [None] * self.size
-        self.wait("gather")
-        try:
-            dist.all_gather_object(found, value)
-        except RuntimeError as error:
-            raise self._broken("gathering", error) from error
-        return found
 
     def check(self) -> None:
         if self._stopped is not None:
