@@ -1,8 +1,8 @@
 """A transport through a model's own layers against the hand-written linearisation: time and peak memory.
 
-    python -m bench linearisations [--only gpt2 ...] [--repeat 2] [--out FILE]
+    python -m bench linearisations [--only gpt2 ...] [--repeat 1] [--out FILE]
 
-Both fit the same random model (d = 256, four layers, float32) on the same sample, both sides of the full order, taking
+Both fit the same random model (d = 192, four layers, float32) on the same sample, both sides of the full order, taking
 turns in one process; their matrices are compared first. Peak memory is that of anonymous pages above what the process
 had before the fit, the result's own matrices taken off, to be held against ``max_memory_gib``.
 """
@@ -25,7 +25,7 @@ from bench.machine import machine
 from bench.million import anonymous_mib, peak_memory
 from bench.record import RESULTS, save
 
-D_MODEL, LAYERS, VOCAB, SEQUENCES, LENGTH, MAX_GIB = 256, 4, 1000, 8, 32, 0.5
+D_MODEL, LAYERS, VOCAB, SEQUENCES, LENGTH, MAX_GIB = 192, 4, 1000, 8, 32, 0.5
 SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": D_MODEL,
@@ -33,7 +33,7 @@ SHAPE = {
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
 }
-GROUPED = {**SHAPE, "num_key_value_heads": 2, "head_dim": 64}
+GROUPED = {**SHAPE, "num_key_value_heads": 2, "head_dim": 48}
 MODELS = {
     "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCAB, n_embd=D_MODEL, n_layer=LAYERS, n_head=4),
     "gpt_neox (parallel)": lambda: transformers.GPTNeoXConfig(**SHAPE),
@@ -86,20 +86,24 @@ def measure(name: str, repeat: int) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench linearisations", description=__doc__)
     parser.add_argument("--only", nargs="*", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--out", type=Path, help="record (default: bench/results/linearisations-DATE.json)")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.getLogger("querylens_fast").setLevel(logging.ERROR)
-    rows = []
+    where = machine(torch.device("cpu"))
+    out = options.out or RESULTS / f"linearisations-{where['date']}.json"
+    rows: list[dict[str, Any]] = []
     for name in options.only:
         row = measure(name, options.repeat)
         rows.append(row)
+        save(out, {"machine": where, "d_model": D_MODEL, "sequences": SEQUENCES, "length": LENGTH, "rows": rows})
         ours, own = (row["seconds"][way] for way in WAYS)
         memory = ", ".join(f"{row['peak_mib'][way]:.0f}" for way in WAYS)
-        print(f"{name:20s} {ours:6.2f} s by hand, {own:6.2f} s by autodiff = {row['ratio']:.2f}; peak MiB {memory}")
-    record = {"machine": machine(torch.device("cpu")), "sequences": SEQUENCES, "length": LENGTH, "rows": rows}
-    save(options.out or RESULTS / f"linearisations-{record['machine']['date']}.json", record)
+        print(
+            f"{name:20s} {ours:6.2f} s by hand, {own:6.2f} s by autodiff = {row['ratio']:.2f}; peak MiB {memory}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ readout (`lens.readouts`) → streamed top-k (`topk`) → `signatures` → files
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from querylens_fast.dictionaries.dictionary import Dictionary, directions, neuron_dictionary
+from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.feature_lists import Activation, Feature
 from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.dictionaries.matrices import directions, neuron_dictionary
 from querylens_fast.evaluation.evaluate import evaluate_signatures
 from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample, load_feature_sample
 from querylens_fast.evaluation.generation import SteeredText, steer

@@ -8,7 +8,7 @@ import torch
 import querylens_fast as ql
 from bench.families import errors, newest, table
 from bench.family_cases import FAMILIES, tiny
-from querylens_fast.models.frame import named_readout
+from querylens_fast.models.frame import named_readout, position_limit
 
 QUICK = (
     "gpt_neox_parallel",
@@ -61,6 +61,27 @@ def test_both_linearisations_agree(name: str) -> None:
     for pair, matrices in ours.matrices.items():
         difference = (matrices - theirs.matrices[pair]).norm() / matrices.norm()
         assert difference < 1e-6, (pair, float(difference))
+
+
+TABLES = ("gpt_neo", "opt", "biogpt", "gpt", "gpt_bigcode", "ctrl", "gptj", "codegen", "mpt")
+
+
+@pytest.mark.parametrize("name", [*TABLES, "llama", "bloom", "mamba"])
+def test_a_model_ends_where_its_table_of_positions_does(name: str) -> None:
+    source = tiny(name)
+    assert position_limit(source) == (64 if name in TABLES else None)
+    source(input_ids=torch.ones(1, 64, dtype=torch.long))
+    if name in TABLES:
+        with pytest.raises((IndexError, RuntimeError)):
+            source(input_ids=torch.ones(1, 65, dtype=torch.long))
+    else:
+        source(input_ids=torch.ones(1, 65, dtype=torch.long))
+
+
+def test_sequences_beyond_the_positions_are_refused() -> None:
+    model = ql.as_model(tiny("opt"))
+    with pytest.raises(ValueError, match="65 long, but model 'OPTForCausalLM' has 64 positions"):
+        ql.fit_transport(model, torch.full((1, 65), 5), progress=False)
 
 
 def test_a_parallel_layer_is_one_unit() -> None:

@@ -3,11 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from tiny_models import CONFIGS
+from tiny_models import CONFIGS, save_tiny_model
 
 import querylens_fast as ql
 
@@ -23,6 +24,55 @@ def test_wrappers_are_taken_off() -> None:
     assert ql.as_model(torch.nn.DataParallel(model)).fingerprint == plain.fingerprint
     assert ql.as_model(torch.compile(model)).fingerprint == plain.fingerprint
     assert "_querylens_model" not in vars(model)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_transformer_bridges(name: str, tmp_path: Path) -> None:
+    """A real bridge is the model in it, with its tokenizer, unless its weights were processed."""
+    bridges = pytest.importorskip("transformer_lens.model_bridge", reason="needs transformer-lens 3 or later")
+    folder = save_tiny_model(name, tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def boot() -> Any:
+        inner = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        return bridges.TransformerBridge.boot_transformers(str(folder), hf_model=inner, tokenizer=tokenizer)
+
+    plain, bridge = ql.load_model(folder), boot()
+    found = ql.as_model(bridge)
+    assert found.fingerprint == plain.fingerprint and found.linearisation == "hand-written"
+    assert found.tokenizer is bridge.tokenizer
+    bridge.enable_compatibility_mode(no_processing=True)
+    assert ql.as_model(bridge).fingerprint == plain.fingerprint
+    processed = boot()
+    processed.enable_compatibility_mode()
+    with pytest.raises(ql.UnsupportedModelError, match="weights were processed in place"):
+        ql.as_model(processed)
+
+
+def test_nnsight_models(gpt2_folder: Path) -> None:
+    nnsight = pytest.importorskip("nnsight", reason="its environment is not that of sae-lens")
+    inner = transformers.AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2_folder)
+    found = ql.as_model(nnsight.LanguageModel(inner, tokenizer=tokenizer))
+    assert found.fingerprint == ql.load_model(gpt2_folder).fingerprint and found.tokenizer is not None
+
+
+def test_peft_models() -> None:
+    peft = pytest.importorskip("peft", reason="adapters are not needed by anything here")
+    options = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    adapted = peft.get_peft_model(source(), peft.LoraConfig(**options)).eval()
+    for given in (adapted, adapted.base_model.model):
+        with pytest.raises(ql.UnsupportedModelError, match="unmerged adapters.*merge_and_unload"):
+            ql.as_model(given)
+    assert ql.as_model(adapted.merge_and_unload()).fingerprint != ql.as_model(source()).fingerprint
+
+
+def test_bitsandbytes_layers() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="quantisation is not needed by anything here")
+    model = source()
+    model.model.layers[0].mlp.up_proj = bitsandbytes.nn.Linear8bitLt(24, 40, bias=False)
+    with pytest.raises(ql.UnsupportedModelError, match="quantised weights.*Linear8bitLt"):
+        ql.as_model(model)
 
 
 def test_unusable_models_are_refused_by_name() -> None:

@@ -6,8 +6,9 @@ import dataclasses
 from typing import Any
 
 from querylens_fast.analysis.processes import local_tokens, total
-from querylens_fast.dictionaries.dictionary import Dictionary, neuron_dictionary
+from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.dictionaries.matrices import neuron_dictionary
 from querylens_fast.lens.planning import plan
 from querylens_fast.lens.presets import Preset, find_preset
 from querylens_fast.models.load import as_model

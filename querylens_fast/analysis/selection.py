@@ -15,9 +15,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from querylens_fast.analysis.configuration import plain
-from querylens_fast.dictionaries.dictionary import Dictionary, FeatureIds, MemoryRows, Rows, neuron_dictionary
+from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.feature_lists import Feature, load_features, sort_features_by_layer
 from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.dictionaries.matrices import neuron_dictionary
+from querylens_fast.dictionaries.rows import FeatureIds, MemoryRows, Rows
 from querylens_fast.lens.presets import Preset
 from querylens_fast.models.model import Model
 

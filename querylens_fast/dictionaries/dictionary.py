@@ -1,7 +1,7 @@
 """Dictionaries: the key and value vectors of a layer's features, and where in the model they act.
 
 A `Dictionary` reads its vectors block by block, straight from its file when it has one. `load_dictionary` makes one
-from a file, a release or an object; `directions` and `neuron_dictionary` make one from a matrix and from a model's MLP.
+from a file, a release or an object; `directions` and `neuron_dictionary` from a matrix and from a model's MLP.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from torch import Tensor
 
 from querylens_fast.dictionaries.digest import SideDigest, content_digest, side_digests
 from querylens_fast.dictionaries.hook_points import HookPoint, Kind, hook_point
-from querylens_fast.dictionaries.rows import CarriedRows, FeatureIds, MemoryRows, Rows
+from querylens_fast.dictionaries.rows import CarriedRows, FeatureIds, Rows
 from querylens_fast.dictionaries.sae import Coder
-from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 
 
@@ -311,41 +310,6 @@ def _parse_range(text: str, n: int) -> range | list[int]:
         return [int(x) for x in text.split(",")]
     except ValueError:
         raise ValueError(f"features={text!r}; expected 'all', 'start:stop' or ids like '1,5,9'") from None
-
-
-def directions(
-    matrix: Tensor, *, layer: int, keys: Tensor | None = None, point: str = "resid_post", name: str = "directions"
-) -> Dictionary:
-    """A dictionary over any matrix of directions [n, D]: probes, steering vectors, matrix factors.
-
-    Args:
-        matrix: The value vectors; they serve as keys too unless ``keys`` is given.
-        layer: The layer they live in.
-        keys: Key vectors [n, D].
-        point: "resid_pre", "resid_mid" or "resid_post" of that layer.
-        name: Shown in results.
-    """
-    matrix = torch.as_tensor(matrix)
-    keys = matrix if keys is None else torch.as_tensor(keys)
-    if matrix.ndim != 2 or not matrix.is_floating_point():
-        raise ValueError(f"matrix is {list(matrix.shape)} of {matrix.dtype}; expected a float matrix [n, d_model]")
-    if keys.shape != matrix.shape:
-        raise ValueError(f"keys are {list(keys.shape)} but values are {list(matrix.shape)}; they must agree")
-    if point not in ("resid_pre", "resid_mid", "resid_post"):
-        raise ValueError(f"point is {point!r}; expected resid_pre, resid_mid or resid_post")
-    hook = hook_point(f"blocks.{layer}.hook_{point}")
-    return Dictionary.at(name, "directions", layer, (MemoryRows(matrix), MemoryRows(keys)), (hook, hook))
-
-
-def neuron_dictionary(model: Any, layer: int) -> Dictionary:
-    """The MLP neurons of a layer: values are W_out's columns, keys W_in's rows (the up projection of a gated MLP)."""
-    model = as_model(model)
-    if not 0 <= layer < model.n_layers:
-        raise ValueError(f"layer is {layer}, but model {model.name!r} has layers 0 to {model.n_layers - 1}")
-    mlp = model.blocks[layer].mlp
-    hooks = hook_point(f"blocks.{layer}.mlp.hook_in"), hook_point(f"blocks.{layer}.hook_mlp_out")
-    rows = MemoryRows(mlp.W_out.mT), MemoryRows(mlp.W_in)
-    return Dictionary.at(f"neurons of layer {layer}", "neurons", layer, rows, hooks)
 
 
 def _check_width(dictionary: Dictionary, model: Model, width: int) -> None:

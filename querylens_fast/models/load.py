@@ -109,8 +109,9 @@ def load_model(
 def as_model(model: Any, tokenizer: Any = None, linearisation: Linearisation = "auto") -> Model:
     """A `Model` from one already in memory: a `Model`, a transformers causal LM or a hooked model.
 
-    Wrappers (torch.compile, DataParallel, nnsight, nnterp, an unprocessed TransformerBridge) are taken off. The object
-    is never changed; its weights are shared. ``linearisation`` is that of `load_model`, for a transformers model.
+    Wrappers (torch.compile, DataParallel, nnsight, nnterp, an unprocessed TransformerBridge) are taken off; their
+    tokenizer is kept. The object is never changed; its weights are shared. ``linearisation`` is that of `load_model`,
+    for a transformers model.
 
     Raises:
         UnsupportedModelError: It is none of these, or is refused by name (`refusals`).
@@ -120,7 +121,9 @@ def as_model(model: Any, tokenizer: Any = None, linearisation: Linearisation = "
         return model
     if linearisation == "none":
         raise ValueError("linearisation is 'none', which is for load_model; a model in memory has its layers")
-    model = unwrap(model)
+    model, wrapper = unwrap(model), model
+    if tokenizer is None and wrapper is not model:
+        tokenizer = getattr(wrapper, "tokenizer", None)
     hooked = hasattr(model, "cfg") and hasattr(model, "blocks") and hasattr(model, "W_E")
     if not isinstance(model, nn.Module) or not (
         hooked or (hasattr(model, "config") and hasattr(model, "get_input_embeddings"))

@@ -41,7 +41,7 @@ def _reasons(source: nn.Module) -> Iterator[str]:
     if adapters:
         yield (
             f"has unmerged adapters ({adapters[0] or type(source).__name__}), which its own weights do not show; pass "
-            "what model.merge_and_unload() returns"
+            "what model.merge_and_unload() returns (prompts and prefixes cannot be merged: they are not supported)"
         )
     for name, module in source.named_modules():
         if _package(module, QUANTISERS) or ".quantized" in type(module).__module__:

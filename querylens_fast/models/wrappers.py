@@ -33,9 +33,9 @@ def _inner(model: Any) -> Any:
     if isinstance(bridged, nn.Module):
         if _processed(model):
             raise UnsupportedModelError(
-                f"model is a {type(model).__name__} whose weights were processed in place (compatibility mode: norms "
-                "folded, matrices centred), so its head is no raw lm_head; pass the bridge as boot_transformers made "
-                "it, or the transformers model"
+                f"model is a {type(model).__name__} whose weights were processed in place (norms folded, matrices "
+                "centred), so its head is no raw lm_head; pass the bridge as boot_transformers made it (or with "
+                "enable_compatibility_mode(no_processing=True)), or the transformers model"
             )
         return bridged
     if any(c.__module__.partition(".")[0] in ("nnsight", "nnterp") for c in type.mro(type(model))):
@@ -48,5 +48,5 @@ def _inner(model: Any) -> Any:
 
 def _processed(bridge: Any) -> bool:
     """Whether a TransformerBridge says that its weights are no longer the checkpoint's."""
-    flags = ("_weights_processed", "weights_processed", "compatibility_mode")
-    return any(bool(getattr(bridge, flag, False)) for flag in flags)
+    said = getattr(bridge, "_weights_processed", None)
+    return bool(getattr(bridge, "compatibility_mode", False) if said is None else said)

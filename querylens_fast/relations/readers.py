@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from querylens_fast.dictionaries.dictionary import Dictionary, directions
+from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.dictionaries.matrices import directions
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.relations.latest import Latest

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from querylens_fast.dictionaries.dictionary import Dictionary, neuron_dictionary
+from querylens_fast.dictionaries.dictionary import Dictionary
+from querylens_fast.dictionaries.matrices import neuron_dictionary
 from querylens_fast.models.errors import UnsupportedModelError
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import at_least_float32
