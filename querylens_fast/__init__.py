@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from querylens_fast.dictionaries.dictionary import Dictionary, directions, neuron_dictionary
 from querylens_fast.dictionaries.feature_lists import Activation, Feature
 from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.evaluation.evaluate import evaluate_signatures
 from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample, load_feature_sample
 from querylens_fast.evaluation.generation import SteeredText, steer
 from querylens_fast.evaluation.output_score import Promoted, output_scores, promoted_tokens
@@ -88,6 +89,7 @@ __all__ = [
     "weight_descriptions",
     "directions",
     "downstream",
+    "evaluate_signatures",
     "evaluation_report",
     "export_circuit_tracer",
     "export_jacobian_lens",

@@ -1,4 +1,4 @@
-"""A dictionary's identity covers all of its content, in whatever file it lies; that of earlier versions still counts."""
+"""A dictionary's identity covers all of its content, in whatever file it lies; identities of earlier versions count."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,11 @@ WEIGHTS = {
     "b_enc": torch.zeros(N),
     "b_dec": torch.zeros(D_MODEL),
 }
-CONFIG = {"architecture": "standard", "sae_lens_version": "6.0.0", "metadata": {"hook_name": "blocks.1.hook_resid_post"}}
+CONFIG = {
+    "architecture": "standard",
+    "sae_lens_version": "6.0.0",
+    "metadata": {"hook_name": "blocks.1.hook_resid_post"},
+}
 
 
 def sae(folder: Path, config: dict = CONFIG, **changed: torch.Tensor) -> ql.Dictionary:

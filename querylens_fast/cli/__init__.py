@@ -7,18 +7,21 @@ written.
 from __future__ import annotations
 
 import logging
+from typing import Annotated
 
 import typer
 
 from querylens_fast.cli import (
     browsing,
     computing,
+    console,
     evaluating,
     explaining,
     exporting,
     lenses,
     relating,
     reliability,
+    reporting,
     serving,
     showing,
 )
@@ -30,11 +33,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 evaluate = typer.Typer(help="Check signatures against what features do on held-out text.", no_args_is_help=True)
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, too.")]
 OWN_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @app.callback()
-def _setup() -> None:
+def _setup(debug: DebugOption = False) -> None:
+    console.debug(debug)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("transformers", "httpx", "datasets", "jax"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -59,9 +64,11 @@ app.command("output-features")(explaining.output_features)
 app.command("attention-pairs")(explaining.attention_pairs)
 app.command("attention-profiles")(explaining.attention_profiles)
 app.command()(explaining.channels)
+app.command("report")(reporting.report)
 app.add_typer(evaluate, name="evaluate")
 app.command()(reliability.stability)
 evaluate.command("input")(evaluating.input_score)
+evaluate.command()(evaluating.scores)
 evaluate.command()(evaluating.report)
 app.command()(evaluating.sample)
 app.command()(evaluating.steer)

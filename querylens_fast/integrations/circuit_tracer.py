@@ -87,8 +87,8 @@ def export_circuit_tracer(
     """
     given = dict(results_by_layer) if isinstance(results_by_layer, Mapping) else dict(enumerate(results_by_layer))
     model = None if model is None else as_model(model)
-    strings = _strings(given.values(), model, token_style)
     layers = _layers(given, model, k=k, unit_norm=unit_norm, unembedding=unembedding)
+    strings = _strings(given.values(), model, token_style)
     identity = {
         "format": FORMAT,
         "transcoder_id": transcoder_id,

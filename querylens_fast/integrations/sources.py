@@ -19,7 +19,7 @@ from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.integrations.dashboard import Dashboard, Rows
 from querylens_fast.integrations.result_rows import COLUMNS, is_result, rows_of
 from querylens_fast.lens.results import Signatures
-from querylens_fast.lens.storage import StoredSignatures, read_identity
+from querylens_fast.lens.storage import StoredSignatures, read_identity, refuse_other_columns
 from querylens_fast.models.model import Model
 from querylens_fast.runs.run_record import agree
 
@@ -123,6 +123,10 @@ def _of_result(source: Any, model: Model | None, k: int, dictionary: Dictionary 
     identity = _identity_in_memory(source) if isinstance(source, Signatures) else read_identity(path)
     if "preset" not in identity:
         raise ValueError(f"{str(path)!r} is a table of {identity.get('what')!r}; expected a result of `signatures`")
+    if not isinstance(source, Signatures):
+        refuse_other_columns(path)
+    if not isinstance(identity.get("layer"), (int, list)):
+        raise ValueError(f"{str(path)!r} does not say what layer it is of; compute it again")
     recorded = identity.get("fingerprint") is not None
     if model is not None and recorded and (difference := model.difference_from(identity)) is not None:
         raise ValueError(

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import html
-import importlib
-import importlib.util
 import logging
+import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
+from querylens_fast.queries.background import Indexer
 from querylens_fast.queries.budget import QueryStopped
 from querylens_fast.queries.files import ResultGone
 from querylens_fast.queries.results import Results
-from querylens_fast.serve import api
+from querylens_fast.serve import api, pages
 from querylens_fast.serve.security import Guard, is_local
+from querylens_fast.serve.try_it import TryIt
 
 logger = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
@@ -43,6 +43,7 @@ def create_app(
     token: str | None = None,
     hosts: Sequence[str] = (),
     query_seconds: float = QUERY_SECONDS,
+    index: bool = False,
 ) -> FastAPI:
     """The application.
 
@@ -53,6 +54,7 @@ def create_app(
         token: What requests have to carry; None: nothing.
         hosts: Names that the Host header may have, besides those of this machine.
         query_seconds: Time for one answer.
+        index: Make missing indexes beside the results, in a process of their own, while the application runs.
 
     Raises:
         ValueError: A model without dictionaries to run, dictionaries that are not its own.
@@ -64,19 +66,16 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         openapi_url="/api/openapi.json",
-        lifespan=_few_threads,
+        lifespan=_running,
         middleware=[Middleware(Guard, token=token, hosts=hosts, seconds=query_seconds)],
     )
-    app.state.results = results
+    app.state.results, app.state.indexer = results, Indexer(results) if index else None
     for kind in (*STATUS, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _problem)
     app.include_router(api.router)
-    app.get("/api/docs", include_in_schema=False)(_documentation)
-    if importlib.util.find_spec("querylens_fast.serve.pages") is not None:
-        app.include_router(importlib.import_module("querylens_fast.serve.pages").router)
-        app.mount("/static", StaticFiles(directory=STATIC))
-    if model is not None:
-        app.state.try_it = importlib.import_module("querylens_fast.serve.try_it").TryIt(model, run or {})
+    app.include_router(pages.router)
+    app.mount("/static", StaticFiles(directory=STATIC))
+    app.state.try_it = None if model is None else TryIt(model, run or {})
     return app
 
 
@@ -93,7 +92,10 @@ def serve(app: FastAPI, listening: socket.socket) -> None:
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=1 << 16,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    # uvicorn shuts down and then raises the signal again, which would end the process as if it had been killed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 def listen(host: str, port: int, token: str | None) -> socket.socket:
@@ -122,50 +124,35 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
 
 
 @asynccontextmanager
-async def _few_threads(app: FastAPI) -> AsyncIterator[None]:
+async def _running(app: FastAPI) -> AsyncIterator[None]:
     anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
+    indexer: Indexer | None = app.state.indexer
+    if indexer is not None:
+        indexer.start()
     yield
+    if indexer is not None:
+        indexer.stop()
 
 
 async def _problem(request: Request, error: Exception) -> Response:
-    """What went wrong, as JSON; an error of the server's own is logged, and not told."""
+    """What went wrong, as a page or as JSON; an error of the server's own is logged, and not told."""
+    status, message, headers = _told(error)
+    if request.url.path.startswith("/api/"):
+        return api.Json({"error": message}, status, headers=headers)
+    return pages.error_page(request, status, message)
+
+
+def _told(error: Exception) -> tuple[int, str, Mapping[str, str] | None]:
+    """(Status, message, headers) of an error."""
     if isinstance(error, HTTPException):
-        return api.Json({"error": str(error.detail)}, error.status_code, headers=error.headers)
+        return error.status_code, str(error.detail), error.headers
     if isinstance(error, RequestValidationError):
-        return api.Json({"error": "; ".join(map(_sentence, error.errors()))}, 422)
+        return 422, "; ".join(map(_sentence, error.errors())), None
     for kind, status in STATUS.items():
         if isinstance(error, kind) and not isinstance(error, (KeyError, IndexError, UnicodeError)):
-            return api.Json({"error": str(error)}, status)
-    return api.Json({"error": "the server made a mistake; its log says which"}, 500)
+            return status, str(error), None
+    return 500, "the server made a mistake; its log says which", None
 
 
 def _sentence(problem: Mapping[str, Any]) -> str:
     return f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}"
-
-
-def _documentation(request: Request) -> HTMLResponse:
-    """The API on one page, without scripts."""
-    schema = request.app.openapi()
-    parts = []
-    for path, methods in schema["paths"].items():
-        for method, operation in methods.items():
-            rows = "".join(map(_parameter, operation.get("parameters", ())))
-            answer = operation["responses"]["200"]["content"]["application/json"]["schema"]
-            kind = html.escape(answer.get("$ref", answer.get("title", "")).rpartition("/")[2])
-            parts.append(
-                f"<h2><code>{method.upper()} {html.escape(path)}</code></h2><p>{html.escape(operation['description'])} "
-                f"Answer: <code>{kind}</code>.</p><table><tr><th>parameter<th>type<th>meaning</tr>{rows}</table>"
-            )
-    return HTMLResponse(
-        "<!doctype html><html lang=en><meta charset=utf-8><title>querylens-fast API</title>"
-        "<link rel=stylesheet href=/static/style.css><main><h1>API</h1>"
-        '<p>Types of the answers: <a href="/api/openapi.json">openapi.json</a>.</p>' + "".join(parts) + "</main>"
-    )
-
-
-def _parameter(said: Mapping[str, Any]) -> str:
-    schema = said["schema"]
-    kinds = [str(s.get("type", s.get("enum", ""))) for s in schema.get("anyOf", [schema])]
-    kind = " or ".join(k for k in kinds if k != "null")
-    meaning = said.get("description", "") + (" Required." if said["required"] else "")
-    return f"<tr><td><code>{html.escape(said['name'])}</code><td>{html.escape(kind)}<td>{html.escape(meaning)}</tr>"

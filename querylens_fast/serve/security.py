@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 MAX_BODY = 1 << 16
-MAX_ADDRESS = 8192
+MAX_ADDRESS = 1 << 15
 """Bytes of a path and its query."""
 MAX_AT_A_TIME = 128
 COOKIE = "querylens_token"
@@ -44,10 +44,6 @@ HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"x-frame-options", b"DENY"),
-)
-DOCS_POLICY = (
-    b"content-security-policy",
-    b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; style-src 'self' 'unsafe-inline'",
 )
 
 
@@ -173,7 +169,7 @@ class Guard:
             return waiting.popleft() if waiting else await asyncio.shield(gone)
 
         try:
-            await self.app(scope, replay, _with_headers(send, scope["path"]))
+            await self.app(scope, replay, _with_headers(send))
         finally:
             gone.cancel()
 
@@ -186,12 +182,10 @@ async def _cancel_when_gone(receive: Receive, budget: Budget) -> Message:
             return message
 
 
-def _with_headers(send: Send, path: str) -> Send:
-    headers = (DOCS_POLICY, *HEADERS[1:]) if path.startswith("/api/docs") else HEADERS
-
+def _with_headers(send: Send) -> Send:
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", []), *headers]
+            message["headers"] = [*message.get("headers", []), *HEADERS]
         await send(message)
 
     return sending
