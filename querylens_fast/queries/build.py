@@ -1,7 +1,4 @@
 """Making the index of a result (`queries.index`), in memory that does not grow with it.
-
-    python -m querylens_fast.queries.build RESULT…        (what the server starts in the background)
-
 Three passes: count how often each token occurs; write every row and put its tokens at their places; sort each token's
 postings by score, a range of tokens at a time. The pieces lie in ``<index>.parts`` with a note of how far they are, so
 a build that was killed goes on from there; the index appears under its name when it is whole.
@@ -15,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -354,7 +350,3 @@ def main(paths: Sequence[str]) -> None:
             build_index(open_file(Path(path)), check)
         except (ValueError, OSError) as error:
             logger.warning("no index of %s: %s", path, error)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -21,7 +21,7 @@ from querylens_fast.queries.files import ResultFile, ResultGone, find_files, ope
 from querylens_fast.queries.index import find_index
 from querylens_fast.queries.opened import Once, OpenDictionary, Rows
 from querylens_fast.queries.scan import Scan
-from querylens_fast.queries.search import Filter, Query, Source, row_of, search
+from querylens_fast.queries.search import Filter, Lister, Query, Source, search
 from querylens_fast.queries.views import (
     ENDS,
     SIDES,
@@ -85,6 +85,8 @@ class Results:
             found = find_index(member.file, member.layer if member.several_layers else None)
             if found is not None:
                 self._once.put(self._key(member), found)
+        for some in self._dictionaries:
+            some.look_again()
 
     def unindexed(self) -> list[Member]:
         """Finished results that are read without an index."""
@@ -300,9 +302,9 @@ class Results:
 def _group(found: OpenDictionary, member: Member, token_id: int, end: Any, limit: int, budget: Budget) -> TokenGroup:
     store = found.rows_of(member)
     rows, scores = store.postings(token_id, end, budget.check)
-    source = Source(found, member)
+    lister = Lister(Source(found, member), end)
     shown = [
-        row_of(source, int(store.features[row]), token_id, end, float(score))
+        lister.row(int(store.features[row]), token_id, float(score))
         for row, score in zip(rows[:limit], scores[:limit], strict=True)
     ]
     entry = found.entry
