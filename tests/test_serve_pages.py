@@ -120,6 +120,9 @@ def test_a_search_finds_both_spellings_and_pages_hold_every_feature_once(client:
     assert '<bdi dir="ltr">self</bdi>' in first and "<i>·</i>self" in first
     exact = client.get("/search?q=self&exact=1&side=value").text
     assert "token 9" not in re.findall(r'title="([^"]*)"', exact.split("<h1>")[1].split("</h1>")[0])[0]
+    by_id = client.get("/search?token=20&side=key").text
+    assert 'name="token" value="20"' in by_id and "a/b?c#d</bdi>" in by_id.split("<h1>")[1].split("</h1>")[0]
+    assert "a/b?c#d</bdi>" not in client.get("/search?token=20&q=self").text.split("<h1>")[1].split("</h1>")[0]
     found: list[str] = []
     address: str | None = "/search?order=-rel_var"
     while address:

@@ -81,12 +81,14 @@ def search(request: Request) -> HTMLResponse:
     asked = {
         n: request.query_params.get(n, "") for n in (*names, *(f"{f}_{b}" for f in FIELDS for b in ("min", "max")))
     }
-    text, token = asked["q"] or None, _whole(asked["token"], "token")
+    text = asked["q"] or None
+    asked["token"] = "" if text else asked["token"]  # a form that was filled in keeps the token it began with
+    token = _whole(asked["token"], "token")
     by_token = text is not None or token is not None
     filters = _filters(asked)
     order = asked["order"] if by_token or asked["order"].lstrip("-") != "score" else ""
     page = results.search(
-        text if token is None else None,
+        text,
         token_id=token,
         exact=asked["exact"] == "1",
         filters=filters,
