@@ -42,6 +42,8 @@ MAX_SEQUENCES = 16
 """Run through the model together."""
 FEATURES_AT_ONCE = 1 << 15
 """Features whose examples are sorted together."""
+ROW_GROUP = 1 << 12
+"""Features of a row group: one feature's examples are read without those of all."""
 PAIRS_AT_ONCE = 1 << 22
 """(feature, token) pairs collected before they are added up."""
 
@@ -118,7 +120,7 @@ class FeatureSample:
         table = self.table()
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial:
-            write_sealed(partial, [table], table.schema, {"compression": "zstd"})
+            write_sealed(partial, [table], table.schema, {"compression": "zstd"}, ROW_GROUP)
         return path
 
     def table(self) -> pa.Table:
