@@ -177,6 +177,10 @@ def test_overview_and_compare(client: TestClient) -> None:
     assert 'role="img" aria-label="Mean relative variance by layer"' in overview and "as a table" in overview
     presets = client.get("/compare").text
     assert "The same features under two presets" in presets
+    chosen = re.findall(r'<option value="([^"]+)" selected', presets)
+    assert chosen == ["sae0/logit_lens_value", "sae0/query_lens_value"]
+    top, both = (client.get(f"/token/9{ends}").text for ends in ("", "?ends=both"))
+    assert "features that read it least" in both and "least" not in top and 'href="/token/9?ends=both"' in top
     others = client.get("/compare?a=sae0/query_lens_value&b=sae1/query_lens_value").text
     assert "matched by the tokens they share" in others
     following = re.search(r'rel="next" href="([^"]+)"', others)
