@@ -28,7 +28,7 @@ from querylens_fast.serve.try_it import TryIt
 
 logger = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
-THREADS = 8
+THREADS = 4
 """Requests that compute at a time."""
 QUERY_SECONDS = 10.0
 STATUS = {QueryStopped: 503, ResultGone: 410, LookupError: 404, ValueError: 422}
