@@ -192,6 +192,15 @@ class Results:
         found = dict.fromkeys(t for d in vocabularies.values() for t in d.vocabulary.like(text[:1000], limit))
         return tuple(found)[:limit]
 
+    def fingerprints(self, dictionary: str) -> tuple[str | None, str]:
+        """(Dictionary's, model's) fingerprint of the results; the dictionary's is None where no result names it.
+
+        Raises:
+            LookupError: No such dictionary.
+        """
+        entry = self._find(dictionary).entry
+        return entry.fingerprint, entry.model_fingerprint
+
     def random(self, dictionary: str | None = None, *, seed: int | None = None) -> tuple[str, int]:
         """(Slug, feature) of a feature drawn from the results, or from one dictionary's.
 

@@ -75,7 +75,7 @@ def create_app(
     app.include_router(api.router)
     app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=STATIC))
-    app.state.try_it = None if model is None else TryIt(model, run or {})
+    app.state.try_it = None if model is None else TryIt(model, run or {}, results)
     return app
 
 
