@@ -9,6 +9,7 @@ COMMANDS = {
     "topk": "streamed top-k against what one would write otherwise",
     "lens": "transport and signatures of whole dictionaries against one walk for each feature",
     "reliability": "standard errors of scores against many disjoint samples: coverage, stable tokens, sample size",
+    "faults": "kills, full disks, corruptions, hostile inputs, random top-k calls: what is lost, silent, run or wrong",
     "million": "a dictionary of a million features: time, memory, search",
     "serve": "the server over results of a million features: latencies under load, memory, time to the first answer",
     "families": "every family of transformers: how it is linearised, error against brute force",

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import querylens_fast as ql
+from querylens_fast.runs.sealed_tensors import SEAL_KEY
 
 
 def test_save_and_load(gpt2: ql.Model, sample: ql.Tokens, tmp_path: Path) -> None:
@@ -42,7 +43,8 @@ def test_one_group_is_the_file_of_before(gpt2: ql.Model, sample: ql.Tokens, tmp_
         assert set(file.keys()) == {"centre", *(f"{kind}.{p}" for kind in ("matrix", "energy") for p in pairs)}
         names = """format model fingerprint frame_fingerprint behaviour
             convention linearisation routing dtype n_layers d_model n_valid n_sequences
-            tokens tokens_digest submodule through_norms energy n_probes seed querylens_fast torch transformers"""
+            tokens tokens_digest submodule through_norms energy n_probes seed querylens_fast torch transformers
+            querylens_fast.seal"""
         assert set(file.metadata()) == set(names.split())
     with pytest.raises(ValueError, match="keeps no groups of sequences: fit it with groups=8"):
         ql.load_transport(path).leave_one_out("value", "full", 2)
@@ -51,6 +53,7 @@ def test_one_group_is_the_file_of_before(gpt2: ql.Model, sample: ql.Tokens, tmp_
 def rewritten(path: Path, change: Callable[[dict, dict], None]) -> Path:
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())
+    del metadata[SEAL_KEY]
     change(tensors, metadata)
     save_file(tensors, path, metadata)
     return path
