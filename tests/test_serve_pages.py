@@ -120,6 +120,9 @@ def test_a_search_finds_both_spellings_and_pages_hold_every_feature_once(client:
     assert '<bdi dir="ltr">self</bdi>' in first and "<i>·</i>self" in first
     exact = client.get("/search?q=self&exact=1&side=value").text
     assert "token 9" not in re.findall(r'title="([^"]*)"', exact.split("<h1>")[1].split("</h1>")[0])[0]
+    by_id = client.get("/search?token=20&side=key").text
+    assert 'name="token" value="20"' in by_id and "a/b?c#d</bdi>" in by_id.split("<h1>")[1].split("</h1>")[0]
+    assert "a/b?c#d</bdi>" not in client.get("/search?token=20&q=self").text.split("<h1>")[1].split("</h1>")[0]
     found: list[str] = []
     address: str | None = "/search?order=-rel_var"
     while address:
@@ -174,6 +177,10 @@ def test_overview_and_compare(client: TestClient) -> None:
     assert 'role="img" aria-label="Mean relative variance by layer"' in overview and "as a table" in overview
     presets = client.get("/compare").text
     assert "The same features under two presets" in presets
+    chosen = re.findall(r'<option value="([^"]+)" selected', presets)
+    assert chosen == ["sae0/logit_lens_value", "sae0/query_lens_value"]
+    top, both = (client.get(f"/token/9{ends}").text for ends in ("", "?ends=both"))
+    assert "features that read it least" in both and "least" not in top and 'href="/token/9?ends=both"' in top
     others = client.get("/compare?a=sae0/query_lens_value&b=sae1/query_lens_value").text
     assert "matched by the tokens they share" in others
     following = re.search(r'rel="next" href="([^"]+)"', others)
