@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +37,6 @@ from querylens_fast.queries.views import (
 )
 from querylens_fast.queries.vocabulary import Vocabulary
 
-logger = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
 """Between looks at the files."""
 

@@ -77,10 +77,12 @@ class Scan:
             layers.append(table[-1].to_numpy())
         all_ids = np.concatenate(ids) if ids else np.zeros(0, np.int64)
         of_layer = np.concatenate(layers) if layers else np.zeros(0, np.int32)
-        places = np.arange(len(all_ids)) if layer is None else np.flatnonzero(of_layer == layer)
-        self.places = places[np.argsort(all_ids[places], kind="stable")]
-        """Where in the file each row is, [n]."""
-        self.features = all_ids[self.places]
+        self.places: np.ndarray | None = None
+        """Where in the file each row is, [n]; None: there is one layer, sorted by feature."""
+        if layer is not None or (np.diff(all_ids) < 0).any():
+            places = np.arange(len(all_ids)) if layer is None else np.flatnonzero(of_layer == layer)
+            self.places = places[np.argsort(all_ids[places], kind="stable")]
+        self.features = all_ids if self.places is None else all_ids[self.places]
         self.starts = np.cumsum([0, *(c.rows for c in self.chunks)])
         self._lock = threading.Lock()
         self._last: tuple[int, pa.Table] | None = None
@@ -104,7 +106,7 @@ class Scan:
     def record(self, row: int) -> Record:
         """The row's signature."""
         wanted = [name for name in (*LISTS, *TERMS, "transition") if name in self.columns]
-        place = int(self.places[row])
+        place = row if self.places is None else int(self.places[row])
         chunk = int(np.searchsorted(self.starts, place, side="right")) - 1
         with self._lock:
             if self._last is None or self._last[0] != chunk:
@@ -122,7 +124,8 @@ class Scan:
         for path in dict.fromkeys(c.path for c in self.chunks):
             with reading(path), opened(path) as parquet:
                 parts.append(parquet.read([name])[name].to_numpy())
-        return np.concatenate(parts)[self.places] if parts else np.zeros(0)
+        values = np.concatenate(parts) if parts else np.zeros(0)
+        return values if self.places is None else values[self.places]
 
     def postings(
         self, token_id: int, end: str, check: Callable[[], None] = lambda: None
@@ -138,9 +141,10 @@ class Scan:
             scores.append(flat(table[f"{end}_scores"].combine_chunks())[at])
         if not rows:
             return np.zeros(0, np.int64), np.zeros(0)
-        found, values = self._row_of[np.concatenate(rows)], np.concatenate(scores)
-        kept = found >= 0
-        found, values = found[kept], values[kept]
+        found, values = np.concatenate(rows), np.concatenate(scores)
+        if self._row_of is not None:
+            found = self._row_of[found]
+            found, values = found[found >= 0], values[found >= 0]
         order = np.lexsort((found, -values if end == "top" else values))
         return found[order], values[order]
 
@@ -156,8 +160,10 @@ class Scan:
         return found
 
     @cached_property
-    def _row_of(self) -> np.ndarray:
-        """The row of each place in the file, −1 for other layers' places."""
+    def _row_of(self) -> np.ndarray | None:
+        """The row of each place in the file, −1 for other layers' places; None: they are the same."""
+        if self.places is None:
+            return None
         found = np.full(int(self.starts[-1]), -1)
         found[self.places] = np.arange(len(self.places))
         return found
