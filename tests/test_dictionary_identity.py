@@ -1,4 +1,4 @@
-"""A dictionary's identity covers its whole content: a run is not resumed over vectors or settings that changed."""
+"""A dictionary's identity covers all of its content, in whatever file it lies; identities of earlier versions count."""
 
 import json
 from pathlib import Path

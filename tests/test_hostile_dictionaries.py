@@ -7,10 +7,7 @@ import pickle
 import random
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,110 +15,19 @@ import torch
 from safetensors.torch import save_file
 
 import querylens_fast as ql
+from bench.faults.payloads import NOT_OBJECTS, PICKLES, PT_FILES, SAE_CONFIGS, deep, pt, zip_of
 from querylens_fast.dictionaries.feature_lists import Feature, convert_features, load_features
 
 N, D = 6, 4
+CONFIGS = {k: v for k, v in (NOT_OBJECTS | SAE_CONFIGS).items() if k not in ("NaN", "a resolver")}
 WEIGHTS = {"W_dec": torch.randn(N, D), "W_enc": torch.randn(D, N), "b_enc": torch.zeros(N), "b_dec": torch.zeros(D)}
 
 
-def pt(content: bytes) -> bytes:
-    """A ``.pt`` file around a pickle, as torch lays it out."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", content)
-        archive.writestr("archive/byteorder", "little")
-        archive.writestr("archive/data/0", b"\0" * 64)
-        archive.writestr("archive/version", "3\n")
-    return buffer.getvalue()
-
-
-def nested_tuples(depth: int) -> bytes:
-    """((((), ()), ((), ())), …) by memo, as a dictionary's key: its hash visits 2^depth tuples."""
-    return b"\x80\x02}" + b")" + b"q\x00h\x00\x86" * depth + b"K\x01s."
-
-
-def rebuilt(size: tuple[int, ...], numel: int, offset: int = 0, stride: tuple[int, ...] = (0, 0)) -> bytes:
-    """A pickle of {"W_dec": a tensor} that claims this size and storage."""
-
-    class Storage:
-        pass
-
-    class Tensor:
-        def __reduce__(self) -> Any:
-            return torch._utils._rebuild_tensor_v2, (Storage(), offset, size, stride, False, OrderedDict())
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, obj: Any) -> Any:
-            return ("storage", torch.FloatStorage, "0", "cpu", numel) if isinstance(obj, Storage) else None
-
-    buffer = io.BytesIO()
-    Pickler(buffer, 2).dump({"W_dec": Tensor()})
-    return buffer.getvalue()
-
-
-PICKLES = {
-    "empty": b"",
-    "stop alone": b".",
-    "no stop": b"\x80\x02}",
-    "pop of nothing": b"\x80\x020.",
-    "mark missing": b"\x80\x02u.",
-    "memo missing": b"\x80\x02h\x07.",
-    "setitem on a number": b"\x80\x02K\x01K\x02K\x03s.",
-    "append to a number": b"\x80\x02K\x01K\x02a.",
-    "build of a number": b"\x80\x02K\x01}b.",
-    "reduce of a number": b"\x80\x02K\x01)R.",
-    "reduce without a tuple": b"\x80\x02ccollections\nOrderedDict\nK\x01R.",
-    "unknown global": b"\x80\x02cos\nsystem\n)R.",
-    "eval": b"\x80\x02cbuiltins\neval\nX\x03\x00\x00\x001+1\x85R.",
-    "bytearray by call": b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
-    "bytearray by opcode": b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\x00\x00.",
-    "bad protocol": b"\x80\x7f}.",
-    "persistent id of a number": b"\x80\x02K\x01Q.",
-    "persistent id too short": b"\x80\x02X\x07\x00\x00\x00storage\x85Q.",
-    "rebuild without arguments": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",
-    "a dtype called": b"\x80\x02ctorch\nfloat32\n)R.",
-    "a list": b"\x80\x02]q\x00.",
-    "a number": b"\x80\x02K\x01.",
-    "text keys missing": b"\x80\x02}K\x01K\x02s.",
-    "unhashable key": b"\x80\x02}]K\x01s.",
-    "ordered dict of a number": b"\x80\x02ccollections\nOrderedDict\nK\x01\x85R.",
-    "extension": b"\x80\x02\x82\x01.",
-    "long string": b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7fa.",
-    "hash bomb": nested_tuples(60),
-    "hash bomb in a set": b"\x80\x04\x8f(" + b")" + b"q\x00h\x00\x86" * 60 + b"\x90.",
-    "tensor beyond its storage": rebuilt((10, 10), 16, stride=(10, 1)),
-    "storage beyond the file": rebuilt((10, 10), 1 << 40, stride=(10, 1)),
-    "negative size": rebuilt((-1, 4), 16),
-    "expanded view": rebuilt((1 << 30, 1 << 10), 16),
-    "offset beyond the storage": rebuilt((2, 2), 16, offset=1 << 50, stride=(2, 1)),
-    "storage of nothing": rebuilt((4, 4), -3, stride=(4, 1)),
-    "sizes that overflow": rebuilt((1 << 62, 1 << 62), 16),
-}
-FILES: dict[str, Callable[[], bytes]] = {
-    "not an archive": lambda: b"garbage" * 9,
-    "archive of nothing": lambda: zip_of({}),
-    "archive without a pickle": lambda: zip_of({"archive/version": b"3"}),
-    "two pickles": lambda: zip_of({"a/data.pkl": b"N.", "b/data.pkl": b"N."}),
-    "compressed": lambda: zip_of({"archive/data.pkl": b"N.", "archive/data/0": b"\0" * 9999}, zipfile.ZIP_DEFLATED),
-    "legacy magic only": lambda: pickle.dumps(0x1950A86A20F9469CFC6C, 2),
-    "legacy hash bomb": lambda: pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + nested_tuples(60),
-    "tar": lambda: b"storages" + b"\0" * 505,
-}
-
-
-def zip_of(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("case", [*PICKLES, *FILES])
+@pytest.mark.parametrize("case", [*PICKLES, *PT_FILES])
 @pytest.mark.parametrize("name", ["ae.pt", "layer1.sae.pt", "x.pth"])
 def test_pt_files(tmp_path: Path, case: str, name: str) -> None:
     path = tmp_path / name
-    path.write_bytes(pt(PICKLES[case]) if case in PICKLES else FILES[case]())
+    path.write_bytes(pt(PICKLES[case]) if case in PICKLES else PT_FILES[case]())
     with pytest.raises(ValueError, match=name):
         ql.load_dictionary(path, layer=1)
 
@@ -160,39 +66,6 @@ def test_a_small_pickle_that_stands_for_much(tmp_path: Path, cache: bytes, messa
     with pytest.raises(ValueError, match=f"f.pkl' .*{message}"):
         convert_features(tmp_path / "f.pkl", tmp_path / "f.json")
     assert not (tmp_path / "f.json").exists()
-
-
-def deep(opening: str, closing: str) -> str:
-    return opening * 100_000 + closing * 100_000
-
-
-CONFIGS: dict[str, str] = {
-    "a list": "[]",
-    "a number": "3",
-    "null": "null",
-    "not JSON": "{",
-    "deep": deep("[", "]"),
-    "deep mapping": deep('{"a":', "}")[:-1],
-    "not text": "\ufffe",
-    "metadata a number": '{"metadata": 3}',
-    "metadata a list": '{"metadata": ["hook_name"]}',
-    "hook a number": '{"hook_name": 5}',
-    "hook a mapping": '{"hook_name": {"a": 1}}',
-    "layer a text": '{"layer": "one"}',
-    "layer a mapping": '{"layer": {"a": 1}}',
-    "layer a fraction": '{"layer": 1.5}',
-    "layer below 0": '{"layer": -1}',
-    "layer true": '{"layer": true}',
-    "version a list": '{"sae_lens_version": [6]}',
-    "version a word": '{"sae_lens_version": "six"}',
-    "options a list": '{"activation_fn_kwargs": [1], "activation_fn": "topk"}',
-    "trainer a list": '{"trainer": [1, 2]}',
-    "trainer a word": '{"trainer": "x"}',
-    "buffer a number": '{"trainer": {"layer": 1}, "buffer": 7}',
-    "io unknown": '{"trainer": {"layer": 1}, "buffer": {"io": "sideways"}}',
-    "class a list": '{"trainer": {"layer": 1, "dict_class": [1]}}',
-    "layer of the trainer a word": '{"trainer": {"layer": "x"}}',
-}
 
 
 @pytest.mark.parametrize("case", CONFIGS)

@@ -86,11 +86,12 @@ def test_damage_is_named_and_computed_again(
     monkeypatch.setattr(Pipeline, "__call__", lambda self, f, v: computed.extend(f.tolist()) or original(self, f, v))
     with caplog.at_level(logging.WARNING):
         ql.signatures(dictionary, gpt2, out=out, **OPTIONS)
-    assert computed == lost
+    blocks = sorted({index - index % 5 for index in lost})
+    assert computed == [index for start in blocks for index in range(start, min(start + 5, N))]
     if damage not in ("missing", "reordered", "its end missing"):
         assert "out.jsonl' line" in caplog.text
     assert [row["feature_index"] for row in read_jsonl(out)] == list(range(N))
-    assert [row["top_ids"] for row in read_jsonl(out)] == [row["top_ids"] for row in read_jsonl(finished)]
+    assert out.read_bytes() == finished.read_bytes()
 
 
 def test_every_flipped_bit_is_noticed(finished: Path, tmp_path: Path) -> None:

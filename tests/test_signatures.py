@@ -244,6 +244,7 @@ write_signatures(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 def test_a_full_disk_loses_nothing(gpt2_folder: Path, tmp_path: Path, suffix: str) -> None:
     """A file-size limit stands for the disk: the error says what to do, and the run resumes when there is room."""

@@ -7,7 +7,6 @@ loaded and checked before the first byte is written: model, features, dictionari
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from querylens_fast.lens.tuned_lens import TunedLens
 from querylens_fast.models.folders import parse_dtype
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, load_tokens
+from querylens_fast.runs import processes
 from querylens_fast.runs.atomic_write import write_whole
 from querylens_fast.transport.transport import Transport
 
@@ -102,7 +102,7 @@ def analyze_tuned_lens(
 
 
 def run(config_name: str | Path, overrides: Sequence[str] = (), config_path: str | Path | None = None) -> Path:
-    """Compose a configuration and run it. Returns the result file.
+    """Compose a configuration and run it. Returns the result file; under `torchrun` the processes share the work.
 
     Args:
         config_name: A name of the package's configurations, a file's name in ``config_path``, or a path.
@@ -137,13 +137,18 @@ def main(cfg: Any) -> int:
 
 
 def _run(cfg: DictConfig, explicit: set[str]) -> Path:
+    with processes.joined() as group:
+        return _shared(cfg, explicit, group)
+
+
+def _shared(cfg: DictConfig, explicit: set[str], group: processes.Ranks) -> Path:
+    """The run, or under `torchrun` this process's share of it."""
     preset = _preset(cfg)
     _check(cfg)
     options = lens_options(cfg, preset)
     selection = select_features(cfg)
-    model = load_model(
-        cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"), cfg.model, parse_dtype(cfg.dtype)
-    )
+    device = group.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_model(device, cfg.model, parse_dtype(cfg.dtype))
     selected = selection.selected(model, preset)
     transport = open_transport(model, options) if preset.needs_transport else None
     tokens = _tokens(cfg, model, preset, transport, explicit)
@@ -153,7 +158,7 @@ def _run(cfg: DictConfig, explicit: set[str]) -> Path:
     options = replace(options, transport=transport, tokens=tokens, stats=stats)
     if preset.needs_transport and transport is None:
         n = sum(len(some.ids) for some in selected)
-        options = replace(options, transport=fit_if_cheaper(model, options, tokens, n, cfg.seed))
+        options = replace(options, transport=fit_if_cheaper(model, options, tokens, n, seed=cfg.seed))
     lenses = {id(some.dictionary): some.dictionary for some in selected}
     lenses = {key: plan(dictionary, model, options, n_features=0) for key, dictionary in lenses.items()}
     batches = [Batch(lenses[id(some.dictionary)], some.ids, some.names) for some in selected]
@@ -184,12 +189,6 @@ def _check(cfg: DictConfig) -> None:
             raise ValueError(f"{key} is {cfg[key]}; expected more than 0")
     if OmegaConf.is_missing(cfg, "model"):
         raise ValueError("model= is missing: a hub id or a local folder")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        raise ValueError(
-            f"WORLD_SIZE is {world_size}: a run is one process, which handles every feature at once; start it without "
-            "torchrun (the commands transport and signatures take several, analyze_feature shares a sample among them)"
-        )
 
 
 def _stats(cfg: DictConfig, preset: Preset, every_statistic: bool) -> Stats:

@@ -7,12 +7,14 @@ written.
 from __future__ import annotations
 
 import logging
+from typing import Annotated
 
 import typer
 
 from querylens_fast.cli import (
     browsing,
     computing,
+    console,
     evaluating,
     explaining,
     exporting,
@@ -31,11 +33,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 evaluate = typer.Typer(help="Check signatures against what features do on held-out text.", no_args_is_help=True)
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, too.")]
 OWN_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @app.callback()
-def _setup() -> None:
+def _setup(debug: DebugOption = False) -> None:
+    console.debug(debug)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("transformers", "httpx", "datasets", "jax"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -120,20 +120,19 @@ def topk(
 ) -> None:
     """Top-k and bottom-k of each row of A·Bᵀ for two matrices in safetensors files, without storing the product."""
     with reported_errors():
-        from safetensors.torch import save_file
-
         from querylens_fast.models.folders import parse_device
-        from querylens_fast.runs.atomic_write import whole
+        from querylens_fast.runs.sealed_tensors import write_tensors
 
         a, b = (_read_matrix(spec).to(parse_device(device)) for spec in (rows, columns))
         found = ql.streamed_topk(a, b.to(a.dtype), k, **product)
-        with whole(out) as partial:
-            save_file({name: x.cpu().contiguous() for name, x in found.sides().items()}, str(partial))
+        write_tensors(out, found.sides(), {})
     say(f"top and bottom {k} of {a.shape[0]} × {b.shape[0]}: {out.resolve()}")
 
 
 def _read_matrix(spec: str) -> Any:
     from safetensors import SafetensorError, safe_open
+
+    from querylens_fast.runs.sealed_tensors import check_seal
 
     path, _, name = spec.rpartition(":")
     if not path:
@@ -141,6 +140,7 @@ def _read_matrix(spec: str) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path!r} does not exist")
     try:
+        check_seal(path)
         with safe_open(path, framework="pt") as file:
             if name not in file.keys():
                 raise ValueError(f"{path!r} has no tensor {name!r}; it holds {', '.join(file.keys())}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
-from querylens_fast.runs.processes import RankStopped
+from querylens_fast.runs.processes import RankStopped, said_elsewhere
 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
@@ -17,18 +18,47 @@ LinearisationOption = Annotated[
     str, typer.Option(help="auto, hand-written, autodiff (through the model's own layers), or none (readout alone).")
 ]
 MemoryOption = Annotated[float, typer.Option(help="Bound on the working memory, GiB.")]
+EXPECTED = (ValueError, OSError, ImportError, RankStopped)
+"""What the package raises for input that it cannot take."""
+INTERRUPTED = 130
+_debug = False
+
+
+def debug(on: bool) -> None:
+    """Show the traceback of every error, too."""
+    global _debug
+    _debug = on
 
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """Turn the package's own errors into one line and exit code 2."""
+    """Turn errors into one line on stderr: exit code 2 for the package's own, 1 for others, 130 for Ctrl-C.
+
+    Several processes of one run say the same line once.
+    """
     try:
         yield
-    except (ValueError, OSError, ImportError, RankStopped) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        for note in getattr(error, "__notes__", []):
-            typer.secho(f"  {note}", err=True)
-        raise typer.Exit(2) from error
+    except KeyboardInterrupt as stop:
+        typer.secho(str(stop) or "stopped; start the same command again to go on", fg="yellow", err=True)
+        raise typer.Exit(INTERRUPTED) from stop
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if _debug:
+            traceback.print_exc()
+        if not said_elsewhere(error):
+            typer.secho(f"error: {described(error)}", fg="red", err=True)
+            for note in getattr(error, "__notes__", []):
+                typer.secho(f"  {note}", err=True)
+        raise typer.Exit(2 if isinstance(error, EXPECTED) else 1) from error
+
+
+def described(error: Exception) -> str:
+    """An error as text without control characters, which a file's contents may bring along."""
+    text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in str(error))
+    if isinstance(error, EXPECTED):
+        return text
+    return f"{type(error).__name__}: {text} (unexpected: querylens-fast --debug COMMAND … shows where)"
 
 
 def wide_console(width: int) -> Any:

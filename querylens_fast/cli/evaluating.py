@@ -290,7 +290,7 @@ def _subject(
         from querylens_fast.demo.showcase import load_example
 
         if dictionaries or tokens:
-            raise ValueError("dictionaries and tokens belong to a model: name the model too, or none of them")
+            raise ValueError("dictionaries and tokens belong to a model: give --model too, or none of them")
         example = load_example()
         return example.model, example.dictionaries, ql.load_tokens(ASSETS / "tokens.safetensors", model=example.model)
     if not dictionaries or not tokens:

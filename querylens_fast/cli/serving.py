@@ -63,7 +63,7 @@ def serve_results(
     if model is not None:
         quiet_loading()
     opened = open_results(*results)
-    app = server.create_app(opened, model=model, run=run, token=token, hosts=[host, *(names or [])])
+    app = server.create_app(opened, model=model, run=run, token=token, hosts=[host, *(names or [])], index=True)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}/" + (f"?access_token={token}" if token else "")
     say(f"{address}  (Ctrl-C stops)")

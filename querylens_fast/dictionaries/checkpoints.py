@@ -18,12 +18,13 @@ _TENSOR_CALLS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", 
                  "_rebuild_parameter_with_state")  # fmt: skip
 
 
-def read_checkpoint(path: Path, what: str = "file") -> Any:
+def read_checkpoint(path: Path, what: str = "file", *, checksums: bool = False) -> Any:
     """What a ``.pt`` file holds, on the CPU; tensors are memory-mapped where the file is of torch 1.6 or later.
 
     Args:
         path: The file.
         what: For errors, like "tuned-lens params file".
+        checksums: Read all of the file and compare it with the archive's checksums, as well.
 
     Raises:
         ValueError: The file is damaged or truncated, holds more than tensors and plain values, is compressed, or claims
@@ -32,7 +33,7 @@ def read_checkpoint(path: Path, what: str = "file") -> Any:
     try:
         zipped = zipfile.is_zipfile(path)
         if zipped:
-            _check_archive(path)
+            _check_archive(path, checksums)
         else:
             with open(path, "rb") as file:
                 for _ in range(_LEGACY_PICKLES):
@@ -46,7 +47,7 @@ def read_checkpoint(path: Path, what: str = "file") -> Any:
         ) from error
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(path: Path, checksums: bool) -> None:
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
@@ -59,6 +60,8 @@ def _check_archive(path: Path) -> None:
             raise RefusedPickleError(f"it has {len(pickles)} entries data.pkl; expected one of moderate size")
         with archive.open(pickles[0]) as file:
             _check_pickle(file, size)
+        if checksums and (broken := archive.testzip()):
+            raise RefusedPickleError(f"the checksum of its entry {broken[:100]!r} is wrong")
 
 
 def _check_pickle(file: IO[bytes], size: int) -> None:

@@ -44,6 +44,7 @@ class Dictionary:
         details: Architecture, model name and activation normalisation, as the source gives them.
         refusals: For a side ("value", "key") that acts at no point of the residual stream: why.
         no_direction: For a side whose vectors are no directions of the residual stream: why.
+        key_module: The module whose output the keys read where that is no point of the stream (`HookPoint.module`).
         carried: The values have been carried into the residual stream by a weight of the model (`on`).
     """
 
@@ -63,6 +64,7 @@ class Dictionary:
     refusals: dict[str, str] = field(default_factory=dict)
     no_direction: dict[str, str] = field(default_factory=dict)
     carried: bool = False
+    key_module: int | None = None
 
     @classmethod
     def at(
@@ -91,6 +93,7 @@ class Dictionary:
             hooks[1].name,
             refusals={side: hook.refusal(side) for side, hook in sides.items() if hook.point(side) is None},
             no_direction={side: hook.refusal(side) for side, hook in sides.items() if not hook.is_direction(side)},
+            key_module=hooks[0].module,
         )
 
     @property
@@ -215,6 +218,7 @@ class Dictionary:
                     **{f"{side}_point": None},
                     refusals={**bound.refusals, side: why},
                     no_direction={**bound.no_direction, side: why},
+                    key_module=None if side == "key" else bound.key_module,
                 )
             elif side == "value" and hook.site.carried_by and self.value_rows is not None:
                 bound = bound._carried(model)

@@ -29,6 +29,7 @@ from querylens_fast.lens.ablations import activations_by_position
 from querylens_fast.models.load import as_model
 from querylens_fast.models.tokens import Tokens, as_tokens
 from querylens_fast.runs.atomic_write import whole
+from querylens_fast.runs.sealed_parquet import read_sealed, write_sealed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -107,15 +108,13 @@ class FeatureSample:
 
     def save(self, path: str | Path) -> Path:
         """Write one Parquet row per feature: activity, examples and the token distribution. Returns the path."""
-        import pyarrow.parquet as pq
-
         path = Path(path)
         if path.suffix != ".parquet":
             raise ValueError(f"out is {str(path)!r}; expected a .parquet file")
         table = self.table()
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial:
-            pq.write_table(table, partial, compression="zstd")
+            write_sealed(partial, [table], table.schema, {"compression": "zstd"})
         return path
 
     def table(self) -> pa.Table:
@@ -228,15 +227,12 @@ def load_feature_sample(path: str | Path) -> FeatureSample:
         FileNotFoundError: No such file.
         ValueError: It is no feature sample, or damaged.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"feature sample {str(path)!r} does not exist; make one with feature_sample(..., out=)")
     try:
-        table = pq.read_table(path)
-        metadata = json.loads((table.schema.metadata or {})[METADATA_KEY])
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        table, entries = read_sealed(Path(path))
+        metadata = json.loads(entries[METADATA_KEY])
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is no feature sample of this package, or damaged: {error}") from error
     if not isinstance(metadata, dict) or metadata.get("what") != WHAT:
         raise ValueError(f"{str(path)!r} holds {metadata.get('what')!r}; expected a {WHAT}")

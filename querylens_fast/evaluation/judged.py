@@ -10,7 +10,7 @@ import torch
 
 from querylens_fast.evaluation.judge import Judgement, list_key, prompt_digest, token_lists
 from querylens_fast.lens.search import show
-from querylens_fast.lens.storage import StoredSignatures, format_of, read_identity
+from querylens_fast.lens.storage import StoredSignatures, format_of, read_identity, refuse_other_columns
 from querylens_fast.models.load import load_model
 from querylens_fast.relations.tables import Block, Categories, RelationTable, read_table, rows, tabulate
 
@@ -50,6 +50,7 @@ def result_lists(path: str | Path, n_features: int, *, seed: int = 0, model: str
     identity = read_identity(path)
     if identity.get("what") == "scores":
         return _scored_lists(read_table(path), n_features, seed, model)
+    refuse_other_columns(path)
     table = StoredSignatures(Path(path), 0, format_of(path)).table()
     features = table["feature"].to_pylist()
     if len(set(features)) != len(features):

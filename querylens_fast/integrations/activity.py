@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from querylens_fast.dictionaries.feature_lists import Activation, Feature, load_features
+from querylens_fast.runs.sealed_parquet import read_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +90,11 @@ def _texts(activations: Any, features: Tensor, layer: int) -> dict[int, list[Act
 
 def _sampled(sample: Any, n_features: int) -> tuple[Tensor, Tensor]:
     if isinstance(sample, (str, Path)):
-        import pyarrow.parquet as pq
-
-        table = pq.read_table(sample, columns=["feature", "maximum", "density"])
+        if not Path(sample).is_file():
+            raise FileNotFoundError(f"feature sample {str(sample)!r} does not exist")
+        table, _ = read_sealed(Path(sample))
+        if missing := {"feature", "maximum", "density"} - set(table.column_names):
+            raise ValueError(f"{str(sample)!r} is no feature sample: it has no {', '.join(sorted(missing))}")
         ids = torch.from_numpy(table["feature"].to_numpy().copy()).long()
         found = {name: torch.from_numpy(table[name].to_numpy().copy()) for name in ("maximum", "density")}
         if len(ids) != n_features or not torch.equal(ids, torch.arange(n_features)):

@@ -20,7 +20,7 @@ from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.integrations.dashboard import Dashboard, Rows
 from querylens_fast.lens.results import Signatures
-from querylens_fast.lens.storage import FORMATS, StoredSignatures, read_identity, read_jsonl
+from querylens_fast.lens.storage import FORMATS, StoredSignatures, read_identity, read_jsonl, refuse_other_columns
 from querylens_fast.models.model import Model
 from querylens_fast.runs.run_record import agree
 from querylens_fast.runs.sealed_parquet import opened
@@ -137,6 +137,10 @@ def _of_result(source: Any, model: Model, k: int, dictionary: Dictionary | None)
     identity = _identity_in_memory(source) if isinstance(source, Signatures) else read_identity(path)
     if "preset" not in identity:
         raise ValueError(f"{str(path)!r} is a table of {identity.get('what')!r}; expected a result of `signatures`")
+    if not isinstance(source, Signatures):
+        refuse_other_columns(path)
+    if not isinstance(identity.get("layer"), (int, list)):
+        raise ValueError(f"{str(path)!r} does not say what layer it is of; compute it again")
     difference = None if identity.get("fingerprint") is None else model.difference_from(identity)
     if difference is not None:
         raise ValueError(

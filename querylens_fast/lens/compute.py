@@ -65,7 +65,10 @@ def signatures(dictionary: Any, model: Any, **options: Any) -> Any:
                 bar.update(len(found))
         return concatenate(parts)
     if not len(chosen):
-        raise ValueError(f"features={given.features!r} chooses none of {dictionary.n_features}: nothing to write")
+        raise ValueError(
+            f"features={given.features!r} chooses none of {dictionary.n_features} of {dictionary.name!r}: nothing to "
+            "write"
+        )
     identity = {
         **pipeline.identity(chosen),
         "dictionary_fingerprint": dictionary.fingerprint,

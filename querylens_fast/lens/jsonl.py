@@ -2,8 +2,9 @@
 
 Rows are appended a block at a time; each of several processes appends to a file of its own in ``<out>.parts``, and the
 first puts them together. A run goes on from the rows that are there: a half-written last line is cut off, a row that is
-damaged, edited, of another run, or there twice is named in a warning and computed again. The finished file holds every
-row once, in the order of feature_index. Beside it lies the identity of its run, ``<out>.run.json``.
+damaged, edited, of another run, or there twice is named in a warning, its block is computed again and the row written.
+The finished file holds every row once, in the order of feature_index, and has the bytes of an unbroken run. Beside it
+lies the identity of its run, ``<out>.run.json``.
 
 The checksum is the last key of a line, ``"crc32"``: of the line's bytes before it, begun with the run's digest. Rows of
 versions before there were checksums have none and are taken as they are.
@@ -53,20 +54,23 @@ class JsonlSink:
         self._open(resume)
 
     def pending(self, block: slice) -> Sequence[int]:
-        return [i for i in range(block.start, block.stop) if i not in self._done]
+        # Whole blocks: sums over other rows may round differently, and the bytes are to be an unbroken run's.
+        indices = range(block.start, block.stop)
+        return range(0) if all(i in self._done for i in indices) else indices
 
     def write(self, found: Signatures, indices: Sequence[int], names: Sequence[str] | None = None) -> None:
         names = names or [feature_name(found, f) for f in found.features.tolist()]
-        lines = [
-            _line({"feature_index": index, "feature_str": name, **row}, self._seed)
+        lines = {
+            index: _line({"feature_index": index, "feature_str": name, **row}, self._seed)
             for index, name, row in zip(indices, names, found.rows(), strict=True)
-        ]
+            if index not in self._done
+        }
         with open(self._mine, "ab") as file:
-            file.write(b"".join(lines))
+            file.write(b"".join(lines.values()))
             file.flush()
             os.fsync(file.fileno())
-        self._in_order &= list(indices) == list(range(len(self._done), len(self._done) + len(lines)))
-        self._done.update(indices)
+        self._in_order &= list(lines) == list(range(len(self._done), len(self._done) + len(lines)))
+        self._done.update(lines)
 
     def finish(self, n_features: int) -> None:
         """Put rows into one file and in order, where they are not.
@@ -162,14 +166,23 @@ def read_jsonl_identity(path: Path) -> dict[str, Any]:
     return _read_record(path)[0]
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+def read_jsonl(path: str | Path, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows of a result file, in the reference's format, without their checksums.
+
+    Args:
+        path: The file.
+        columns: Keys that every row has to have; those of ids and scores have to hold lists.
 
     Raises:
         ValueError: A row is damaged, edited, there twice or not in its place, or one is missing before another; the
             line is named. Without the run's record beside it, no more is checked than that lines are rows.
     """
-    return list(_result_rows(Path(path)))
+    rows = list(_result_rows(Path(path)))
+    for number, row in enumerate(rows, 1):
+        for name in columns:
+            if name not in row or name.endswith(("_ids", "_scores")) and not isinstance(row[name], list):
+                raise ValueError(f"{str(path)!r} line {number} is no row of signatures: {name} is missing or no list")
+    return rows
 
 
 def has_checksums(path: Path) -> bool:

@@ -79,6 +79,7 @@ class Pipeline:
         moved = self.transition(ids, vectors)
         found = self.readout.topk(moved.vectors, self.options.k, self.backend).to("cpu")
         sides: dict[str, Any] = found.sides()
+        self._check_finite(ids, sides)
         stats = {} if self.options.stats == "none" else dict(moved.stats)
         top_se = None
         if self.jackknife is not None:
@@ -167,6 +168,18 @@ class Pipeline:
         if self.options.at_unit_length and self.transition.reads_vectors:
             vectors = unit_rows(vectors)
         return vectors.to(self.model.device, self.model.dtype)
+
+    def _check_finite(self, ids: Tensor, sides: dict[str, Tensor]) -> None:
+        """Raise ValueError where a signature's first score is NaN or infinite: numbers overflowed on the way to it."""
+        firsts = torch.stack([sides["top_scores"][:, 0], sides["bottom_scores"][:, 0]], 1)
+        bad = ~torch.isfinite(firsts).all(1)
+        if bool(bad.any()):
+            place = int(bad.nonzero()[0])
+            raise ValueError(
+                f"dictionary {self.dictionary.name!r}, feature {int(ids[place])}: its {self.preset.name} scores are "
+                f"not finite ({firsts[place].tolist()}), nor are those of {int(bad.sum()) - 1} others at hand; the "
+                f"weights overflow {self.model.dtype}: mend them, or load the model with dtype='float64'"
+            )
 
     def _layer_terms(self, moved: Moved) -> list[LayerTerm]:
         total = at_least_float32(moved.vectors)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from querylens_fast.lens.storage import FORMATS, read_identity, read_jsonl
+from querylens_fast.lens.storage import FORMATS, read_identity, read_jsonl, refuse_other_columns
+from querylens_fast.models.folders import load_tokenizer
 from querylens_fast.runs.sealed_parquet import opened
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def _signatures_identity(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{str(path)!r} is a table of {identity.get('what')!r}, not of signatures; ql.read_table reads it"
         )
+    refuse_other_columns(path)
     return identity
 
 
@@ -140,7 +142,7 @@ def _groups(path: str | Path, side: str, strings: bool) -> Iterator[dict[str, pa
     if FORMATS.get(Path(path).suffix) == "jsonl":
         import pyarrow as pa
 
-        rows = [{name: row[name] for name in columns} for row in read_jsonl(path)]
+        rows = [{name: row[name] for name in columns} for row in read_jsonl(path, columns)]
         if rows:
             yield _flat(pa.Table.from_pylist(rows))
         return
@@ -214,7 +216,8 @@ def _ranked(side: str, parts: Sequence[tuple[np.ndarray, ...]], limit: int | Non
 
 def _rows_of(path: Path, feature: int) -> list[dict[str, Any]]:
     if FORMATS.get(path.suffix) == "jsonl":
-        return [row for row in read_jsonl(path) if row["feature"] == feature]
+        columns = [f"{side}_{what}" for side in SIDES for what in ("ids", "scores")]
+        return [row for row in read_jsonl(path, ["feature", "layer", *columns]) if row["feature"] == feature]
     import numpy as np
 
     rows: list[dict[str, Any]] = []
@@ -234,9 +237,7 @@ def _rows_of(path: Path, feature: int) -> list[dict[str, Any]]:
 def _tokenizer(model: Any) -> Any:
     """The tokenizer of a `Model`, a tokenizer itself, or the one at a folder or hub id."""
     if isinstance(model, (str, Path)):
-        import transformers
-
-        return transformers.AutoTokenizer.from_pretrained(str(model))
+        return load_tokenizer(model, None, required=True)
     found = getattr(model, "tokenizer", model)
     if found is None:
         raise ValueError(f"model {getattr(model, 'name', model)!r} has no tokenizer; pass one that has")

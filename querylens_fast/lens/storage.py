@@ -11,7 +11,7 @@ from querylens_fast.lens.jsonl import JsonlSink, has_checksums, jsonl_problems, 
 from querylens_fast.lens.parquet import ParquetSink
 from querylens_fast.lens.results import Signatures
 from querylens_fast.models.model import Model
-from querylens_fast.runs import part_writer, sealed_parquet
+from querylens_fast.runs import part_writer, sealed_parquet, sealed_tensors
 
 __all__ = ["FORMATS", "Sink", "StoredSignatures", "format_of", "open_sink", "read_identity", "read_jsonl", "verify"]
 
@@ -103,6 +103,27 @@ def read_identity(path: str | Path) -> dict[str, Any]:
     return sealed_parquet.read_identity(path)
 
 
+def refuse_other_columns(path: str | Path) -> None:
+    """Raise ValueError unless a Parquet file has the columns of signatures: ids and scores of both sides, as lists."""
+    import pyarrow as pa
+
+    if FORMATS.get(Path(path).suffix) == "jsonl":
+        return
+    with sealed_parquet.opened(Path(path), rewritten=True) as file:
+        found = {field.name: field.type for field in file.schema_arrow}
+    wanted = {"feature": pa.types.is_integer, "layer": pa.types.is_integer}
+    lists = {f"{side}_ids": pa.types.is_integer for side in ("top", "bottom")}
+    lists |= {f"{side}_scores": pa.types.is_floating for side in ("top", "bottom")}
+    wrong = [name for name, fits in wanted.items() if name not in found or not fits(found[name])]
+    wrong += [
+        name
+        for name, fits in lists.items()
+        if name not in found or not pa.types.is_list(found[name]) or not fits(found[name].value_type)
+    ]
+    if wrong:
+        raise ValueError(f"{str(path)!r} is no file of signatures: {', '.join(wrong)} is missing or of another type")
+
+
 def verify(path: str | Path) -> list[str]:
     """What is wrong with a result file: nothing, or sentences that name the damage. Reads all of it.
 
@@ -110,7 +131,7 @@ def verify(path: str | Path) -> list[str]:
     checksum and its place. Results of versions before there were digests are only decoded.
 
     Args:
-        path: A result of `signatures` or of a relation, Parquet or JSONL.
+        path: A result of `signatures` or of a relation, Parquet or JSONL; a sample; a transport.
 
     Raises:
         FileNotFoundError: No such file.
@@ -120,6 +141,8 @@ def verify(path: str | Path) -> list[str]:
         raise FileNotFoundError(f"result file {str(path)!r} does not exist")
     if FORMATS.get(path.suffix) == "jsonl":
         return jsonl_problems(path)
+    if path.suffix == ".safetensors":
+        return sealed_tensors.problems(path)
     found = part_writer.verify(path)
     if not found:
         with sealed_parquet.opened(path) as file:
@@ -135,4 +158,6 @@ def is_checked(path: str | Path) -> bool:
     """Was the result written with digests of its rows? Those of earlier versions were not."""
     if FORMATS.get(Path(path).suffix) == "jsonl":
         return has_checksums(Path(path))
+    if Path(path).suffix == ".safetensors":
+        return sealed_tensors.check_seal(path)
     return sealed_parquet.is_sealed(path)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from querylens_fast.dictionaries.checkpoints import read_checkpoint
+
+_TRANSLATOR = re.compile(r"\d+\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class TunedLens:
             raise ValueError(
                 f"tuned lens {self.path!r}: {layer}.weight is {list(weight.shape)}, but d_model is {vectors.shape[1]}"
             )
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"tuned lens {self.path!r}: {layer}.bias is {list(bias.shape)}, but {layer}.weight is "
+                f"{list(weight.shape)}"
+            )
         return vectors + torch.nn.functional.linear(vectors, weight, bias)
 
 
@@ -56,16 +65,26 @@ def load_tuned_lens(path: str | Path) -> TunedLens:
 
     Raises:
         FileNotFoundError: No such file. A missing lens is never taken for the identity.
-        ValueError: The file is damaged or holds more than tensors.
+        ValueError: The file is damaged or holds more than tensors, or a translator is not of finite floats.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"tuned-lens params file {str(path)!r} does not exist")
-    try:
-        params = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"tuned-lens params file {str(path)!r} is damaged, or holds more than tensors: {error}"
-        ) from error
+    params = read_checkpoint(path, "tuned-lens params file", checksums=True)
     if not isinstance(params, dict) or not all(isinstance(v, Tensor) for v in params.values()):
         raise ValueError(f"tuned-lens params file {str(path)!r} does not hold named tensors")
-    return TunedLens(dict(params), str(path), hashlib.sha256(Path(path).read_bytes()).hexdigest()[:32])
+    for name, tensor in params.items():
+        if _TRANSLATOR.fullmatch(str(name)):
+            _check(path, str(name), tensor)
+    return TunedLens(dict(params), str(path), hashlib.sha256(path.read_bytes()).hexdigest()[:32])
+
+
+def _check(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless a translator's tensor is a square matrix or a vector of finite floats."""
+    expected = "a square matrix" if name.endswith("weight") else "a vector"
+    if tensor.ndim != (2 if name.endswith("weight") else 1) or len(set(tensor.shape)) != 1:
+        raise ValueError(f"tuned lens {str(path)!r}: {name} is {list(tensor.shape)}; expected {expected}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"tuned lens {str(path)!r}: {name} holds {tensor.dtype}; expected floats")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"tuned lens {str(path)!r}: {name} holds NaN or infinite values; fetch it again")

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from querylens_fast.runs.sealed_tensors import check_seal, write_tensors
+
 logger = logging.getLogger(__name__)
 
 DOCUMENTS_PER_JOIN = 1000
@@ -37,9 +39,14 @@ class Tokens:
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.numel() == 0:
-            raise ValueError(f"tokens are {list(self.ids.shape)}; expected [B, S] with at least one token")
+            raise ValueError(
+                f"tokens from {self.source} are {list(self.ids.shape)}; expected [B, S] with at least one token"
+            )
         if self.valid_mask.shape != self.ids.shape:
-            raise ValueError(f"valid_mask is {list(self.valid_mask.shape)} but tokens are {list(self.ids.shape)}")
+            raise ValueError(
+                f"tokens from {self.source}: valid_mask is {list(self.valid_mask.shape)} but tokens are "
+                f"{list(self.ids.shape)}"
+            )
         if not bool(self.valid_mask.any()):
             raise ValueError(f"tokens from {self.source}: every position is padding, so there is nothing to average")
 
@@ -55,13 +62,11 @@ class Tokens:
         return hashlib.sha256(str(tuple(self.ids.shape)).encode() + data).hexdigest()[:32]
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file that `load_tokens` reads back."""
-        from safetensors.torch import save_file
-
-        tensors = {"tokens": self.ids.contiguous()}
+        """Write a safetensors file that `load_tokens` reads back, whole or not at all."""
+        tensors = {"tokens": self.ids}
         if self.mask_is_known:
-            tensors["valid_mask"] = self.valid_mask.contiguous()
-        save_file(tensors, str(path), metadata={"source": self.source, **self.details})
+            tensors["valid_mask"] = self.valid_mask
+        write_tensors(Path(path), tensors, {"source": self.source, **self.details})
 
     def head(self, n: int) -> Tokens:
         """The first n sequences."""
@@ -176,6 +181,7 @@ def _read_safetensors(path: Path) -> tuple[Tensor, Tensor | None]:
     if not path.is_file():
         raise FileNotFoundError(f"token file {str(path)!r} does not exist")
     try:
+        check_seal(path)
         tensors = load_file(str(path))
     except SafetensorError as error:
         raise ValueError(f"token file {str(path)!r} is damaged or truncated: {error}") from error
@@ -185,9 +191,7 @@ def _read_safetensors(path: Path) -> tuple[Tensor, Tensor | None]:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"token file {str(path)!r}: 'tokens' has dtype {ids.dtype}; expected int64")
     ids = ids[None] if ids.ndim == 1 else ids
-    mask = tensors.get("valid_mask")
-    if mask is not None and mask.ndim == 1:
-        tensors["valid_mask"] = mask[None]
+    mask = mask[None] if mask is not None and mask.ndim == 1 else mask
     return ids.long(), None if mask is None else mask.bool()
 
 
@@ -195,10 +199,11 @@ def _checked(ids: Tensor, mask: Tensor | None, model: Any, source: str, details:
     if ids.ndim == 1:
         ids = ids[None]
     vocab = getattr(model, "vocab_size", None)
-    table = getattr(model, "position_embedding", None)
-    if table is not None and ids.shape[-1] > len(table):
+    positions = getattr(model, "max_positions", None)
+    if positions is not None and ids.shape[-1] > positions:
         raise ValueError(
-            f"tokens from {source} are {ids.shape[-1]} long, but the model has {len(table)} positions; cut them shorter"
+            f"tokens from {source} are {ids.shape[-1]} long, but model {model.name!r} has {positions} positions; cut "
+            "them shorter"
         )
     if ids.numel() and (int(ids.min()) < 0 or (vocab is not None and int(ids.max()) >= vocab)):
         worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())

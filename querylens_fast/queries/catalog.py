@@ -54,6 +54,12 @@ class Entry:
     """Score files with the label that the dictionary has there."""
     relations: list[ResultFile] = field(default_factory=list)
 
+    @property
+    def files(self) -> list[ResultFile]:
+        """All that the results hold of it."""
+        some = [self.sample] if self.sample is not None else []
+        return [*(m.file for m in self.members), *some, *(file for file, _ in self.scores), *self.relations]
+
     def member(self, label: str) -> Member:
         """The member of a label. Raises ValueError for an unknown one."""
         for member in self.members:

@@ -37,7 +37,7 @@ def dictionary(found: OpenDictionary) -> DictionaryInfo:
         presets=tuple(preset(found, member) for member in entry.members),
         fields=found.fields(),
         score_methods=() if scores is None else scores.methods,
-        mean_scores={} if scores is None else scores.means(),
+        mean_scores={} if scores is None else found.once("means", scores.means),
         sample=sample,
         relations=tuple(relations),
         rel_var={label: mean for label, mean in rel_var.items() if mean is not None},

@@ -30,16 +30,21 @@ class ResultGone(ValueError):
 
 @dataclass(frozen=True)
 class Stamp:
-    """What tells a file from one that took its place."""
+    """What tells a file from one that took its place, and the parts of a run from those of a moment later."""
 
     size: int
     modified_ns: int
     inode: int
+    finished: bool
 
     @classmethod
     def of(cls, path: Path) -> Stamp:
-        found = os.stat(path)
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+        """Of a result, or of the folder of its parts where there is no more yet."""
+        try:
+            found, finished = os.stat(path), True
+        except FileNotFoundError:
+            found, finished = os.stat(_parts_of(path)), False
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino, finished)
 
 
 @dataclass(frozen=True)
@@ -50,28 +55,41 @@ class ResultFile:
     kind: str
     """`SIGNATURES`, `SAMPLE`, `SCORES`, or one of `RELATIONS`."""
     identity: dict[str, Any]
-    stamp: Stamp | None
-    """None: it is being written."""
+    stamp: Stamp
     seal: str | None = None
     """The digest of its rows, where it was written with one."""
+    n_rows: int = 0
+    """Of a finished file."""
+
+    @property
+    def finished(self) -> bool:
+        """Or is there no more yet than parts?"""
+        return self.stamp.finished
 
     @property
     def parts(self) -> list[Path]:
         """The Parquet files that hold its rows so far."""
-        if self.stamp is not None:
+        if self.finished:
             return [self.path]
         return sorted(_parts_of(self.path).glob("part-*.parquet"))
 
     def changed(self) -> bool:
-        """Is the file another one by now, or gone, or finished?"""
+        """Is the file another one by now, or gone, or has it more parts, or is it finished?"""
         try:
             return Stamp.of(self.path) != self.stamp
-        except FileNotFoundError:
-            return self.stamp is not None or not _parts_of(self.path).is_dir()
+        except OSError:
+            return True
 
 
-def find_files(paths: Sequence[str | Path]) -> tuple[list[ResultFile], list[Skipped]]:
-    """(The files to serve, those in given folders that are left out and why).
+def find_files(
+    paths: Sequence[Path], known: Sequence[ResultFile] | None = None
+) -> tuple[list[ResultFile], list[Skipped]]:
+    """(The files to serve, those that are left out and why).
+
+    Args:
+        paths: Files and folders.
+        known: What was found before: such files are not opened again unless they have changed, and one that was named
+            and cannot be served any more is left out.
 
     Raises:
         FileNotFoundError: A path does not exist.
@@ -79,17 +97,26 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[ResultFile], list[Skip
     """
     found: dict[Path, ResultFile] = {}
     skipped: list[Skipped] = []
-    for given in map(Path, paths):
-        if given.is_dir() and not given.name.endswith(PARTS):
-            for path in _inside(given):
-                try:
-                    found.setdefault(path.resolve(), open_file(path))
-                except (ValueError, OSError) as error:
-                    skipped.append(Skipped(str(path), str(error)))
-        else:
-            path = given.with_name(given.name.removesuffix(PARTS))
-            found.setdefault(path.resolve(), open_file(path))
+    unchanged = {file.path: file for file in known or () if not file.changed()}
+    for path, named in candidates(paths).items():
+        try:
+            found.setdefault(path.resolve(), unchanged.get(path) or open_file(path))
+        except (ValueError, OSError) as error:
+            if named and known is None:
+                raise
+            skipped.append(Skipped(str(path), str(error)))
     return list(found.values()), skipped
+
+
+def candidates(paths: Sequence[Path]) -> dict[Path, bool]:
+    """The files that may be results: those that were named (True), and those in folders."""
+    found: dict[Path, bool] = {}
+    for given in paths:
+        if given.is_dir() and not given.name.endswith(PARTS):
+            found.update(dict.fromkeys(_inside(given), False))
+        else:
+            found[given.with_name(given.name.removesuffix(PARTS))] = True
+    return found
 
 
 def open_file(path: Path) -> ResultFile:
@@ -108,8 +135,9 @@ def open_file(path: Path) -> ResultFile:
     stamp = Stamp.of(path)
     identity = read_identity(path)
     with opened(path, rewritten=True) as file:
-        seal = (file.metadata.metadata or {}).get(SEAL_KEY)
-    return ResultFile(path, _kind_of(path, identity), identity, stamp, None if seal is None else seal.decode())
+        seal = (file.metadata.metadata or {}).get(SEAL_KEY, b"").decode() or None
+        n_rows = file.metadata.num_rows
+    return ResultFile(path, _kind_of(path, identity), identity, stamp, seal, n_rows)
 
 
 @contextmanager
@@ -139,8 +167,9 @@ def _inside(folder: Path) -> Iterable[Path]:
 
 
 def _unfinished(path: Path) -> ResultFile:
+    stamp = Stamp.of(path)
     identity, _ = read_record(_parts_of(path) / "run.json")
-    return ResultFile(path, _kind_of(path, identity), identity, None)
+    return ResultFile(path, _kind_of(path, identity), identity, stamp)
 
 
 def _kind_of(path: Path, identity: dict[str, Any]) -> str:

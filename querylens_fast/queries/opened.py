@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -59,28 +58,73 @@ class Once:
                     self._made[key] = make()
         return self._made[key]
 
+    def put(self, key: Any, value: Any) -> None:
+        """Replace a value."""
+        with self._lock:
+            self._made[key] = value
+
+    def keep(self, wanted: Callable[[Any], bool]) -> None:
+        """Forget the values whose keys are not wanted."""
+        with self._lock:
+            self._made = {key: value for key, value in self._made.items() if wanted(key)}
+
 
 class OpenDictionary:
     """What the results hold of one dictionary."""
 
-    def __init__(self, entry: Entry, rows_of: Callable[[Member], Rows], vocabulary: Callable[[], Vocabulary]) -> None:
-        """Take its entry in the catalog, and how its results and its model's vocabulary are opened."""
-        self.entry, self.rows_of, self._vocabulary = entry, rows_of, vocabulary
-        self._once = Once()
+    def __init__(
+        self, entry: Entry, once: Once, rows_of: Callable[[Member], Rows], vocabulary: Callable[[str], Vocabulary]
+    ) -> None:
+        """Take its entry in the catalog, where to keep what is read, and how results and vocabularies are opened."""
+        self.entry, self._rows_of, self._vocabulary, self._shared = entry, rows_of, vocabulary, once
+        self.key = tuple((file.path, file.stamp) for file in entry.files)
+        """What is kept is kept as long as these files are the same."""
+        self._local: dict[Any, Any] = {}
+
+    def once(self, what: Any, make: Callable[[], T]) -> T:
+        """Something that is read or computed when it is first asked for."""
+        found = self._local.get(what)
+        if found is None:
+            found = self._local[what] = self._shared.get((self.key, what), make)
+        return found
+
+    def rows_of(self, member: Member) -> Rows:
+        """The rows of a result, opened once."""
+        found = self._local.get(member.label)
+        if found is None:
+            found = self._local[member.label] = self._rows_of(member)
+        return found
+
+    def look_again(self) -> None:
+        """Take the results' rows anew: they may have an index now."""
+        self._local = {}
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return self._vocabulary()
+        found = self._local.get("vocabulary")
+        if found is None:
+            found = self._local["vocabulary"] = self._vocabulary(self.entry.model_fingerprint)
+        return found
 
-    @cached_property
+    @property
     def features(self) -> np.ndarray:
         """Ids of the features that any result of `signatures` holds, ascending."""
+        return self.once("features", self._features)
+
+    def _features(self) -> np.ndarray:
         found = [self.rows_of(member).features for member in self.entry.members]
         if not found:
             return np.zeros(0, np.int64)
         first = found[0]
         same = all(len(f) == len(first) and (f is first or np.array_equal(f, first)) for f in found)
         return np.unique(first) if same else np.unique(np.concatenate(found))
+
+    def places(self, features: np.ndarray) -> np.ndarray:
+        """Where features that are there stand in `features`."""
+        known = self.features
+        if known[-1] - known[0] == len(known) - 1:
+            return features - known[0]
+        return np.searchsorted(known, features)
 
     def row_of(self, member: Member, feature: int) -> int | None:
         """The row of a feature in a result."""
@@ -96,26 +140,26 @@ class OpenDictionary:
     @property
     def sample(self) -> SampleTable | None:
         file = self.entry.sample
-        return None if file is None else self._once.get("sample", lambda: SampleTable(file))
+        return None if file is None else self.once("sample", lambda: SampleTable(file))
 
     @property
     def sample_tokens(self) -> SampleTokens | None:
         """The tokens of the sample, where a file beside it holds them."""
         file = self.entry.sample
-        return None if file is None else self._once.get("tokens", lambda: SampleTokens.beside(file))
+        return None if file is None else self.once("tokens", lambda: SampleTokens.beside(file))
 
     @property
     def scores(self) -> ScoreTable | None:
         if not self.entry.scores:
             return None
         file, label = self.entry.scores[-1]
-        return self._once.get("scores", lambda: ScoreTable(file, label))
+        return self.once("scores", lambda: ScoreTable(file, label))
 
     @property
     def links(self) -> list[LinkTable]:
         name, layer = self.entry.name, self.entry.layer
         return [
-            self._once.get(("links", file.path), lambda file=file: LinkTable(file, name, layer))
+            self.once(("links", file.path), lambda file=file: LinkTable(file, name, layer))
             for file in self.entry.relations
         ]
 
@@ -131,17 +175,28 @@ class OpenDictionary:
         else of the preferred key (input) or value (output) preset, at the largest k.
         """
         source = self._source_of(name, member)
+        return None if source is None else self.once((name, source[1]), lambda: self._column(name, source))
+
+    def sorted_by(self, name: str, descending: bool) -> tuple[np.ndarray, np.ndarray] | None:
+        """(Places in `features` by a field, of equal ones the first first; their keys, ascending), without NaN."""
+        source = self._source_of(name, None)
         if source is None:
             return None
-        key = (name, *source[1:])
-        return self._once.get(key, lambda: self._column(name, source))
+
+        def ordered() -> tuple[np.ndarray, np.ndarray]:
+            values = self._column(name, source)
+            keys = -values if descending else values
+            order = np.argsort(keys, kind="stable")[: int((~np.isnan(keys)).sum())]
+            return order.astype(np.int32), keys[order]
+
+        return self.once(("sorted", name, descending), ordered)
 
     def mean(self, name: str, member: Member) -> float | None:
         """The mean of a statistic over a result's features, without those that are not finite."""
         rows = self.rows_of(member)
         if name not in rows.statistics:
             return None
-        return self._once.get(("mean", name, member.label), lambda: _finite_mean(rows.column(name)))
+        return self.once(("mean", name, member.label), lambda: _finite_mean(rows.column(name)))
 
     def _source_of(self, name: str, member: Member | None) -> tuple[str, Any] | None:
         if name in ("density", "maximum"):

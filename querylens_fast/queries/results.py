@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,15 @@ import numpy as np
 
 from querylens_fast.queries import describe
 from querylens_fast.queries.budget import UNLIMITED, Budget
+from querylens_fast.queries.build import build_index
 from querylens_fast.queries.catalog import Member, catalog
 from querylens_fast.queries.compare import compare
 from querylens_fast.queries.feature_view import feature_view
-from querylens_fast.queries.files import ResultFile, find_files
+from querylens_fast.queries.files import ResultFile, ResultGone, find_files, open_file
+from querylens_fast.queries.index import find_index
 from querylens_fast.queries.opened import Once, OpenDictionary, Rows
 from querylens_fast.queries.scan import Scan
-from querylens_fast.queries.search import Filter, Query, Source, row_of, search
+from querylens_fast.queries.search import Filter, Lister, Query, Source, search
 from querylens_fast.queries.views import (
     ENDS,
     SIDES,
@@ -33,6 +37,10 @@ from querylens_fast.queries.views import (
     TokenView,
 )
 from querylens_fast.queries.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+LOOK_SECONDS = 1.0
+"""Between looks at the files."""
 
 
 def open_results(*paths: str | Path) -> Results:
@@ -52,41 +60,68 @@ def open_results(*paths: str | Path) -> Results:
 class Results:
     """Results that answer questions. Safe to use from several threads.
 
-    Files are looked at again with every question: one that has changed is opened anew (`refresh`), and one that is
-    gone raises ResultGone.
+    Files are looked at again at most once a second: one that has changed is opened anew, one that is gone or damaged is
+    left out (`skipped` says so), and one that is new in a folder is taken in.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         """See `open_results`."""
         self.paths = tuple(paths)
-        self._lock = threading.RLock()
-        self._open()
+        self._lock = threading.Lock()
+        self._once = Once()
+        self._take(*find_files(self.paths))
         if not any(d.entry.members for d in self._dictionaries):
             self._refuse_nothing()
+        self._looked = time.monotonic()
 
-    def refresh(self) -> bool:
-        """Open the files again where one has changed, is gone or finished, or is new; tell whether one was."""
-        with self._lock:
-            files, skipped = find_files(self.paths)
-            same = {f.path: f.stamp for f in files} == {f.path: f.stamp for f in self._files}
-            if same and not any(f.stamp is None for f in files):
-                return False
-            self._open()
-            return True
+    def refresh(self) -> None:
+        """Look at the files again: take in what is new, and indexes that have been made."""
+        self._looked = time.monotonic()
+        known = [(file.path, file.stamp) for file in self._files]
+        files, skipped = find_files(self.paths, self._files)
+        if known != [(file.path, file.stamp) for file in files] or self._skipped != tuple(skipped):
+            self._take(files, skipped)
+        for member in self.unindexed():
+            found = find_index(member.file, member.layer if member.several_layers else None)
+            if found is not None:
+                self._once.put(self._key(member), found)
+        for some in self._dictionaries:
+            some.look_again()
+
+    def unindexed(self) -> list[Member]:
+        """Finished results that are read without an index."""
+        members = [m for d in self._dictionaries for m in d.entry.members]
+        return [m for m in members if m.file.finished and not self.rows_of(m).indexed]
+
+    def build_indexes(self, *, check: Callable[[], None] = lambda: None) -> None:
+        """Make the indexes that are missing, beside the results: some 20 s for a million features.
+
+        Args:
+            check: Called between steps; what it raises ends the build, which goes on from there another time.
+
+        Raises:
+            OSError: There is no place to write one, or the disk is full.
+            FileExistsError: Another process is making one.
+        """
+        for file in dict.fromkeys(member.file.path for member in self.unindexed()):
+            build_index(open_file(file), check)
+        self.refresh()
 
     @property
     def dictionaries(self) -> tuple[DictionaryInfo, ...]:
         """The dictionaries, by layer and name."""
-        return tuple(describe.dictionary(d) for d in self._dictionaries)
+        return tuple(describe.dictionary(d) for d in self._fresh())
 
     @property
     def progress(self) -> tuple[Progress, ...]:
         """Results that are being written, or whose run was stopped."""
-        return tuple(describe.progress(f) for f in self._files if f.stamp is None)
+        self._fresh()
+        return tuple(describe.progress(f) for f in self._files if not f.finished)
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
         """Files in the given folders that are not served."""
+        self._fresh()
         return self._skipped
 
     def feature(self, dictionary: str, feature: int, *, budget: Budget = UNLIMITED) -> FeatureView:
@@ -101,7 +136,7 @@ class Results:
             LookupError: No such dictionary or feature.
             ResultGone: A file has changed under way.
         """
-        return feature_view(self._find(dictionary), int(feature), self._dictionaries, self.paths, budget)
+        return feature_view(self._find(dictionary), int(feature), self._fresh(), self.paths, budget)
 
     def search(
         self,
@@ -128,7 +163,7 @@ class Results:
             QueryStopped: The budget is spent.
             ResultGone: A file has changed under way.
         """
-        return search(self._dictionaries, Query(text, filters=tuple(filters), **options), budget)
+        return search(self._fresh(), Query(text, filters=tuple(filters), **options), budget)
 
     def top(self, token_id: int, **options: Any) -> Page:
         """`search` by token id: the token's features, the best score first."""
@@ -141,7 +176,7 @@ class Results:
             LookupError: No signature holds the token.
         """
         groups = []
-        for found in self._dictionaries:
+        for found in self._fresh():
             for side in SIDES:
                 member = found.entry.preferred(side)
                 if member is not None:
@@ -153,7 +188,7 @@ class Results:
 
     def tokens(self, text: str, *, limit: int = 10) -> tuple[Token, ...]:
         """Tokens that contain a text, in any case, the shortest first."""
-        vocabularies = {d.entry.model_fingerprint: d for d in self._dictionaries if d.entry.members}
+        vocabularies = {d.entry.model_fingerprint: d for d in self._fresh() if d.entry.members}
         found = dict.fromkeys(t for d in vocabularies.values() for t in d.vocabulary.like(text[:1000], limit))
         return tuple(found)[:limit]
 
@@ -163,7 +198,7 @@ class Results:
         Raises:
             LookupError: No such dictionary, or it has no features yet.
         """
-        chosen = [d for d in self._dictionaries if dictionary in (None, d.entry.slug)]
+        chosen = [d for d in self._fresh() if dictionary in (None, d.entry.slug)]
         sizes = [len(d.features) for d in chosen]
         if not sum(sizes):
             raise LookupError(f"dictionary is {dictionary!r}; there are no features of it")
@@ -205,38 +240,55 @@ class Results:
 
     def rows_of(self, member: Member) -> Rows:
         """The rows of a result, opened once."""
-        key = member.file.path, member.layer
-        return self._once.get(key, lambda: self._open_rows(member))
+        return self._once.get(self._key(member), lambda: self._open_rows(member))
 
-    def _open(self) -> None:
-        files, skipped = find_files(self.paths)
-        with self._lock:
-            self._once = Once()
-            self._files: list[ResultFile] = files
-            self._skipped = tuple(skipped)
-            self._dictionaries = [
-                OpenDictionary(entry, self.rows_of, self._vocabulary_of(entry.model_fingerprint))
-                for entry in catalog(files)
-            ]
+    def _key(self, member: Member) -> tuple[Any, ...]:
+        return ((member.file.path, member.file.stamp),), ("rows", member.layer)
 
     def _open_rows(self, member: Member) -> Rows:
-        return Scan(member.file, member.layer if member.several_layers else None)
+        layer = member.layer if member.several_layers else None
+        return find_index(member.file, layer) or Scan(member.file, layer)
 
-    def _vocabulary_of(self, model: str) -> Callable[[], Vocabulary]:
+    def _take(self, files: list[ResultFile], skipped: list[Skipped]) -> None:
+        """Serve these files from now on; what was read of others is forgotten."""
+        self._files, self._skipped = files, tuple(skipped)
+        self._dictionaries = tuple(
+            OpenDictionary(entry, self._once, self.rows_of, self._vocabulary) for entry in catalog(files)
+        )
+        there = {(file.path, file.stamp) for file in files}
+        self._once.keep(lambda key: there.issuperset(key[0]))
+
+    def _fresh(self) -> tuple[OpenDictionary, ...]:
+        """The dictionaries, after a look at the files where the last was a while ago."""
+        if time.monotonic() - self._looked > LOOK_SECONDS and self._lock.acquire(blocking=False):
+            try:
+                self.refresh()
+            finally:
+                self._lock.release()
+        return self._dictionaries
+
+    def _vocabulary(self, model: str) -> Vocabulary:
+        """The token strings of a model, from its finished results, or where there is none from those under way."""
+        members = [m for d in self._dictionaries for m in d.entry.members if d.entry.model_fingerprint == model]
+        members = [m for m in members if m.file.finished] or members
+        key = tuple(dict.fromkeys((m.file.path, m.file.stamp) for m in members))
+
         def read() -> Vocabulary:
             strings: dict[int, str] = {}
-            for found in self._dictionaries:
-                for member in found.entry.members if found.entry.model_fingerprint == model else ():
-                    strings |= self.rows_of(member).strings()
+            for member in members:
+                strings |= self.rows_of(member).strings()
             return Vocabulary(strings)
 
-        return lambda: self._once.get(("vocabulary", model), read)
+        return self._once.get((key, ("vocabulary", model)), read)
 
     def _find(self, slug: str) -> OpenDictionary:
-        for found in self._dictionaries:
-            if found.entry.slug == slug:
-                return found
-        known = ", ".join(d.entry.slug for d in self._dictionaries[:20])
+        found = self._fresh()
+        for some in found:
+            if some.entry.slug == slug:
+                return some
+        if not found and self._skipped:
+            raise ResultGone("; ".join(some.reason for some in self._skipped[:5]))
+        known = ", ".join(d.entry.slug for d in found[:20])
         raise LookupError(f"dictionary is {slug!r}; the results are of {known}")
 
     def _refuse_nothing(self) -> None:
@@ -250,9 +302,9 @@ class Results:
 def _group(found: OpenDictionary, member: Member, token_id: int, end: Any, limit: int, budget: Budget) -> TokenGroup:
     store = found.rows_of(member)
     rows, scores = store.postings(token_id, end, budget.check)
-    source = Source(found, member)
+    lister = Lister(Source(found, member), end)
     shown = [
-        row_of(source, int(store.features[row]), token_id, end, float(score))
+        lister.row(int(store.features[row]), token_id, float(score))
         for row, score in zip(rows[:limit], scores[:limit], strict=True)
     ]
     entry = found.entry

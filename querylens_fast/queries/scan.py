@@ -7,7 +7,7 @@ Memory: the feature ids, and the row group that was read last.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -90,7 +90,7 @@ class Scan:
     @property
     def statistics(self) -> tuple[str, ...]:
         """Names of the numbers that each row has."""
-        return tuple(name for name in self.columns if name not in NOT_STATISTICS and not name.startswith("layer_"))
+        return statistics_of(self.columns)
 
     def has(self, column: str) -> bool:
         """Is the column in the result?"""
@@ -166,6 +166,11 @@ class Scan:
         encoded = [f"{name}.list.element" for name in columns if name.endswith("_tokens")] or None
         with reading(chunk.path), opened(chunk.path, read_dictionary=encoded) as parquet:
             return parquet.read_row_group(chunk.group, list(columns))
+
+
+def statistics_of(columns: Iterable[str]) -> tuple[str, ...]:
+    """The columns of a result that are statistics."""
+    return tuple(name for name in columns if name not in NOT_STATISTICS and not name.startswith("layer_"))
 
 
 def flat(lists: Any) -> np.ndarray:

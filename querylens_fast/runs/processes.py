@@ -13,11 +13,15 @@ On GPUs sums go over NCCL, each process on the device of its LOCAL_RANK; on CPUs
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
+import queue
+import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -29,13 +33,25 @@ GRACE_S = 10.0
 """Seconds of silence after which a process counts as dead."""
 BEAT_S = 1.0
 POLL_S = 0.05
+COLLECTIVE_POLL_S = 0.001
+NOTICE_S = 20.0
+"""Seconds after which a process says for whom it waits."""
 _KEPT = "signatures that were written are kept, start the same command again to go on from there"
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class RankStopped(RuntimeError):
     """Another process of the run has died or failed; the message names its rank."""
+
+    said = ""
+    """What that process says itself, where it could."""
+
+
+def said_elsewhere(error: BaseException) -> bool:
+    """Has another process of the run on this machine said the same, so that it need not be said again?"""
+    return getattr(error, "_said_elsewhere", False)
 
 
 class Ranks:
@@ -83,34 +99,24 @@ class _Joined(Ranks):
         import torch.distributed as dist
 
         self.rank, self.size, self.grace_s = rank, size, grace_s
+        self._others = [other for other in range(size) if other != rank]
         self._store = dist.PrefixStore("querylens_fast", store)
         self._seen: dict[int, tuple[bytes, float]] = {}
-        self._checked = 0.0
+        self._stopped: RankStopped | None = None
         self._steps: dict[str, int] = {}
         self._over = threading.Event()
-        self._beat = threading.Thread(target=self._keep_beating, name="sign of life", daemon=True)
-        self._beat.start()
+        self._watch = threading.Thread(target=self._keep_watch, name="sign of life", daemon=True)
+        self._watch.start()
 
     def sum_(self, tensor: Tensor) -> Tensor:
         import torch.distributed as dist
 
-        # Only the processes that are known to be there start a collective, which could not be left again.
-        self.wait("sum")
-        try:
-            dist.all_reduce(tensor)
-        except RuntimeError as error:
-            # The connection breaks at once; who broke it shows a little later.
-            limit = time.monotonic() + self.grace_s + 2 * BEAT_S
-            while time.monotonic() < limit:
-                self._look_around(range(self.size))
-                time.sleep(BEAT_S)
-            raise RankStopped(f"the sum over {self.size} processes failed: {error}") from error
+        self._together("sum", lambda: dist.all_reduce(tensor, async_op=True))
         return tensor
 
     def check(self) -> None:
-        if time.monotonic() - self._checked > BEAT_S:
-            self._look_around(range(self.size))
-            self._checked = time.monotonic()
+        if self._stopped is not None:
+            raise self._stopped
 
     def agree(self, what: str, settings: dict[str, Any]) -> None:
         self._ask(lambda: self._store.set(f"agree/{what}/{self.rank}", json.dumps(settings)))
@@ -130,12 +136,15 @@ class _Joined(Ranks):
         self._steps[step] = self._steps.get(step, 0) + 1
         name = f"{step}/{self._steps[step]}"
         self._ask(lambda: self._store.set(f"{name}/{self.rank}", "here"))
-        missing = [rank for rank in range(self.size) if rank != self.rank]
+        missing, said = self._others, time.monotonic()
         while missing:
             missing = [r for r in missing if not self._ask(lambda r=r: self._store.check([f"{name}/{r}"]))]
             if missing:
-                self._look_around(missing)
+                self.check()
                 time.sleep(POLL_S)
+            if missing and time.monotonic() - said > NOTICE_S:
+                said = time.monotonic()
+                logger.warning("rank %d waits for ranks %s, which are alive, to come to %r", self.rank, missing, step)
 
     @contextmanager
     def in_turn(self, step: str) -> Iterator[None]:
@@ -151,43 +160,64 @@ class _Joined(Ranks):
         """Tell the others how this ended, and stop the signs of life."""
         if error is None:
             self.wait("end")
-        elif not isinstance(error, RankStopped):
-            with suppress(Exception):
-                self._store.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
+        else:
+            with suppress(RankStopped):
+                self._tell(error)
         self._over.set()
-        self._beat.join()
-        if error is None:
-            self._go_last()
+        self._watch.join(2 * BEAT_S)
+        with suppress(RankStopped):
+            self._go_last(self.grace_s if error is None else 3 * BEAT_S)
 
-    def _go_last(self) -> None:
+    def _tell(self, error: BaseException) -> None:
+        """Let one process of each machine print an error, and the others know of it."""
+        said = error.said if isinstance(error, RankStopped) else f"{type(error).__name__}: {error}"
+        machine = f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', 0)}"
+        key = f"said/{machine}/{hashlib.sha256((said or str(error)).encode()).hexdigest()}"
+        first = self._ask(lambda: self._store.compare_set(key, "", str(self.rank))).decode()
+        error._said_elsewhere = first != str(self.rank)  # type: ignore[attr-defined]
+        if not isinstance(error, RankStopped):
+            self._ask(lambda: self._store.set(f"failed/{self.rank}", said))
+            self._ask(lambda: self._store.set("failed", "yes"))
+
+    def _go_last(self, limit_s: float) -> None:
         """Rank 0, which may keep the rendezvous, stays until nobody needs it any more."""
-        with suppress(Exception):
-            if not self.leads:
-                self._store.set(f"gone/{self.rank}", "gone")
-                return
-            limit = time.monotonic() + self.grace_s
-            gone = [f"gone/{rank}" for rank in range(1, self.size)]
-            while not self._store.check(gone) and time.monotonic() < limit:
-                time.sleep(POLL_S)
+        if not self.leads:
+            self._ask(lambda: self._store.set(f"gone/{self.rank}", "gone"))
+            return
+        limit, gone = time.monotonic() + limit_s, [f"gone/{rank}" for rank in self._others]
+        while not self._ask(lambda: self._store.check(gone)) and time.monotonic() < limit:
+            time.sleep(POLL_S)
 
-    def _keep_beating(self) -> None:
+    def _keep_watch(self) -> None:
+        """Leave a sign of life and look for those of the others each second, until one of them has stopped."""
         count = 0
-        while not self._over.is_set():
-            with suppress(Exception):
-                self._store.set(f"alive/{self.rank}", str(count))
+        while not self._over.is_set() and self._stopped is None:
             count += 1
+            try:
+                self._ask(lambda count=count: self._store.set(f"alive/{self.rank}", str(count)))
+                self._look_around()
+            except RankStopped as stopped:
+                self._stopped = stopped
+                break
             self._over.wait(BEAT_S)
+        if self._stopped is not None and not self._over.wait(NOTICE_S / 2):
+            logger.error("%s; this process stops after its present step", self._stopped)
 
-    def _look_around(self, ranks: Sequence[int]) -> None:
-        now = time.monotonic()
-        for rank in ranks:
-            if rank == self.rank:
-                continue
-            if self._ask(lambda rank=rank: self._store.check([f"failed/{rank}"])):
-                said = self._ask(lambda rank=rank: self._store.get(f"failed/{rank}")).decode()
-                raise RankStopped(f"rank {rank} of {self.size} failed: {said}")
-            there = self._ask(lambda rank=rank: self._store.check([f"alive/{rank}"]))
-            beat = self._ask(lambda rank=rank: self._store.get(f"alive/{rank}")) if there else b""
+    def _look_around(self) -> None:
+        """Raise RankStopped for a process that failed or gave no sign of life for the grace period."""
+        if self._ask(lambda: self._store.check(["failed"])):
+            for rank in self._others:
+                if self._ask(lambda rank=rank: self._store.check([f"failed/{rank}"])):
+                    said = self._ask(lambda rank=rank: self._store.get(f"failed/{rank}")).decode()
+                    stopped = RankStopped(f"rank {rank} of {self.size} failed: {said}")
+                    stopped.said = said
+                    raise stopped
+        now, there = time.monotonic(), [f"alive/{rank}" for rank in self._others]
+        if self._ask(lambda: self._store.check(there)):
+            beats = self._ask(lambda: self._store.multi_get(there))
+        else:
+            beats = [b""] * len(there)
+        for rank, beat in zip(self._others, beats, strict=True):
             known = self._seen.get(rank)
             if known is None or known[0] != beat:
                 self._seen[rank] = (beat, now)
@@ -197,13 +227,47 @@ class _Joined(Ranks):
                     f"hangs; {_KEPT}"
                 )
 
-    def _ask(self, question: Any) -> Any:
+    def _together(self, step: str, begin: Callable[[], Any]) -> None:
+        """Start a collective once every process is there, and wait for its end unless one of them stops."""
+        self.wait(step)
         try:
-            return question()
-        except Exception as error:
+            work = begin()
+            while not work.is_completed():
+                self.check()
+                time.sleep(COLLECTIVE_POLL_S)
+            work.wait()
+        except RuntimeError as error:
+            if isinstance(error, RankStopped):
+                raise
+            raise self._broken(step, error) from error
+
+    def _broken(self, step: str, error: Exception) -> RankStopped:
+        """Who broke a collective: the connection breaks at once, the reason shows a little later."""
+        limit = time.monotonic() + self.grace_s + 2 * BEAT_S
+        while time.monotonic() < limit and self._stopped is None:
+            time.sleep(POLL_S)
+        return self._stopped or RankStopped(f"{step} over {self.size} processes failed: {error}")
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """The rendezvous's answer, in a thread of its own: a process that keeps it and hangs never answers."""
+        answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put((question(), None))
+            except Exception as error:
+                answers.put((None, error))
+
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            found, error = answers.get(timeout=self.grace_s)
+        except queue.Empty:
+            found, error = None, TimeoutError(f"for {self.grace_s:.0f} s")
+        if error is not None:
             raise RankStopped(
                 f"rank 0 of {self.size}, which keeps the rendezvous, does not answer ({error}); {_KEPT}"
             ) from error
+        return found
 
 
 _current = Ranks()
@@ -216,7 +280,8 @@ def current() -> Ranks:
 
 @contextmanager
 def joined(grace_s: float = GRACE_S) -> Iterator[Ranks]:
-    """Join the processes that `torchrun` has started (or anything that sets its variables); alone, nothing happens.
+    """Join the processes that `torchrun` has started (or anything that sets its variables); alone, or joined already,
+    nothing happens.
 
     Inside, `fit_transport` and `signatures` with ``out=`` share their work. All processes have to make the same calls.
 
@@ -229,7 +294,7 @@ def joined(grace_s: float = GRACE_S) -> Iterator[Ranks]:
     """
     global _current
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if size == 1 or _current.size > 1:
         yield _current
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]

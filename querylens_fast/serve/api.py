@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
 from querylens_fast.queries.budget import Budget
@@ -37,7 +38,7 @@ MAX_ID = 1 << 53
 """Ids are numbers in JSON."""
 
 
-class Json(Response):
+class Json(JSONResponse):
     """Dataclasses as JSON; numbers that are not finite as null."""
 
     media_type = "application/json"

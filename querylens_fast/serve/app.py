@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
+from querylens_fast.queries.background import Indexer
 from querylens_fast.queries.budget import QueryStopped
 from querylens_fast.queries.files import ResultGone
 from querylens_fast.queries.results import Results
@@ -40,6 +43,7 @@ def create_app(
     token: str | None = None,
     hosts: Sequence[str] = (),
     query_seconds: float = QUERY_SECONDS,
+    index: bool = False,
 ) -> FastAPI:
     """The application.
 
@@ -50,6 +54,7 @@ def create_app(
         token: What requests have to carry; None: nothing.
         hosts: Names that the Host header may have, besides those of this machine.
         query_seconds: Time for one answer.
+        index: Make missing indexes beside the results, in a process of their own, while the application runs.
 
     Raises:
         ValueError: A model without dictionaries to run, dictionaries that are not its own.
@@ -61,10 +66,10 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         openapi_url="/api/openapi.json",
-        lifespan=_few_threads,
+        lifespan=_running,
         middleware=[Middleware(Guard, token=token, hosts=hosts, seconds=query_seconds)],
     )
-    app.state.results = results
+    app.state.results, app.state.indexer = results, Indexer(results) if index else None
     for kind in (*STATUS, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _problem)
     app.include_router(api.router)
@@ -87,7 +92,10 @@ def serve(app: FastAPI, listening: socket.socket) -> None:
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=1 << 16,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    # uvicorn shuts down and then raises the signal again, which would end the process as if it had been killed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 def listen(host: str, port: int, token: str | None) -> socket.socket:
@@ -116,9 +124,14 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
 
 
 @asynccontextmanager
-async def _few_threads(app: FastAPI) -> AsyncIterator[None]:
+async def _running(app: FastAPI) -> AsyncIterator[None]:
     anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
+    indexer: Indexer | None = app.state.indexer
+    if indexer is not None:
+        indexer.start()
     yield
+    if indexer is not None:
+        indexer.stop()
 
 
 async def _problem(request: Request, error: Exception) -> Response:

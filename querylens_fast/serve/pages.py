@@ -15,7 +15,16 @@ from querylens_fast.queries.budget import Budget
 from querylens_fast.queries.results import Filter, Results
 from querylens_fast.queries.views import FIELDS, DictionaryInfo
 from querylens_fast.serve import try_it
-from querylens_fast.serve.markup import FIELD_NAMES, Links, environment, feature_context, preset_name, query
+from querylens_fast.serve.markup import (
+    FIELD_NAMES,
+    Links,
+    by_side,
+    chief,
+    environment,
+    feature_context,
+    preset_name,
+    query,
+)
 from querylens_fast.serve.plots import LinePlot, line_plot
 
 PAGES = (("/", "Overview"), ("/search", "Search"), ("/compare", "Compare"), ("/try", "Try it"))
@@ -214,7 +223,7 @@ def documentation(request: Request) -> HTMLResponse:
 
 def error_page(request: Request, status: int, message: str) -> HTMLResponse:
     """A page that says what is wrong and where to go on."""
-    title, advice = EXPLAINED.get(status, EXPLAINED[500])
+    title, advice = EXPLAINED.get(status, EXPLAINED[422 if status < 500 else 500])
     suggestions = [("/", "Overview"), ("/search", "Search")]
     slug = request.path_params.get("dictionary")
     if slug is not None and status == 404:
@@ -324,7 +333,7 @@ def _written(results: Results, firing: try_it.Firing) -> dict[int, Any]:
             view = results.feature(firing.dictionary, one.feature)
         except LookupError:
             continue
-        values = [s for s in view.signatures if s.side == "value"]
+        values = by_side(view).get("value")
         if values:
-            found[one.feature] = [t.token for t in values[-1].top[:6]]
+            found[one.feature] = [t.token for t in chief(values).top[:6]]
     return found

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 MAX_BODY = 1 << 16
-MAX_ADDRESS = 8192
+MAX_ADDRESS = 1 << 15
 """Bytes of a path and its query."""
 MAX_AT_A_TIME = 128
 COOKIE = "querylens_token"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from querylens_fast.runs.atomic_write import whole
+from querylens_fast.runs.sealed_tensors import SEAL_KEY, check_seal, write_tensors
 from querylens_fast.transport.jacobians import Order, Side
 
 FORMAT = "querylens_fast.transport/1"
@@ -28,12 +28,9 @@ def write_transport(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
     Raises:
         OSError: It could not be written.
     """
-    from safetensors.torch import save_file
-
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with whole(path) as partial:
-            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, str(partial), metadata=metadata)
+        write_tensors(path, tensors, metadata)
     except Exception as error:
         raise OSError(f"transport could not be written to {str(path)!r}: {error}") from error
     return path
@@ -54,8 +51,9 @@ def read_transport(path: Path) -> tuple[dict[str, Table], dict[str, Tensor], dic
     tables: dict[str, Table] = {"matrix": {}, "energy": {}, "group": {}}
     others: dict[str, Tensor] = {}
     try:
+        check_seal(path)
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = {key: value for key, value in (file.metadata() or {}).items() if key != SEAL_KEY}
             layout = _Layout(path, metadata)
             for name in sorted(file.keys()):
                 layout.check_shape(name, file.get_slice(name))

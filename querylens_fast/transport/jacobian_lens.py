@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from querylens_fast.dictionaries.torch_files import read_torch_file
+from querylens_fast.dictionaries.checkpoints import read_checkpoint
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.runs.atomic_write import whole
@@ -124,7 +124,9 @@ def export_jacobian_lens(transport: Transport, path: str | Path, dtype: torch.dt
 
 
 def _read(path: Path) -> dict[str, Any]:
-    lens = read_torch_file(path, "Jacobian-lens file")
+    if not path.is_file():
+        raise FileNotFoundError(f"Jacobian-lens file {str(path)!r} does not exist")
+    lens = read_checkpoint(path, "Jacobian-lens file", checksums=True)
     if isinstance(lens, dict) and "jacobian_sum" in lens:
         raise ValueError(
             f"{str(path)!r} is a checkpoint of an unfinished fit; load and save it with its own tool first"

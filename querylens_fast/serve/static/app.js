@@ -1,4 +1,4 @@
-// The scheme switch, keys and the copy button. Every page works without this file.
+// The scheme switch, keys, tokens offered in the search box, and the copy button. Every page works without this file.
 "use strict";
 const root = document.documentElement;
 root.classList.add("js");
@@ -26,7 +26,6 @@ document.addEventListener("DOMContentLoaded", () => {
     if (typing) return;
     if (event.key === "/") {
       event.preventDefault();
-      const box = document.querySelector("[data-find]");
       box?.focus();
       box?.select();
     }
@@ -52,5 +51,18 @@ document.addEventListener("DOMContentLoaded", () => {
     });
   }
 
-  for (const field of document.querySelectorAll("[data-submit]")) field.addEventListener("change", () => field.form.requestSubmit());
+  const box = document.querySelector("[data-find]");
+  const known = document.getElementById("known");
+  let waiting = 0;
+  box?.addEventListener("input", () => {
+    clearTimeout(waiting);
+    const text = box.value;
+    if (text.trim().length < 2) return known.replaceChildren();
+    waiting = setTimeout(async () => {
+      const answer = await fetch(`/api/v1/tokens?limit=8&text=${encodeURIComponent(text.trim())}`).catch(() => null);
+      if (!answer?.ok || box.value !== text) return;
+      const found = (await answer.json()).filter((token) => token.text !== null);
+      known.replaceChildren(...found.map((token) => new Option(token.shown, token.text)));
+    }, 150);
+  });
 });

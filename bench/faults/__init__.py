@@ -1,0 +1,107 @@
+"""Faults injected on purpose: what is lost, silent, run, told or wrong afterwards.
+
+    python -m bench faults [--short] [--only kills,disks] [--out FILE.json]
+
+- kills: SIGKILL at file operations, in the middle of writes and at random, then the same call again;
+- disks: full disks (small tmpfs mounts as root, else limits on file sizes), then room and the same call again;
+- corruptions: bits flipped, files cut, swapped, replaced and edited, finished and half-finished;
+- hostile: files of every kind and arguments of every command that are wrong or meant to harm;
+- products: random calls of the streamed top-k on both backends against a stable sort.
+
+Every number but the counts of tries has to be 0. A kill is of the process, not of the machine: what a power failure
+does to a disk's own cache is not tried. Needs Linux. About ten minutes on one core, four fifths of them Triton's
+interpreter; ``--short`` tries a little of each in some seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.faults import corruptions, disks, hostile, kills, products
+from bench.faults.workload import Workload
+from bench.machine import machine
+from bench.record import save
+
+PARTS = ("kills", "disks", "corruptions", "hostile", "products")
+FULL = {"kills": 380, "disks": 90, "corruptions": 400, "hostile": 1800, "products": 10_000}
+HARM = {
+    "traceback": "tracebacks",
+    "unexpected": "errors of no kind",
+    "hang": "hangs",
+    "crash": "crashes",
+    "memory": "over 1 GiB",
+    "code run": "times code run",
+    "secret told": "secrets told",
+    "unnamed": "errors without the file's name",
+}
+SHORT = {"kills": 12, "disks": 8, "corruptions": 14, "hostile": 12, "products": 40}
+
+
+def measure(counts: dict[str, int], only: list[str], seed: int = 0) -> dict[str, dict[str, Any]]:
+    """The chosen parts, ``counts`` tries of each, as their counts and problems."""
+    found: dict[str, dict[str, Any]] = {}
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)  # a forked process has the calling thread alone
+    with tempfile.TemporaryDirectory(prefix="querylens-faults-") as folder:
+        workload = Workload(Path(folder))
+        tries = {"kills": kills.run, "disks": disks.run, "corruptions": corruptions.run, "hostile": hostile.run}
+        for name in only:
+            if name == "products":
+                found[name] = products.run(counts[name], counts[name], seed)
+            else:
+                found[name] = tries[name](workload, counts[name], seed)
+    return found
+
+
+def table(parts: dict[str, dict[str, Any]]) -> str:
+    """The counts of a record as the Markdown table of docs/faults.md."""
+    kills, disks, hostile = (parts[name] for name in ("kills", "disks", "hostile"))
+    both = [parts["products"][backend] for backend in ("torch", "triton")]
+    where = ", ".join(f"{kills[kind]} {kind}" for kind in ("at file operations", "in writes", "at random"))
+    kept = f"{kills['lost blocks']} blocks lost, {kills['leftovers']} files left over"
+    harm = ", ".join(f"{hostile[kind]} {name}" for kind, name in HARM.items())
+    most = f"at most {hostile['peak_mib']} MiB and {hostile['slowest_s']} s"
+    calls, wrong = sum(b["calls"] for b in both), sum(b["wrong"] for b in both)
+    rows = [
+        (f"{kills['kills']} kills ({where})", f"{kept}, {len(kills['problems'])} other results"),
+        (f"{disks['full disks']} full disks", f"{len(disks['problems'])} other results"),
+        (f"{parts['corruptions']['corruptions']} corruptions", f"{parts['corruptions']['silent']} not noticed"),
+        (
+            f"{hostile['hostile inputs']} hostile inputs",
+            f"{harm}; {most}",
+        ),
+        (f"{calls:,} random top-k calls ({both[0]['calls']:,} torch, {both[1]['calls']:,} Triton)", f"{wrong} wrong"),
+    ]
+    return "\n".join(["| tried | found |", "|---|---|", *(f"| {tried} | {found} |" for tried, found in rows)])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench faults", description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="a little of each")
+    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts; the record keeps the others")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="record to write, or to complete")
+    options = parser.parse_args(arguments)
+    only = options.only.split(",")
+    if unknown := sorted(set(only) - set(PARTS)):
+        parser.error(f"unknown parts {unknown}; there are {', '.join(PARTS)}")
+    found = measure(SHORT if options.short else FULL, only, options.seed)
+    problems = 0
+    for name, counts in found.items():
+        problems += len(counts["problems"])
+        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in counts.items() if key != "problems"))
+        for problem in counts["problems"]:
+            print(f"  {problem}")
+    if options.out is not None:
+        before = json.loads(options.out.read_text())["parts"] if options.out.exists() else {}
+        parts = {name: (before | found)[name] for name in PARTS if name in before | found}
+        save(options.out, {"machine": machine(torch.device("cpu")), "parts": parts})
+    print("nothing lost, silent, run, told or wrong" if not problems else f"{problems} problems")
+    raise SystemExit(problems > 0)

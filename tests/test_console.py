@@ -1,0 +1,70 @@
+"""What the command line says when a command does not end well: one line, and how to go on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from safetensors.torch import save_file
+from tiny_models import D_MODEL
+from typer.testing import CliRunner
+
+from querylens_fast.cli import app, console
+from querylens_fast.lens.pipeline import Pipeline
+
+runner = CliRunner()
+
+
+def test_ctrl_c_says_how_to_go_on(gpt2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"W_dec": torch.randn(30, D_MODEL)}, str(tmp_path / "d.safetensors"))
+    call = ["signatures", str(tmp_path / "d.safetensors"), str(gpt2_folder), "--layer", "1", "--block-rows", "10"]
+    call += ["--preset", "logit_lens_value", "--k", "3", "--out", str(tmp_path / "out.parquet")]
+    original, blocks = Pipeline.__call__, []
+
+    def interrupted(self: Pipeline, features: object, vectors: object) -> object:
+        blocks.append(features)
+        if len(blocks) == 3:
+            raise KeyboardInterrupt
+        return original(self, features, vectors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "__call__", interrupted)
+        stopped = runner.invoke(app, call)
+    assert stopped.exit_code == 130 and "Traceback" not in stopped.stderr
+    assert "out.parquet' is kept; run the same call again to go on from there" in stopped.stderr
+    assert len(list((tmp_path / "out.parquet.parts").glob("part-*"))) == 2
+    assert runner.invoke(app, call).exit_code == 0
+
+
+def failing(error: BaseException) -> typer.Typer:
+    small = typer.Typer()
+
+    @small.command()
+    def fail() -> None:
+        with console.reported_errors():
+            raise error
+
+    return small
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("k is 0"), 2, "error: k is 0\n"),
+        (KeyError("W_dec"), 1, "error: KeyError: 'W_dec' (unexpected: "),
+        (ValueError("named \x1b[31mred\x07"), 2, "error: named \\x1b[31mred\\x07\n"),
+        (KeyboardInterrupt(), 130, "stopped; start the same command again"),
+    ],
+)
+def test_errors_are_one_line(error: BaseException, code: int, said: str) -> None:
+    done = runner.invoke(failing(error), [])
+    assert done.exit_code == code and done.stderr.startswith(said) and done.stderr.count("\n") == 1
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = runner.invoke(app, ["--debug", "show", "missing.parquet", "3"])
+    try:
+        assert done.exit_code == 2 and "Traceback (most recent call last)" in done.stderr
+    finally:
+        console.debug(False)
+    assert "Traceback" not in runner.invoke(app, ["show", "missing.parquet", "3"]).stderr
