@@ -270,6 +270,21 @@ def test_files_that_come_change_and_go_are_noticed(copied: Path) -> None:
     assert found.dictionaries == ()
 
 
+def test_results_of_an_earlier_version_are_of_the_same_dictionary(copied: Path) -> None:
+    """Earlier versions recorded half of a dictionary's fingerprint."""
+    import pyarrow.parquet as pq
+
+    from querylens_fast.runs.sealed_parquet import write_sealed
+
+    before = {d.slug: len(d.presets) for d in ql.open_results(copied).dictionaries}
+    path = copied / "sae0.query_lens_key.parquet"
+    table = pq.read_table(path)
+    said = json.loads(table.schema.metadata[b"querylens_fast"])
+    said["dictionary_fingerprint"] = said["dictionary_fingerprint"][:32]
+    write_sealed(path, [table], table.schema.with_metadata({b"querylens_fast": json.dumps(said)}), {})
+    assert {d.slug: len(d.presets) for d in ql.open_results(copied).dictionaries} == before
+
+
 def test_a_named_file_that_goes_is_named(copied: Path) -> None:
     found = ql.open_results(copied / VALUE)
     assert found.feature("sae0", 1).signatures

@@ -120,6 +120,9 @@ def test_a_search_finds_both_spellings_and_pages_hold_every_feature_once(client:
     assert '<bdi dir="ltr">self</bdi>' in first and "<i>·</i>self" in first
     exact = client.get("/search?q=self&exact=1&side=value").text
     assert "token 9" not in re.findall(r'title="([^"]*)"', exact.split("<h1>")[1].split("</h1>")[0])[0]
+    by_id = client.get("/search?token=20&side=key").text
+    assert 'name="token" value="20"' in by_id and "a/b?c#d</bdi>" in by_id.split("<h1>")[1].split("</h1>")[0]
+    assert "a/b?c#d</bdi>" not in client.get("/search?token=20&q=self").text.split("<h1>")[1].split("</h1>")[0]
     found: list[str] = []
     address: str | None = "/search?order=-rel_var"
     while address:
@@ -174,6 +177,10 @@ def test_overview_and_compare(client: TestClient) -> None:
     assert 'role="img" aria-label="Mean relative variance by layer"' in overview and "as a table" in overview
     presets = client.get("/compare").text
     assert "The same features under two presets" in presets
+    chosen = re.findall(r'<option value="([^"]+)" selected', presets)
+    assert chosen == ["sae0/logit_lens_value", "sae0/query_lens_value"]
+    top, both = (client.get(f"/token/9{ends}").text for ends in ("", "?ends=both"))
+    assert "features that read it least" in both and "least" not in top and 'href="/token/9?ends=both"' in top
     others = client.get("/compare?a=sae0/query_lens_value&b=sae1/query_lens_value").text
     assert "matched by the tokens they share" in others
     following = re.search(r'rel="next" href="([^"]+)"', others)
@@ -323,31 +330,62 @@ def test_numbers_names_and_plots() -> None:
 
 
 @pytest.fixture(scope="module")
-def trying(folder: Path) -> Iterator[TestClient]:
-    """The embedded model beside other results: what is tried does not depend on them."""
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some features of the embedded dictionary of layer 1, as "sae_layer1"."""
     from querylens_fast.demo import ASSETS
 
-    app = create_app(open_results(folder), model=ASSETS / "model", run={"sae1": ASSETS / "sae_layer1"})
+    out = tmp_path_factory.mktemp("embedded") / "few.parquet"
+    source, model = ql.load_dictionary(ASSETS / "sae_layer1"), ql.load_model(ASSETS / "model")
+    ql.signatures(source, model, preset="logit_lens_value", k=5, features=range(9), out=out, progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def trying(embedded: Path) -> Iterator[TestClient]:
+    from querylens_fast.demo import ASSETS
+
+    app = create_app(open_results(embedded), model=ASSETS / "model", run={"sae_layer1": ASSETS / "sae_layer1"})
     with TestClient(app, base_url="http://127.0.0.1") as made:
         yield made
 
 
+def test_another_dictionary_or_model_than_the_results_is_refused(embedded: Path, folder: Path) -> None:
+    from querylens_fast.demo import ASSETS
+
+    results = open_results(embedded)
+    for name, other, words in (
+        ("sae_layer1", "sae_layer2", "is not the dictionary"),
+        ("sae_layer9", "sae_layer1", "needs the name of one of them"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            create_app(results, model=ASSETS / "model", run={name: ASSETS / other})
+    model = ql.load_model(ASSETS / "model")
+    with torch.no_grad():
+        next(model.source.parameters()).mul_(1.5)
+    with pytest.raises(ValueError, match="is not the model"):
+        create_app(
+            results,
+            model=ql.as_model(model.source, tokenizer=model.tokenizer),
+            run={"sae_layer1": ASSETS / "sae_layer1"},
+        )
+
+
 def test_a_text_is_tried(trying: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = trying.get("/try", params={"dictionary": "sae1", "text": "def parse(self):\n    return <b>"})
+    page = trying.get("/try", params={"dictionary": "sae_layer1", "text": "def parse(self):\n    return <b>"})
     assert page.status_code == 200 and "Features at each token" in page.text and "<b>\n" not in page.text
     tried: try_it.TryIt = trying.app.state.try_it  # type: ignore[attr-defined]
-    firing = tried.firing("sae1", "def parse(self")
+    firing = tried.firing("sae_layer1", "def parse(self")
     acts = activations_of(tried, "def parse(self")
     assert len(firing.tokens) == len(acts)
     for token, own in zip(firing.tokens, acts, strict=True):
         best = sorted(own.tolist(), reverse=True)[: len(token.features)]
         assert [v for _, v in token.features] == pytest.approx(best)
     assert max(f.maximum for f in firing.features) == pytest.approx(float(acts.max()))
-    steered = {"dictionary": "sae1", "prompt": "def f(", "feature": "656", "strength": "12", "n": "3"}
+    steered = {"dictionary": "sae_layer1", "prompt": "def f(", "feature": "656", "strength": "12", "n": "3"}
     page = trying.get("/try", params=steered)
-    direct = ql.steer(tried.model, tried.dictionaries["sae1"], 656, 12.0, "def f(", n_tokens=3)
+    direct = ql.steer(tried.model, tried.dictionaries["sae_layer1"], 656, 12.0, "def f(", n_tokens=3)
     assert page.status_code == 200 and "With feature" in page.text
-    assert tried.steer("sae1", 656, 12.0, "def f(", 3) == direct
+    assert tried.steer("sae_layer1", 656, 12.0, "def f(", 3) == direct
     for change, words in (
         ({"feature": "999999"}, "999999"),
         ({"n": "61"}, "expected 1 to 60"),
@@ -358,8 +396,8 @@ def test_a_text_is_tried(trying: TestClient, monkeypatch: pytest.MonkeyPatch) ->
     ):
         answer = trying.get("/try", params=steered | change)
         assert answer.status_code == 422 and words in answer.text and "Not computed" in answer.text
-    assert trying.get("/try?dictionary=sae0&text=x").status_code == 404
-    longest = trying.get("/try", params={"dictionary": "sae1", "text": "日" * try_it.MAX_CHARACTERS})
+    assert trying.get("/try?dictionary=other&text=x").status_code == 404
+    longest = trying.get("/try", params={"dictionary": "sae_layer1", "text": "日" * try_it.MAX_CHARACTERS})
     assert longest.status_code == 422 and "tokens; expected" in longest.text, "its address is not too long"
     monkeypatch.setattr(try_it, "MAX_SECONDS", -1.0)
     assert "took longer" in trying.get("/try", params=steered).text
@@ -374,7 +412,7 @@ def activations_of(tried: try_it.TryIt, text: str):
     from querylens_fast.lens.ablations import activations
 
     ids = torch.tensor([tried.model.tokenizer(text)["input_ids"]])
-    return activations(tried.model, tried.dictionaries["sae1"], ids)[0]
+    return activations(tried.model, tried.dictionaries["sae_layer1"], ids)[0]
 
 
 def test_without_a_model_the_page_says_how(client: TestClient) -> None:

@@ -40,6 +40,8 @@ BYTES_AN_ACTIVATION = 24
 """Of an activation while it is counted: encoded, masked, compared, and its peaks' places."""
 MAX_SEQUENCES = 16
 """Run through the model together."""
+ROW_GROUP = 1 << 12
+"""Features of a row group: one feature's examples are read without those of all."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class FeatureSample:
         table = self.table()
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial:
-            write_sealed(partial, [table], table.schema, {"compression": "zstd"})
+            write_sealed(partial, [table], table.schema, {"compression": "zstd"}, ROW_GROUP)
         return path
 
     def table(self) -> pa.Table:
