@@ -140,7 +140,7 @@ def _scores(found: OpenDictionary, feature: int) -> tuple[Score, ...] | None:
         return None
     return tuple(
         Score(
-            str(table.method[i]),
+            table.names[table.codes[i]],
             int(table.k[i]),
             int(table.n_examples[i]),
             *(_finite(table.numbers[name][i : i + 1])[0] for name in table.NUMBERS),

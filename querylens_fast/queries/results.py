@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -88,7 +89,7 @@ class Results:
 
     def unindexed(self) -> list[Member]:
         """Finished results that are read without an index."""
-        members = [m for d in self._dictionaries for m in d.entry.members]
+        members = [m for d in self._dictionaries for m in d.entry.members] if hasattr(os, "pread") else []
         return [m for m in members if m.file.finished and not self.rows_of(m).indexed]
 
     def build_indexes(self, *, check: Callable[[], None] = lambda: None) -> None:

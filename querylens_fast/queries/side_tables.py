@@ -68,20 +68,17 @@ class ScoreTable:
         self.features = table["source_id"].to_numpy()
         order = np.argsort(self.features, kind="stable")
         self.features = self.features[order]
-        self.method = table["method"].cast("string").to_numpy()[order]
+        self.names, self.codes = _coded(table["method"], order)
+        self.methods = tuple(self.names[code] for code in dict.fromkeys(self.codes.tolist()))
         self.k, self.n_examples = (table[name].to_numpy()[order] for name in ("k", "n_examples"))
         self.numbers = {name: table[name].cast("float64").to_numpy()[order] for name in self.NUMBERS}
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.method))
 
     def rows_of(self, feature: int) -> range:
         return _rows_of(self.features, feature)
 
     def column(self, name: str, method: str) -> tuple[np.ndarray, np.ndarray]:
         """(Feature ids, scores) of a method at the largest k; NaN for features without the score."""
-        own = self.method == method
+        own = self.codes == self.names.index(method)
         own &= self.k == (self.k[own].max() if own.any() else 0)
         return self.features[own], self.numbers[name][own]
 
