@@ -57,7 +57,7 @@ def source_of(file: ResultFile) -> dict[str, Any]:
 
 def find_index(file: ResultFile, layer: int | None = None) -> Index | None:
     """The index of a finished result, or None where there is none of this very result."""
-    if not file.finished:
+    if not file.finished or not hasattr(os, "pread"):  # Windows has none
         return None
     for path in index_paths(file):
         if path == index_paths(file)[1] and not is_own(path.parent):
