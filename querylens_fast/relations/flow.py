@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.models.folders import parse_device
 from querylens_fast.models.norms import at_least_float32
 from querylens_fast.relations.chains import chain_rows
 from querylens_fast.relations.latest import Latest
@@ -264,7 +265,7 @@ class _Cosines:
 
     def __init__(self, side: Side, backend: str, device: str) -> None:
         self.side: Side = side
-        self.backend, self.device = backend, device
+        self.backend, self.device = backend, parse_device(device)
         self.target: Latest[Tensor] = Latest()
 
     def topk(self, source: Dictionary, target: Dictionary, k: int, ids: Tensor) -> TopK:
