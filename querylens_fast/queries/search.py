@@ -230,6 +230,7 @@ def _token_ids(dictionaries: Sequence[OpenDictionary], query: Query) -> dict[str
     return found
 
 
+@np.errstate(over="ignore", invalid="ignore")  # bounds are compared in the columns' own precision
 def _candidates(
     place: int, source: Source, token: int, query: Query, cursor: tuple[float, int, int, int] | None, budget: Budget
 ) -> list[tuple[float, int, int, int, float]]:
@@ -240,11 +241,16 @@ def _candidates(
     """
     found, member = source
     store = found if member is None else found.rows_of(member)
-    ordered = _in_order(source, token, query, budget)
+    first_page = cursor is None and not query.filters
+    ordered = _in_order(source, token, query, budget, query.limit + 1 if first_page else None)
     if ordered is None:
         return []
     rows, keys, scores = ordered
-    start = 0 if cursor is None else int(np.searchsorted(keys, cursor[0]))
+    start = 0 if cursor is None else _first_at(keys, cursor[0])
+    field, descending = query.ordering
+    for some in query.filters:
+        if some.field == field:
+            start = max(start, _first_at(keys, -some.high if descending else some.low))
     size, wanted = 4 * query.limit, query.limit + 1
     while True:
         budget.check()
@@ -262,9 +268,12 @@ def _candidates(
 
 
 def _in_order(
-    source: Source, token: int, query: Query, budget: Budget
+    source: Source, token: int, query: Query, budget: Budget, n: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """(Rows of the source's features, keys ascending, scores); equal keys by feature. None: the field is unknown."""
+    """(Rows of the source's features, keys ascending, scores); equal keys by feature. None: the field is unknown.
+
+    Where that costs less, only the first n of them.
+    """
     found, member = source
     field, descending = query.ordering
     if member is None or not query.has_token:
@@ -274,7 +283,8 @@ def _in_order(
             ordered = found.sorted_by(field, descending)
         return None if ordered is None else (*ordered, np.broadcast_to(0.0, len(ordered[0])))
     store = found.rows_of(member)
-    rows, scores = store.postings(token, query.end, budget.check)
+    by_score = field == "score" and not descending
+    rows, scores = store.postings(token, query.end, budget.check, n if by_score else None)
     if field == "score":
         keys = -scores if (query.end == "top") != descending else scores
     else:
@@ -284,11 +294,16 @@ def _in_order(
             return None
         values = values if field == "feature" else values[found.places(features)]
         keys = -values if descending else values
-    if field != "score" or descending:
+    if not by_score:
         order = np.lexsort((rows, keys))
         order = order[: len(order) - int(np.isnan(keys).sum())]
         rows, keys, scores = rows[order], keys[order], scores[order]
     return rows, keys, scores
+
+
+def _first_at(keys: np.ndarray, bound: float) -> int:
+    """The first place of a key that is not below the bound."""
+    return int(np.searchsorted(keys, np.asarray(bound).astype(keys.dtype)))
 
 
 def _by_feature(features: np.ndarray, descending: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -306,8 +321,7 @@ def _filtered(source: Source, features: np.ndarray, query: Query) -> np.ndarray:
         column = found.values(some.field, member)
         if column is None:
             return np.zeros(len(features), bool)
-        with np.errstate(over="ignore"):  # bounds are compared in the column's own precision
-            kept &= (column[at] >= some.low) & (column[at] <= some.high)
+        kept &= (column[at] >= some.low) & (column[at] <= some.high)
     return kept
 
 
