@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import querylens_fast as ql
 from querylens_fast.topk import api as ops
-from querylens_fast.topk import bf16_candidates, bounds, rescore
+from querylens_fast.topk import bf16_candidates, bounds, products, rescore
 from querylens_fast.topk import certify as certified
 from querylens_fast.topk.narrow import NarrowProduct
 from querylens_fast.topk.request import Epilogue, Request
@@ -184,6 +184,11 @@ def test_what_the_process_has_chosen_changes_nothing(chosen: str) -> None:
     done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(code)],
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="needs a torch with oneDNN")
+def test_the_faster_float32_product_is_not_refused_for_its_rounding() -> None:
+    assert products.onednn_is_float32()
 
 
 def test_no_columns_of_d() -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from querylens_fast.topk.panel import keys_of
+from querylens_fast.topk.keys import keys_of
 from querylens_fast.topk.request import Side
 
 
@@ -45,15 +45,17 @@ def best_of_pairs(lines: Tensor, columns: Tensor, scores: Tensor, n_lines: int, 
         order = torch.sort((lines << 32) | (last.max - keys.long()), stable=True).indices
     else:
         order = torch.sort(-1 - keys, stable=True).indices
-        order = order[torch.sort(lines[order], stable=True).indices]
+        order = order.index_select(0, torch.sort(lines.index_select(0, order), stable=True).indices)
     counts = torch.bincount(lines, minlength=n_lines)
     enough = counts >= k
     if not len(order):
         empty = scores.new_zeros(n_lines, k)
         return Best(empty, empty.long(), enough)
     places = (counts.cumsum(0) - counts)[:, None] + torch.arange(k, device=lines.device)
-    found = order[places.clamp_max(len(order) - 1)]
-    return Best(scores[found], columns[found], enough)
+    # index_select is several times as fast as indexing.
+    found = order.index_select(0, places.clamp_max(len(order) - 1).flatten())
+    best = (x.index_select(0, found).view(n_lines, k) for x in (scores, columns))
+    return Best(*best, enough)
 
 
 def best_by_sort(scores: Tensor, k: int, *, largest: bool, ids: Tensor | None = None) -> Side:
