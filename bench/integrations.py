@@ -1,9 +1,11 @@
 """Exports and calls of other tools on the CPU, beside what those tools do. ``python -m bench integrations --help``.
 
 neuronpedia: the whole bulk folder of a dictionary at GPT-2's shape, without vectors, in a fresh process.
-saedashboard: SAEDashboard's per-feature logit work (its formula in plain torch) on some rows, extrapolated by rows.
+saedashboard: SAEDashboard's per-feature logit work on some rows (its own functions where it is installed, else its
+    formula in plain torch) beside ours.
 sae-lens: statistics of W_dec @ W_U as sae-lens's notebook has them, and ours; each in a fresh process for its memory.
-logit_readout: transformer-lens's chunked top-k beside ours, where the installed transformer-lens has it (4.x).
+logit_readout: transformer-lens's chunked top-k, which gives the entropy too, beside ours with and without it, where the
+    installed transformer-lens has it (4.x, in an environment of its own: it excludes sae-lens).
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.machine import machine
 from bench.record import RESULTS, save
@@ -80,20 +85,37 @@ def saedashboard(n: int, d: int, vocabulary: int) -> dict[str, Any]:
     F = torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
     W_U = W.T.contiguous()
 
+    table, histogram, used = _dashboards_functions()
+
     def theirs() -> list[Any]:
-        found = []
-        for row in F @ W_U:
-            top, bottom = row.topk(10), row.topk(10, largest=False)
-            found.append((top.values.tolist(), bottom.values.tolist(), torch.histc(row, 50).int().tolist()))
-        return found
+        return [(table(row), histogram(row)) for row in F @ W_U]
 
     ours = streamed_topk(F, W, 10, histogram=50)  # type: ignore[arg-type]
     assert ours.top_scores is not None
-    error = float((torch.tensor([x[0] for x in theirs()]) - ours.top_scores).abs().max())
+    error = float((torch.tensor([x for x, _ in theirs()]) - ours.top_scores).abs().max())
     if error > 1e-4:
         raise SystemExit(f"wrong results: error {error:.3g}; no time reported")
     tasks = {"ours": lambda: streamed_topk(F, W, 10, histogram=50), "per feature": theirs}  # type: ignore[arg-type]
-    return {"features": n, "error": error, "times": measure(tasks, F.device, 3)}
+    return {"features": n, "error": error, "SAEDashboard": used, "times": measure(tasks, F.device, 3)}
+
+
+def _dashboards_functions() -> tuple[Callable[[Tensor], list[float]], Callable[[Tensor], Any], str]:
+    """Functions of a row of logits (both tables, returning the top scores; histogram), and whose they are."""
+    try:
+        from sae_dashboard.components import LogitsHistogramData  # type: ignore[import-not-found]
+        from sae_dashboard.data_parsing_fns import get_logits_table_data  # type: ignore[import-not-found]
+    except ImportError:
+
+        def table(row: Tensor) -> list[float]:
+            sides = row.topk(10, largest=False), row.topk(10)
+            return [(side.indices.tolist(), side.values.tolist()) for side in sides][1][1]
+
+        return table, lambda row: torch.histc(row, 50).int().tolist(), "not installed: its formula in plain torch"
+    return (
+        lambda row: get_logits_table_data(row, 10).top_logits,
+        lambda row: LogitsHistogramData.from_data(row, 50, "5 ticks", None),
+        version("sae-dashboard"),
+    )
 
 
 def sae_lens(n: int, d: int, vocabulary: int, ours: bool) -> dict[str, Any]:
@@ -128,14 +150,26 @@ def logit_readout(n: int, d: int, vocabulary: int) -> dict[str, Any]:
     from querylens_fast.topk.api import streamed_topk
 
     generator = torch.Generator().manual_seed(0)
-    W = torch.randn(vocabulary, d, generator=generator)
+    W = torch.randn(vocabulary, d, generator=generator) / d**0.5
     F = torch.randn(n, d, generator=generator)
     peer = SimpleNamespace(W_U=W.T.contiguous(), b_U=torch.zeros(vocabulary), cfg=SimpleNamespace(d_model=d))
+    peer.unembed, peer.training = peer.W_U, False
+    wanted, found = theirs(peer, F, apply_ln=False, top_k=10), streamed_topk(F, W, 10, bottom=False, statistics=True)
+    assert found.top_scores is not None and found.statistics is not None
+    errors = (wanted.values - found.top_scores).abs().max(), (wanted.entropy - found.statistics.entropy).abs().max()
+    if max(errors) > 1e-3:
+        raise SystemExit(f"wrong results: errors of scores and entropy {errors}; no time reported")
     tasks = {
         "ours": lambda: streamed_topk(F, W, 10, bottom=False),
+        "ours with entropy": lambda: streamed_topk(F, W, 10, bottom=False, statistics=True),
         "transformer-lens logit_readout": lambda: theirs(peer, F, apply_ln=False, top_k=10),
     }
-    return {"features": n, "times": measure(tasks, F.device, 3)}
+    return {
+        "features": n,
+        "error": float(max(errors)),
+        "transformer-lens": version("transformer-lens"),
+        "times": measure(tasks, F.device, 3),
+    }
 
 
 def peak_mib() -> float:
@@ -203,13 +237,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(_run(options.alone, options)))
         return
     record = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
-    record |= {"machine": machine(torch.device("cpu")), "shape": {"d": options.d, "vocabulary": options.vocabulary}}
+    record |= {"shape": {"d": options.d, "vocabulary": options.vocabulary}}
     for part in options.parts:
         if part == "sae-lens":
             found = _compared(_alone("sae-lens ours", options), _alone("sae-lens theirs", options), options)
         else:
             found = _alone(part, options)
-        record[part] = found
+        record[part] = {**found, "machine": machine(torch.device("cpu"))}
         save(options.out, record)
         print(part, json.dumps(found))
     print(f"written to {options.out}")

@@ -41,6 +41,11 @@ class Shape(NamedTuple):
     epilogue_instructions: int | None
     local_memory_instructions: int
     """Loads and stores of spilled registers."""
+    cycles: int
+    """Issue cycles of a scheduler for the whole code, once through (`issue_cycles`)."""
+    epilogue_cycles: int | None
+    inner_loops: list[int]
+    """Issue cycles of one turn of each innermost loop, in the order of their addresses."""
 
 
 def sass(text: str) -> list[Instruction]:
@@ -84,7 +89,33 @@ def shape(code: list[Instruction]) -> Shape:
         sum(bool(re.match(kind or "", i.opcode)) for i in inside) if loop else None,
         len(behind) if loop else None,
         sum(bool(re.match(r"LDL|STL|scratch_|buffer_(load|store).*scratch", i.opcode)) for i in code),
+        sum(issue_cycles(i.opcode) for i in code if i.address <= end),
+        sum(issue_cycles(i.opcode) for i in behind) if loop else None,
+        [sum(issue_cycles(i.opcode) for i in code if a <= i.address <= b) for a, b in _inner_loops(code)],
     )
+
+
+def issue_cycles(opcode: str) -> int:
+    """Cycles for which an instruction of one warp occupies its scheduler's pipe.
+
+    By the lanes of a Hopper multiprocessor (128 for float32, 64 for integers, 32 for shuffles and memory, 16 for
+    special functions); 4 for a wavefront of 64 on a SIMD of 16 lanes. Matrix instructions are counted elsewhere.
+    """
+    if opcode.startswith(("v_", "ds_", "buffer_", "global_")):
+        return 0 if opcode.startswith("v_mfma") else 4
+    if re.match(r"s_|U[A-Z]|HGMMA|HMMA|NOP|WARPSYNC|BRA|EXIT", opcode):
+        return 0 if "MMA" in opcode else 1
+    if re.match(r"LD|ST|RED|ATOM|SHFL|BAR|SYNCS", opcode):
+        return 4
+    if re.match(r"MUFU|I2F|F2I|F2F|D[A-Z]", opcode):
+        return 8
+    return 1 if re.match(r"FFMA|FADD|FMUL|MOV|FMNMX|CS2R|S2R|S2UR|R2UR", opcode) else 2
+
+
+def _inner_loops(code: list[Instruction]) -> list[tuple[int, int]]:
+    """Address ranges of the loops that hold no other loop."""
+    loops = {(i.target, i.address) for i in code if i.target is not None and i.target < i.address}
+    return sorted(a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops))
 
 
 def _main_loop(code: list[Instruction], products: list[int]) -> tuple[int, int] | None:

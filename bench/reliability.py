@@ -27,7 +27,7 @@ from bench.record import save
 from bench.timing import seconds
 from querylens_fast.demo.showcase import load_example
 from querylens_fast.lens.reliability import Jackknife
-from querylens_fast.transport.growth import jaccard, sequences_needed
+from querylens_fast.transport.growth import jaccard, middle, sequences_needed
 
 GROUPS = 8
 T_975 = 2.3646
@@ -130,32 +130,35 @@ def shuffles(n: int, count: int) -> list[Tensor]:
 
 
 def extrapolation(subjects: list[Subject], transport: ql.Transport, n_shuffles: int) -> list[dict[str, Any]]:
-    """Agreement of two halves as they grow, and what each size foretells for `TARGET`; means over the shuffles."""
+    """Agreement of two halves as they grow, and what each size foretells for `TARGET`, for every shuffle."""
     found, each = [], 4
     while 2 * each <= transport.n_groups:
-        lowest = []
+        lowest, smooth = [], []
         for order in shuffles(transport.n_groups, n_shuffles):
             halves = [of_groups(transport, order[start : start + each], 1) for start in (0, each)]
-            medians = []
+            sides = []
             for preset in PRESETS:
                 lists = [[s.top(half).top_ids for half in halves] for s in subjects if s.preset.name == preset]
-                medians.append(float(torch.cat([jaccard(a, b) for a, b in lists]).median()))
-            lowest.append(min(medians))
-        foretold = [sequences_needed(2 * each, reached, TARGET) for reached in lowest]
-        found.append({"sequences": 2 * each, "jaccard": lowest, "foretold": foretold})
+                sides.append(torch.cat([jaccard(a, b) for a, b in lists]))
+            lowest.append(min(float(side.median()) for side in sides))
+            smooth.append(min(map(middle, sides)))
+        foretold = [sequences_needed(2 * each, reached, TARGET) for reached in smooth]
+        found.append({"sequences": 2 * each, "jaccard": lowest, "smooth": smooth, "foretold": foretold})
         each *= 2
     return found
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", default="8,16,32", help="sizes of a sample, multiples of 8 groups")
+    parser.add_argument(
+        "--sequences", default="8,16,32", help="sizes of a sample, multiples of 8 groups; empty: until alone"
+    )
     parser.add_argument("--pool", type=int, default=1 << 30, help="sequences of the pool that are used")
     parser.add_argument("--features", type=int, default=64, help="features of each dictionary")
     parser.add_argument("--shuffles", type=int, default=3, help="how often the pool is dealt out")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args(arguments)
-    sizes = [int(n) for n in options.sequences.split(",")]
+    sizes = [int(n) for n in options.sequences.split(",") if n]
     example = load_example()
     tokens = pool(example).head(options.pool)
     n = len(tokens.ids)

@@ -29,8 +29,6 @@ class Config(NamedTuple):
     """Elements of d read at a time."""
     num_warps: int
     num_stages: int
-    input_precision: str = "ieee"
-    """What float32 operands are multiplied in: "ieee" or "tf32"."""
     blocks_per_sm: int = 1
     """Programs that share a multiprocessor."""
 
@@ -38,10 +36,6 @@ class Config(NamedTuple):
     def group(self) -> int:
         """Columns in a group, of which a launch keeps the two largest and the two smallest."""
         return self.block_n // 4
-
-    def tensor_cores(self, dtype: torch.dtype) -> bool:
-        """Whether products of this dtype run on tensor cores."""
-        return dtype != torch.float32 or self.input_precision != "ieee"
 
 
 class Choice(NamedTuple):
@@ -64,12 +58,6 @@ _NARROW = {
     "sm_100": (Config(64, 256, 64, 8, 3), Config(64, 128, 64, 4, 3, blocks_per_sm=2)),
     "gfx942": (Config(128, 256, 32, 8, 2), Config(128, 128, 32, 4, 2, blocks_per_sm=2)),
 }
-_FLOAT32 = {
-    "sm_80": (Config(64, 128, 32, 8, 3), Config(128, 128, 32, 8, 3, "tf32")),
-    "sm_90": (Config(64, 128, 32, 8, 3), Config(128, 128, 32, 8, 3, "tf32")),
-    "sm_100": (Config(64, 128, 32, 8, 3), Config(64, 128, 32, 8, 3, "tf32")),
-    "gfx942": (Config(64, 128, 32, 8, 2),),
-}
 _INTERPRETER = (Config(32, 128, 64, 4, 1), Config(16, 64, 32, 4, 1, blocks_per_sm=2))
 SHORT_D = 1024
 """Below this d the main loop is too short to hide a wide tile's epilogue: two blocks share a multiprocessor instead."""
@@ -82,41 +70,39 @@ def configs(target: str, dtype: torch.dtype) -> tuple[Config, ...]:
 
     Args:
         target: "sm_80", "sm_90", "sm_100", "gfx942" or "interpreter".
-        dtype: float32, float16 or bfloat16.
+        dtype: float16 or bfloat16; with float32 the tile is not used, as its product is the library's.
 
     Raises:
         ValueError: Another target or dtype.
     """
     if target == "interpreter":
         return _INTERPRETER
-    table = _NARROW if dtype in _NARROW_DTYPES else _FLOAT32
-    if target not in table or dtype not in (*_NARROW_DTYPES, torch.float32):
+    if target not in _NARROW or dtype not in (*_NARROW_DTYPES, torch.float32):
         raise ValueError(
-            f"no kernel for {dtype} on {target!r}: expected float32, float16 or bfloat16 on {', '.join(table)}"
+            f"no kernel for {dtype} on {target!r}: expected float32, float16 or bfloat16 on {', '.join(_NARROW)}"
         )
-    return table[target]
+    return _NARROW[target]
 
 
 def statistics_config(target: str, dtype: torch.dtype) -> Config:
     """The tile of a call with row statistics: half the scores a thread, for the registers of the sums."""
     if target == "interpreter":
         return _INTERPRETER[1]
-    narrow = dtype in _NARROW_DTYPES
-    tile = configs(target, dtype)[-1 if narrow else 0]
+    tile = configs(target, dtype)[-1]
     # Ampere has operands in registers too.
-    rows = 64 if target == "sm_80" and narrow else tile.block_m
+    rows = 64 if target == "sm_80" else tile.block_m
     return tile._replace(block_m=rows, num_warps=8, blocks_per_sm=1)
 
 
 def choose(target: str, dtype: torch.dtype, d: int, V: int, k: int) -> Choice:
     """The predicted best way for a shape; `tune.Table` holds measured ones."""
     tiles = configs(target, dtype)
-    if target == "interpreter":
-        return Choice("fused", tiles[0])
     if dtype == torch.float32:
         # Without tensor cores a product is the library's business.
         return Choice("gemm", tiles[0])
-    if d >= LONG_D:
+    if target == "interpreter":
+        return Choice("fused", tiles[0])
+    if d >= LONG_D and target != "gfx942":
         return Choice("gemm", tiles[0])
     return Choice("fused", tiles[1] if d < SHORT_D else tiles[0])
 
@@ -147,12 +133,17 @@ def programs_of(F: Tensor, config: Config) -> int:
     return torch.cuda.get_device_properties(F.device).multi_processor_count * config.blocks_per_sm
 
 
-def uses_tma(F: Tensor, W: Tensor, config: Config) -> bool:
+def uses_tma(F: Tensor, W: Tensor) -> bool:
     """Whether operands go through TMA descriptors: Hopper and later, rows and bases in multiples of 16 bytes."""
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in (F, W))
-    return aligned and config.tensor_cores(F.dtype) and target_of(F.device) in TMA_TARGETS
+    return aligned and target_of(F.device) in TMA_TARGETS
 
 
-def persistent(*, tma: bool, terms: bool, statistics: bool) -> bool:
+def light(config: Config) -> Config:
+    """The tile for an epilogue that needs more registers (a ragged tile, float keys): half the rows, same groups."""
+    return config._replace(block_m=config.block_m // 2) if config.block_m > 64 else config
+
+
+def persistent(*, tma: bool, terms: bool, plain: bool) -> bool:
     """Whether programs loop over tiles: where that, the tile and its epilogue fit into the registers together."""
-    return tma and not (terms or statistics)
+    return tma and plain and not terms

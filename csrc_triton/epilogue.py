@@ -1,11 +1,14 @@
-"""What happens to a tile of scores while it is in registers: the readout's terms, group winners, partial sums.
+"""What happens to a tile of scores while it is in registers: the readout's terms and group winners.
 
 A tile's columns are split into four groups, {c : (c // 2) % 4 = q}: the columns that one thread of a tensor-core
-accumulator holds in a row, so that finding a group's winners moves nothing between threads. A score becomes an integer
-that orders like it, its low bits are replaced by its place in the group, and the two largest and the two smallest
-integers of each group are written. The winners of 64 columns take 8 bytes a side.
+accumulator holds in a row, so that finding a group's winners moves nothing between threads. A score becomes a key: an
+integer that orders like it and holds its place in the group in its low bits. The two largest and the two smallest keys
+of each group are written: 16 bytes for 64 columns and both sides.
 
-What that loses, `select` and the caller make good: scores are rounded to 17 bits, and a group's third-best is hidden.
+Fixed-point keys: bits(fma(score, unit, 1.5 * 2**23)) * 64 + place. With |score * unit| < 2**22 the sum lies between
+2**23 and 2**24, where float32 numbers are whole, so its bits count units of the row: two instructions a score, and an
+error of half a unit. They need finite scores of a known range. Float keys serve other scores (a bias with infinities):
+the bits of the score in an order of integers, the low ones replaced, so a relative error of 2**-17.
 """
 
 # The types of a kernel's values are Triton's own business.
@@ -15,124 +18,83 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 INF_KEY = 0x7F800000
-N_SUMS = 7
-"""Partial sums a row and tile, of x = score - shift: Σ x, x², x³, x⁴, max x, Σ e, Σ (x - max) e, e = exp(x - max)."""
+UNITS = 2.0**22
+"""Fixed-point keys count from -UNITS to UNITS."""
 
 _INT_MIN = tl.constexpr(-(2**31))
-# Takes the keys of -inf..inf to 0..0xFF000000 + a group, as unsigned, and what stands for nothing beyond them.
-_SHIFT = tl.constexpr(INF_KEY + 4096)
+_INT_MAX = tl.constexpr(2**31 - 1)
+_MIDDLE = tl.constexpr(12582912.0)
 
 
 @triton.jit
 def ordered_key(scores):
-    """int32 that order like the float32 scores (NaN beyond the infinities)."""
+    """int32 that order like the float32 scores (NaN beyond the infinities); applied to a key it gives the bits back."""
     bits = scores.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def read_out(
-    dots, rows, columns, bias, scale, offset, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_OFFSET: tl.constexpr
-):
-    """(dots + offset) * scale + bias, for rows and columns that exist."""
-    if HAS_OFFSET:
-        dots += tl.load(offset + rows)[:, None]
-    if HAS_SCALE:
-        dots *= tl.load(scale + columns)[None, :]
-    if HAS_BIAS:
-        dots += tl.load(bias + columns)[None, :]
-    return dots
+def read_out(dots, rows, columns, factor, offset, scale, bias):
+    """(dots * factor + offset) * scale + bias, for rows and columns that exist."""
+    dots = tl.fma(dots, tl.load(factor + rows)[:, None] + tl.zeros_like(dots), tl.load(offset + rows)[:, None])
+    return dots * tl.load(scale + columns)[None, :] + tl.load(bias + columns)[None, :]
 
 
 @triton.jit
 def store_winners(
     scores,  # [BLOCK_M, BLOCK_N] float32
+    unit,  # [BLOCK_M] float32, units a score
     rows,
     columns,
     tile_n,
-    top_keys,  # [n, 2, G] int32: best and second of each group
-    bottom_keys,  # [n, 2, G] int32
+    winners,  # [sides, n, 2, G] int32: best and second of each group; the top first
+    side_stride,
     n,
     V,
     n_groups,
     TOP: tl.constexpr,
     BOTTOM: tl.constexpr,
+    FIXED: tl.constexpr,
+    RAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write the best and the second of each group of the tile, for both sides from the same pairs."""
-    GROUP: tl.constexpr = BLOCK_N // 4
+    """Write the best and the second of each group of the tile. Columns past the end are the worst on either side."""
     local = tl.arange(0, BLOCK_N)
     place = ((local // 8) * 2 + local % 2)[None, :]
-    keys = (ordered_key(scores) & -GROUP) | place
-    # NaN and columns past the end: below every number here, above every number once shifted.
-    scores = tl.where((columns < V)[None, :], scores, float("nan"))
-    keys = tl.where(scores == scores, keys, _INT_MIN | place)
+    groups = tile_n * 4 + tl.arange(0, 4)
+    out = winners + rows.to(tl.int64)[:, None] * (2 * n_groups) + groups[None, :]
+    inside = (rows < n)[:, None] & (groups >= 0)[None, :]
+    if FIXED:
+        sums = tl.fma(scores, unit[:, None] + tl.zeros_like(scores), tl.full(scores.shape, _MIDDLE, tl.float32))
+        keys = sums.to(tl.int32, bitcast=True) * 64 + place
+        low_keys = keys
+        if RAGGED:
+            there = (columns < V)[None, :]
+            low_keys = tl.where(there, keys, _INT_MAX - place)
+            keys = tl.where(there, keys, _INT_MIN | place)
+    else:
+        keys = (ordered_key(scores) & -64) | place
+        there = (columns < V)[None, :] & (scores == scores)
+        low_keys = tl.where(there, keys, _INT_MAX - place)
+        keys = tl.where(there, keys, _INT_MIN | place)
     left, right = tl.split(tl.reshape(keys, (BLOCK_M, BLOCK_N // 8, 4, 2)))
     # A pair never takes more than its two registers.
     high, low = tl.maximum(left, right), tl.minimum(left, right)
-    groups = tile_n * 4 + tl.arange(0, 4)
-    out = rows.to(tl.int64)[:, None] * (2 * n_groups) + groups[None, :]
-    inside = (rows < n)[:, None] & (groups >= 0)[None, :]
     if TOP:
         best = tl.max(high, axis=1)
         # Keys within a group differ in their place, so masking the winner leaves exactly the others.
         second = tl.max(tl.where(high == best[:, None, :], low, high), axis=1)
-        tl.store(top_keys + out, best, mask=inside)
-        tl.store(top_keys + out + n_groups, second, mask=inside)
+        tl.store(out, best, mask=inside)
+        tl.store(out + n_groups, second, mask=inside)
+        out += side_stride
     if BOTTOM:
-        high = high.to(tl.uint32, bitcast=True) + _SHIFT
-        low = low.to(tl.uint32, bitcast=True) + _SHIFT
-        high, low = tl.maximum(high, low), tl.minimum(high, low)
+        if RAGGED or not FIXED:
+            left, right = tl.split(tl.reshape(low_keys, (BLOCK_M, BLOCK_N // 8, 4, 2)))
+            high, low = tl.maximum(left, right), tl.minimum(left, right)
         best = tl.min(low, axis=1)
         second = tl.min(tl.where(low == best[:, None, :], high, low), axis=1)
-        tl.store(bottom_keys + out, (best - _SHIFT).to(tl.int32, bitcast=True), mask=inside)
-        tl.store(bottom_keys + out + n_groups, (second - _SHIFT).to(tl.int32, bitcast=True), mask=inside)
-
-
-@triton.jit
-def store_sums(
-    scores,  # [BLOCK_M, BLOCK_N] float32
-    rows,
-    columns,
-    tile_n,
-    shift,  # [n] float32
-    sums,  # [n, 7, tiles_n] float32
-    n,
-    V,
-    tiles_n,
-):
-    """Write the tile's partial sums of each row. Columns past the end count for nothing."""
-    inside = rows < n
-    there = (columns < V)[None, :]
-    out = sums + rows.to(tl.int64) * (7 * tiles_n) + tile_n
-    # So low that its weight is 0, and 0 times it is 0.
-    x = tl.where(there, scores - tl.load(shift + rows, mask=inside, other=0.0)[:, None], -1e30)
-    peak = tl.max(x, axis=1)
-    tl.store(out + 4 * tiles_n, peak, mask=inside)
-    weights = tl.exp(x - peak[:, None])
-    tl.store(out + 5 * tiles_n, tl.sum(weights, axis=1), mask=inside)
-    tl.store(out + 6 * tiles_n, tl.sum(weights * (x - peak[:, None]), axis=1), mask=inside)
-    x = tl.where(there, x, 0.0)
-    tl.store(out, tl.sum(x, axis=1), mask=inside)
-    tl.store(out + tiles_n, tl.sum(x * x, axis=1), mask=inside)
-    tl.store(out + 2 * tiles_n, tl.sum(x * x * x, axis=1), mask=inside)
-    tl.store(out + 3 * tiles_n, tl.sum((x * x) * (x * x), axis=1), mask=inside)
-
-
-def sums_of(partial: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A row's sums over all its columns, in float64, from those of its tiles [n, 7, tiles].
-
-    Returns:
-        Σ (x - shift)^p for p = 1 to 4 [4, n]; the highest x - shift [n]; and, about it,
-        Σ exp(x - shift - peak) and Σ (x - shift - peak) exp(x - shift - peak), both [n].
-    """
-    partial = partial.double()
-    powers, (peaks, weights, weighted) = partial[:, :4].sum(2).T, partial[:, 4:].unbind(1)
-    peak = peaks.amax(1)
-    drop = peaks - peak[:, None]
-    weighted = (drop.exp() * (weighted + drop * weights)).sum(1)
-    return powers, peak, (drop.exp() * weights).sum(1), weighted
+        tl.store(out, best, mask=inside)
+        tl.store(out + n_groups, second, mask=inside)

@@ -1,7 +1,9 @@
-"""The second stage: the best group winners of each row, unpacked into columns and a bound on what was left out.
+"""The second stage: of each row's group winners, those that can belong to the k best, and a bound on the others.
 
-A row's winners are loaded once and stay in registers, while a threshold is bisected until as many of them reach it as
-there is room for; what reaches it is written in no order. Nothing is sorted, and rows of equals cost no more.
+If t is the k-th best key and e the error bound of the pass, k columns score at least t - e exactly, so a column whose
+key is below t - 2e cannot be among the k best: the candidates are the winners from t - 2e on, as many as the row needs.
+t is bisected over the best keys of the groups; second-best keys are fetched for the chosen groups alone. More groups
+than BLOCK are joined by their maxima first, and read again for the choice.
 """
 
 # The types of a kernel's values and launches are Triton's own business.
@@ -16,143 +18,160 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.epilogue import INF_KEY
+from csrc_triton.epilogue import INF_KEY, ordered_key
+from csrc_triton.job import Keys
+from csrc_triton.rows import Rows
 
-MAX_KEYS = 1 << 13
-"""Winners of a row and side that fit into one program's registers (V of 262,144 at 64 columns a group)."""
+MAX_BLOCK = 1 << 12
+"""Best keys of a row that one program keeps in registers (V of 262,144 at 64 columns a group)."""
 
 _INT_MIN = tl.constexpr(-(2**31))
-_INF_KEY = tl.constexpr(INF_KEY)
+_LOWEST = tl.constexpr(-INF_KEY - 64)
 
 
 class Candidates(NamedTuple):
-    """The best group winners of one side of each row, and what is known of every other score of the row."""
+    """Winners that can be among the k best [n, sides, slots], in no order, and the rest of each row; int32."""
 
-    columns: Tensor
-    """[r, m] int64, in no order; a column ≥ V stands for nothing (fewer winners than m)."""
-    scores: Tensor
-    """[r, m] float32: no score of the candidate's group behind it (and not its own either) is beyond this."""
+    keys: Tensor
+    """Keys turned so that the best are the largest."""
     groups: Tensor
-    """[r, m] int64 group of each candidate."""
-    second: Tensor
-    """[r, m] bool: the second-best of its group. Others of that group may be hidden behind it."""
+    """2 * group + whether it is the second-best of its group."""
+    counts: Tensor
+    """[n, sides] how many there are; more than slots: those beyond are left out."""
     left_out: Tensor
-    """[r] float32: no winner outside the candidates is beyond this."""
+    """[n, sides] the best turned key of a winner that is no candidate."""
+
+
+@triton.jit
+def score_of(key, flip, per_score, AWAY: tl.constexpr, FIXED: tl.constexpr):
+    """The score of a turned key, moved by the key's rounding: outwards (AWAY = 1) or inwards (-1).
+
+    flip is 0 for the top and -1 for the bottom, where outwards is down.
+    """
+    sign = 1.0 + 2.0 * flip.to(tl.float32)
+    if FIXED:
+        units = (((key ^ flip) >> 6) & 0x7FFFFF) - 0x400000
+        return (units.to(tl.float32) + 2.0 * AWAY * sign) / per_score
+    else:
+        away = (key | 63) if AWAY == 1 else (key & -64)
+        away = tl.minimum(tl.maximum(away ^ flip, -2139095041), 2139095040)
+        return (away ^ ((away >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _select_kernel(
-    keys,  # [r, n_keys] int32
-    found,  # [r, SLOTS] int32: keys of this side turned so that the best are the largest
-    places,  # [r, SLOTS] int32 into the row of keys
-    left_out,  # [r] int32
-    n_keys,
-    m,
-    LARGEST: tl.constexpr,
-    GROUP: tl.constexpr,
+    winners,  # [sides, n, 2, G] int32
+    per_score,  # [n] float32
+    error,  # [n] float32
+    keys,  # [n, sides, SLOTS] int32
+    groups,  # [n, sides, SLOTS] int32
+    counts,  # [n, sides] int32
+    left_out,  # [n, sides] int32
+    side_stride,
+    G,
+    k,
+    TOP: tl.constexpr,
+    FIXED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    MANY: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row, side = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    flip = -side if TOP else side * 0 - 1
+    base = winners + side.to(tl.int64) * side_stride + row * 2 * G
     at = tl.arange(0, BLOCK)
-    mine = tl.load(keys + row * n_keys + at, mask=at < n_keys, other=_INT_MIN)
-    if not LARGEST:
-        # What stands for nothing is lowest on both sides; it has to stay lowest when the order turns.
-        mine = tl.where(mine < -_INF_KEY - GROUP, mine, ~mine)
-    low = tl.min(mine, axis=0).to(tl.int64)
-    high = tl.max(mine, axis=0).to(tl.int64) + 1
-    count = tl.sum((mine >= low.to(tl.int32)).to(tl.int32), axis=0)
-    while (count > SLOTS) & (high - low > 1):
-        middle = (low + high) // 2
-        reaching = tl.sum((mine >= middle.to(tl.int32)).to(tl.int32), axis=0)
-        enough = reaching >= m
+    mine = tl.where(at < G, tl.load(base + at, mask=at < G, other=0) ^ flip, _INT_MIN)
+    best = mine
+    if MANY:
+        for start in range(BLOCK, G, BLOCK):
+            more = tl.load(base + start + at, mask=at < G - start, other=0) ^ flip
+            best = tl.maximum(best, tl.where(at < G - start, more, _INT_MIN))
+    low = tl.min(best, axis=0).to(tl.int64)
+    high = tl.max(best, axis=0).to(tl.int64) + 1
+    reaching = tl.full((), BLOCK, tl.int32)
+    while (reaching > k + k // 8) & (high - low > 1):
+        middle = (low + high) >> 1
+        count = tl.sum((best >= middle.to(tl.int32)).to(tl.int32), axis=0)
+        enough = count >= k
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
-        count = tl.where(enough, reaching, count)
-    chosen = mine >= low.to(tl.int32)
-    slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-    # Equals beyond the room are left out, and say so.
-    chosen = chosen & (slot < SLOTS)
-    tl.store(found + row * SLOTS + slot, mine, mask=chosen)
-    tl.store(places + row * SLOTS + slot, at, mask=chosen)
-    tl.store(left_out + row, tl.max(tl.where(chosen, _INT_MIN, mine), axis=0))
-    empty = tl.arange(0, SLOTS)
-    tl.store(found + row * SLOTS + empty, _INT_MIN, mask=empty >= count)
-    tl.store(places + row * SLOTS + empty, 0, mask=empty >= count)
+        reaching = tl.where(enough, count, reaching)
+    scale, margin = tl.load(per_score + row), 2 * tl.load(error + row)
+    if FIXED:
+        units = margin * scale
+        # NaN and what is out of range: everything is a candidate.
+        units = tl.where(units < 4194304.0, units, 8388608.0)
+        threshold = low - (units.to(tl.int64) + 4) * 64
+    else:
+        lowest = score_of(low.to(tl.int32), flip, scale, -1, FIXED) - margin * (1.0 + 2.0 * flip.to(tl.float32))
+        threshold = tl.where(lowest == lowest, (ordered_key(lowest) ^ flip) & -64, _INT_MIN).to(tl.int64)
+    threshold = tl.maximum(threshold, _LOWEST).to(tl.int32)
+    out = (row * tl.num_programs(1) + side) * SLOTS
+    written = tl.full((), 0, tl.int32)
+    rest = tl.full((), _INT_MIN, tl.int32)
+    for start in range(0, G, BLOCK):
+        if MANY:
+            mine = tl.where(at < G - start, tl.load(base + start + at, mask=at < G - start, other=0) ^ flip, _INT_MIN)
+        chosen = (mine >= threshold).to(tl.int32)
+        slot = written + tl.cumsum(chosen, axis=0) - chosen
+        kept = (chosen > 0) & (slot < SLOTS)
+        tl.store(keys + out + slot, mine, mask=kept)
+        tl.store(groups + out + slot, 2 * (start + at), mask=kept)
+        rest = tl.maximum(rest, tl.max(tl.where(kept, _INT_MIN, mine), axis=0))
+        written += tl.sum(chosen, axis=0)
+    # Stores of other threads of this program are seen behind the barrier.
+    tl.debug_barrier()
+    slots = tl.arange(0, SLOTS)
+    there = slots < written
+    group = tl.load(groups + out + slots, mask=there, other=0)
+    second = tl.where(there, tl.load(base + G + group // 2, mask=there, other=0) ^ flip, _INT_MIN)
+    chosen = (second >= threshold).to(tl.int32)
+    slot = written + tl.cumsum(chosen, axis=0) - chosen
+    kept = (chosen > 0) & (slot < SLOTS)
+    tl.debug_barrier()
+    tl.store(keys + out + slot, second, mask=kept)
+    tl.store(groups + out + slot, group + 1, mask=kept)
+    rest = tl.maximum(rest, tl.max(tl.where(kept, _INT_MIN, second), axis=0))
+    tl.store(counts + row * tl.num_programs(1) + side, written + tl.sum(chosen, axis=0))
+    tl.store(left_out + row * tl.num_programs(1) + side, rest)
 
 
-def select(keys: Tensor, m: int, V: int, group: int, *, largest: bool) -> Candidates:
-    """Take at least the m best of the packed winners (all, where there are fewer).
+def select(winners: Tensor, rows: Rows, k: int, slots: int, keys: Keys) -> Candidates:
+    """Candidates of each row and side, in one launch.
 
     Args:
-        keys: [r, 2, G] int32, best and second of each group as the kernels pack them.
-        m: how many.
-        V: number of columns.
-        group: columns in a group.
-        largest: the side.
-
-    Returns:
-        Candidates, in room for a quarter more (m of each MAX_KEYS winners, where a row has more than that); the scores
-        of the kernel, rounded away from the middle.
+        winners: [sides, n, 2, G] int32 as the kernels write them.
+        rows: of the block; where the error is inf or NaN everything is a candidate.
+        k: how many are wanted in the end.
+        slots: room for candidates, a power of two ≥ k.
+        keys: as they were written.
     """
-    n_groups = keys.shape[2]
-    step = MAX_KEYS // 2
-    parts = [
-        _select(keys[:, :, start : start + step].flatten(1), m, group, largest, start)
-        for start in range(0, n_groups, step)
-    ]
-    found, groups, second, bounds = (torch.cat(column, 1) for column in zip(*parts, strict=True))
-    place = found & (group - 1)
-    columns = column_of(groups, place if largest else group - 1 - place, group)
-    # A winner that is NaN or lies past the end is marked by a column that does not exist.
-    absent = found < -INF_KEY - group
-    return Candidates(
-        columns.masked_fill(absent | (columns >= V), V),
-        _unpack(found | (group - 1), largest),
-        groups,
-        second,
-        _unpack(bounds.amax(1) | (group - 1), largest),
-    )
-
-
-def _select(keys: Tensor, m: int, group: int, largest: bool, first_group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of some groups' keys [r, 2·g]: turned keys, groups and whether second-best, all [r, slots]; bound [r, 1]."""
-    r, n_keys = keys.shape
-    block = triton.next_power_of_2(n_keys)
-    slots = min(triton.next_power_of_2(m + m // 4), block)
-    found, places = (torch.empty(r, slots, dtype=torch.int32, device=keys.device) for _ in range(2))
-    bound = torch.empty(r, 1, dtype=torch.int32, device=keys.device)
-    with torch.cuda.device_of(keys):
-        _select_kernel[(r,)](
-            keys,
+    sides, n, _, G = winners.shape
+    found, groups = torch.empty(2, n, sides, slots, dtype=torch.int32, device=winners.device).unbind()
+    counts, left_out = torch.empty(2, n, sides, dtype=torch.int32, device=winners.device).unbind()
+    block = min(MAX_BLOCK, triton.next_power_of_2(G))
+    with torch.cuda.device_of(winners):
+        _select_kernel[(n, sides)](
+            winners,
+            rows.per_score,
+            rows.error,
             found,
-            places,
-            bound,
-            n_keys,
-            min(m, n_keys),
-            LARGEST=largest,
-            GROUP=group,
+            groups,
+            counts,
+            left_out,
+            winners.stride(0),
+            G,
+            k,
+            TOP=keys.top,
+            FIXED=keys.fixed,
             SLOTS=slots,
             BLOCK=block,
+            MANY=block < G,
             num_warps=warps_for(block, hip=torch.version.hip is not None),
         )
-    half = n_keys // 2
-    return found, places.long() % half + first_group, places >= half, bound
+    return Candidates(found, groups, counts, left_out)
 
 
 def warps_for(block: int, *, hip: bool) -> int:
-    """Warps of a program that holds a row of keys: 16 keys a thread, on AMD's warps of twice the threads too."""
-    return min(32, max(1, block // (1024 if hip else 512)))
-
-
-def column_of(groups: Tensor, places: Tensor, group: int) -> Tensor:
-    """Columns of places 0..group-1 in their groups (the two broadcast)."""
-    return (groups // 4) * (4 * group) + (places // 2) * 8 + (groups % 4) * 2 + places % 2
-
-
-def _unpack(keys: Tensor, largest: bool) -> Tensor:
-    """float32 scores of ordered integers; those beyond the infinities become infinite."""
-    if not largest:
-        keys = keys.bitwise_not()
-    keys = keys.clamp(-INF_KEY - 1, INF_KEY)
-    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    """Warps of a program: 16 keys a thread, on AMD's warps of twice the threads too."""
+    return max(1, block // (1024 if hip else 512))

@@ -22,9 +22,11 @@ import triton
 from torch import Tensor
 
 from csrc_triton.configs import METHODS, Choice, Config, choose, configs, target_of
+from csrc_triton.job import Job
+from csrc_triton.rows import Columns, rows_of
 from csrc_triton.select import select
-from csrc_triton.topk import topk
-from csrc_triton.winners import BLOCK_N, CHUNK_ELEMENTS, product, winners
+from csrc_triton.topk import groups_of, topk
+from csrc_triton.winners import BLOCK_N, CHUNK_ELEMENTS, product, winners_of
 
 
 class Shape(NamedTuple):
@@ -104,10 +106,10 @@ def measure(F: Tensor, W: Tensor, k: int, table: Table, repeat: int = 5) -> dict
     """
     target = target_of(F.device)
     tiles = configs(target, F.dtype)
-    times = {
-        choice: _time_ms(choice, F, W, k, repeat)
-        for choice in (*(Choice("fused", t) for t in tiles), Choice("gemm", tiles[0]))
-    }
+    choices = [Choice("gemm", tiles[0])]
+    if F.dtype != torch.float32:
+        choices += [Choice("fused", tile) for tile in tiles]
+    times = {choice: _time_ms(choice, F, W, k, repeat) for choice in choices}
     shape = Shape(target, str(F.dtype), F.shape[1], len(W), k)
     table.measured[shape] = min(times, key=lambda choice: times[choice])
     return times
@@ -115,15 +117,19 @@ def measure(F: Tensor, W: Tensor, k: int, table: Table, repeat: int = 5) -> dict
 
 def _time_ms(choice: Choice, F: Tensor, W: Tensor, k: int, repeat: int) -> float:
     fused = choice.method == "fused"
-    group = choice.config.group if fused else BLOCK_N // 4
-    step = len(F) if fused else max(1, CHUNK_ELEMENTS // len(W))
+    n, groups = len(F), groups_of(len(W), choice.config.block_n if fused else BLOCK_N)
+    step = n if fused else max(1, CHUNK_ELEMENTS // len(W))
+    bounds = rows_of(F, Columns(float(torch.linalg.vector_norm(W.float(), dim=1).max()), 0.0, 0, 1.0, 0.0))
+    job = Job(bounds.unit, torch.empty(2, n, 2, groups, dtype=torch.int32, device=F.device))
 
     def once() -> None:
-        for rows in F.split(step):
-            found = topk(rows, W, config=choice.config) if fused else winners(product(rows, W))
-            for keys, largest in ((found.top, True), (found.bottom, False)):
-                if keys is not None:
-                    select(keys, k + 16, len(W), group, largest=largest)
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
+            if fused:
+                topk(F[rows], W, job.of_rows(rows), choice.config)
+            else:
+                winners_of(product(F[rows], W), job.of_rows(rows))
+        select(job.winners, bounds, k, max(32, triton.next_power_of_2(k + 16)), job.keys)
         if F.device.type == "cuda":
             torch.cuda.synchronize(F.device)
 

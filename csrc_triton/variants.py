@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from csrc_triton import rescore, winners
-from csrc_triton.configs import TMA_TARGETS, Config, configs, persistent, statistics_config
-from csrc_triton.select import MAX_KEYS, _select_kernel, warps_for
+from csrc_triton import finish, rows, sums, winners
+from csrc_triton.configs import TMA_TARGETS, Config, configs, light, persistent, statistics_config
+from csrc_triton.epilogue import UNITS
+from csrc_triton.select import MAX_BLOCK, _select_kernel, warps_for
 from csrc_triton.topk import _topk_kernel
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+NARROW = (torch.bfloat16, torch.float16)
 POINTERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -39,33 +41,60 @@ class Variant(NamedTuple):
 def variants(target: str) -> list[Variant]:
     """All variants for one of TARGETS."""
     found = []
-    for dtype in POINTERS:
-        for config, even in product(configs(target, dtype), (True, False)):
-            found += [_fused(target, dtype, config, False, terms=terms, even=even) for terms in (False, True)]
-        for even in (True, False):
-            found.append(_fused(target, dtype, statistics_config(target, dtype), True, terms=True, even=even))
-    for dtype, statistics in product(POINTERS, (False, True)):
-        found.append(_winners(dtype, statistics))
-    for block, largest in product((256, 2048, MAX_KEYS), (True, False)):
-        found.append(_select(target, block, largest))
-    found += [_rescore(dtype) for dtype in POINTERS]
+    for dtype in NARROW:
+        for config in configs(target, dtype):
+            for terms in (False, True):
+                found += [_fused(target, dtype, config, terms=terms, **more) for more in _KINDS]
+        statistics = statistics_config(target, dtype)
+        found.append(_fused(target, dtype, statistics, terms=True, statistics=True))
+        found.append(_fused(target, dtype, statistics, terms=True, statistics=True, ragged=True))
+    for dtype, fixed, ragged in product(POINTERS, (True, False), (False, True)):
+        found.append(_winners(dtype, fixed, ragged, statistics=False))
+    found += [_winners(dtype, True, True, statistics=True) for dtype in POINTERS]
+    for (block, many), fixed in product(((256, False), (MAX_BLOCK, False), (MAX_BLOCK, True)), (True, False)):
+        found.append(_select(target, block, many, fixed))
+    for dtypes in ((torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float32, torch.bfloat16)):
+        for terms, apart in product((False, True), repeat=2):
+            found.append(_finish(dtypes, 64, terms=terms, apart=apart))
+        found.append(_open(dtypes, 64))
+    for slots in (32, 128, 256, 512, finish.MAX_SLOTS):
+        found += [_finish((torch.float32,) * 2, slots, terms=True, apart=True), _open((torch.float32,) * 2, slots)]
+    found.append(_finish((torch.bfloat16,) * 2, 128, terms=True, apart=False, fixed=False))
+    found.append(_open((torch.bfloat16,) * 2, 128, fixed=False))
+    for dtype, scaled in product((torch.float32, torch.bfloat16), (True, False)):
+        found += [_rows(dtype, scaled=scaled, shift=shift) for shift in (False, True)]
+    totals = {"sums": "*fp32", "totals": "*fp64"}
+    found.append(_variant("sums", sums._sums_kernel, totals, {"BLOCK": sums.BLOCK}, {"num_warps": 1}, short=True))
     return found
 
 
-def _fused(target: str, dtype: torch.dtype, config: Config, statistics: bool, *, terms: bool, even: bool) -> Variant:
-    tma = target in TMA_TARGETS and even and config.tensor_cores(dtype)
+_KINDS: tuple[dict[str, bool], ...] = ({}, {"ragged": True}, {"even": False}, {"fixed": False})
+
+
+def _fused(
+    target: str,
+    dtype: torch.dtype,
+    config: Config,
+    *,
+    terms: bool,
+    statistics: bool = False,
+    ragged: bool = False,
+    even: bool = True,
+    fixed: bool = True,
+) -> Variant:
+    tma = target in TMA_TARGETS and even
+    config = light(config) if ragged or not fixed else config
     name = POINTERS[dtype]
     constexprs = {
-        "HAS_BIAS": terms,
-        "HAS_SCALE": terms,
-        "HAS_OFFSET": terms,
+        "TERMS": terms,
+        "FIXED": fixed,
+        "RAGGED": ragged,
         "TOP": True,
         "BOTTOM": True,
         "STATISTICS": statistics,
         "EVEN_K": even,
         "USE_TMA": tma,
-        "PERSISTENT": persistent(tma=tma, terms=terms, statistics=statistics),
-        "INPUT_PRECISION": config.input_precision,
+        "PERSISTENT": persistent(tma=tma, terms=terms, plain=fixed and not ragged),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -78,72 +107,102 @@ def _fused(target: str, dtype: torch.dtype, config: Config, statistics: bool, *,
             "W": f"tensordesc<{name}[{config.block_n},{config.block_k}]>",
         }
     shape = f"{config.block_m}x{config.block_n}x{config.block_k}w{config.num_warps}"
-    extras = [config.input_precision] if dtype == torch.float32 else []
-    extras += [
-        word for word, on in (("tma", tma), ("ragged", not even), ("terms", terms), ("statistics", statistics)) if on
-    ]
+    flags = {"tma": tma, "ragged": ragged, "uneven d": not even, "float keys": not fixed}
+    flags |= {"terms": terms, "statistics": statistics}
     return _variant(
-        " ".join(["fused", name, shape, *extras]),
+        " ".join(["fused", name, shape, *(word for word, on in flags.items() if on)]),
         _topk_kernel,
-        types | _OUTPUTS,
+        types | _VECTORS,
         constexprs,
         {"num_warps": config.num_warps, "num_stages": config.num_stages},
         integers=("stride_f", "stride_w", "d"),
-        short=dtype != torch.float16,
+        short=dtype == torch.bfloat16,
     )
 
 
-def _winners(dtype: torch.dtype, statistics: bool) -> Variant:
-    constexprs = {
-        "HAS_BIAS": statistics,
-        "HAS_SCALE": statistics,
-        "HAS_OFFSET": statistics,
-        "TOP": True,
-        "BOTTOM": True,
-        "STATISTICS": statistics,
-        "BLOCK_M": winners.BLOCK_M,
-        "BLOCK_N": winners.BLOCK_N,
-    }
+def _winners(dtype: torch.dtype, fixed: bool, ragged: bool, *, statistics: bool) -> Variant:
+    flags = {"TERMS": statistics, "FIXED": fixed, "RAGGED": ragged, "TOP": True, "BOTTOM": True}
+    flags |= {"STATISTICS": statistics, "BLOCK_M": winners.BLOCK_M, "BLOCK_N": winners.BLOCK_N}
+    words = {"ragged": ragged, "float keys": not fixed, "terms statistics": statistics}
     return _variant(
-        f"winners {POINTERS[dtype]}{' terms statistics' if statistics else ''}",
+        " ".join(["winners", POINTERS[dtype], *(word for word, on in words.items() if on)]),
         winners._winners_kernel,
-        {"dots": f"*{POINTERS[dtype]}"} | _OUTPUTS,
-        constexprs,
+        {"dots": f"*{POINTERS[dtype]}"} | _VECTORS,
+        flags,
         {"num_warps": winners.NUM_WARPS},
         integers=("stride",),
         short=dtype == torch.float32,
     )
 
 
-def _select(target: str, block: int, largest: bool) -> Variant:
+def _select(target: str, block: int, many: bool, fixed: bool) -> Variant:
+    flags = {"TOP": True, "FIXED": fixed, "SLOTS": 64, "BLOCK": block, "MANY": many}
     return _variant(
-        f"select {block} {'largest' if largest else 'smallest'}",
+        f"select {block}{' many' if many else ''}{'' if fixed else ' float keys'}",
         _select_kernel,
-        {"keys": "*i32", "found": "*i32", "places": "*i32", "left_out": "*i32"},
-        {"LARGEST": largest, "GROUP": 64, "SLOTS": 64, "BLOCK": block},
+        _CANDIDATES | {"winners": "*i32"},
+        flags,
         {"num_warps": warps_for(block, hip=target == "gfx942")},
-        short=block == MAX_KEYS,
+        short=fixed,
     )
 
 
-def _rescore(dtype: torch.dtype) -> Variant:
-    name = POINTERS[dtype]
-    types = {"F": f"*{name}", "W": f"*{name}", "ids": "*i64"}
-    types |= {vector: "*fp32" for vector in ("bias", "scale", "offset", "scores")}
-    flags = {"HAS_BIAS": True, "HAS_SCALE": True, "HAS_OFFSET": True}
+def _finish(
+    dtypes: tuple[torch.dtype, torch.dtype], slots: int, *, terms: bool, apart: bool, fixed: bool = True
+) -> Variant:
+    room = finish.room_for(slots, int(apart))
+    flags = {"TERMS": terms, "TOP": True, "FIXED": fixed, "APART": apart, "GROUP": 64, "SLOTS": slots}
+    flags |= {"ROOM": room, "APART_ROOM": finish.MAX_APART, "BLOCK_C": finish.BLOCK_C, "BLOCK_K": finish.BLOCK_K}
+    words = {"terms": terms, "apart": apart, "float keys": not fixed}
+    f, w = (POINTERS[dtype] for dtype in dtypes)
     return _variant(
-        f"rescore {name}",
-        rescore._rescore_kernel,
-        types,
-        flags | {"BLOCK_C": rescore.BLOCK_C, "BLOCK_K": rescore.BLOCK_K},
-        {"num_warps": rescore.NUM_WARPS},
+        " ".join(["finish", f, w, str(slots), *(word for word, on in words.items() if on)]),
+        finish._finish_kernel,
+        {"F": f"*{f}", "W": f"*{w}"} | _RESULTS,
+        flags,
+        {"num_warps": finish.warps_of(room), "enable_fp_fusion": False},
         integers=("stride_f", "stride_w", "d"),
-        short=dtype == torch.float32,
+        short=slots == 64 and not apart,
     )
 
 
-_OUTPUTS = {name: "*fp32" for name in ("bias", "scale", "offset", "shift", "sums")}
-_OUTPUTS |= {"top_keys": "*i32", "bottom_keys": "*i32"}
+def _open(dtypes: tuple[torch.dtype, torch.dtype], slots: int, *, fixed: bool = True) -> Variant:
+    flags = {"TERMS": True, "TOP": True, "FIXED": fixed, "GROUP": 64, "SLOTS": slots}
+    f, w = (POINTERS[dtype] for dtype in dtypes)
+    return _variant(
+        f"open groups {f} {w} {slots} terms{'' if fixed else ' float keys'}",
+        finish._open_kernel,
+        {"F": f"*{f}", "W": f"*{w}"} | _RESULTS,
+        flags | {"BLOCK_C": finish.OPEN_C, "BLOCK_K": finish.BLOCK_K},
+        {"num_warps": finish.warps_of(slots), "enable_fp_fusion": False},
+        integers=("stride_f", "stride_w", "d"),
+        short=slots == 64 and f == w,
+    )
+
+
+def _rows(dtype: torch.dtype, *, scaled: bool, shift: bool) -> Variant:
+    pointers = dict.fromkeys(("mean", "offset", "unit", "factor", "per_score", "error", "shift"), "*fp32")
+    numbers = ("w_norm", "w_error", "w_power", "scale_max", "bias_max", "scale_mean", "bias_mean")
+    numbers += ("summing", "rescoring", "lost")
+    flags = {"COPY": scaled, "SCALED": scaled, "TERMS": True, "SHIFT": shift}
+    return _variant(
+        f"rows {POINTERS[dtype]}{' scaled' if scaled else ''}{' shift' if shift else ''}",
+        rows._rows_kernel,
+        {"F": f"*{POINTERS[dtype]}", "narrow": f"*{POINTERS[torch.float16 if scaled else dtype]}"}
+        | pointers
+        | dict.fromkeys(numbers, "fp32"),
+        flags | {"UNITS": UNITS, "BLOCK": rows.BLOCK},
+        {"num_warps": rows.NUM_WARPS},
+        integers=("stride", "D"),
+        short=not shift,
+    )
+
+
+_VECTORS = dict.fromkeys(("unit", "factor", "offset", "scale", "bias", "shift", "sums"), "*fp32") | {"winners": "*i32"}
+_CANDIDATES = dict.fromkeys(("keys", "groups", "counts", "left_out"), "*i32")
+_CANDIDATES |= {"per_score": "*fp32", "error": "*fp32"}
+_RESULTS = _CANDIDATES | dict.fromkeys(("offset", "scale", "bias", "scores"), "*fp32")
+_RESULTS |= {"apart": "*i32", "ids": "*i64", "flags": "*i32"}
 
 
 def _variant(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from querylens_fast.dictionaries.dictionary import Dictionary, directions, neuron_dictionary
 from querylens_fast.dictionaries.feature_lists import Activation, Feature
 from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.evaluation.evaluate import evaluate_signatures
 from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample, load_feature_sample
 from querylens_fast.evaluation.generation import SteeredText, steer
 from querylens_fast.evaluation.output_score import Promoted, output_scores, promoted_tokens
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from querylens_fast.integrations.circuit_tracer import annotate_graph, export_circuit_tracer
     from querylens_fast.integrations.neuronpedia import export_neuronpedia
     from querylens_fast.integrations.saedashboard import export_saedashboard
+    from querylens_fast.queries.results import open_results
 
 __version__ = "0.1.0"
 
@@ -87,6 +89,7 @@ __all__ = [
     "weight_descriptions",
     "directions",
     "downstream",
+    "evaluate_signatures",
     "evaluation_report",
     "export_circuit_tracer",
     "export_jacobian_lens",
@@ -109,6 +112,7 @@ __all__ = [
     "load_transport",
     "neighbours",
     "neuron_dictionary",
+    "open_results",
     "output_features",
     "read_table",
     "scores_at",
@@ -138,4 +142,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("querylens_fast.integrations")
     if name in _INTEGRATIONS:
         return getattr(importlib.import_module(f"querylens_fast.integrations.{_INTEGRATIONS[name]}"), name)
+    if name == "open_results":
+        return importlib.import_module("querylens_fast.queries.results").open_results
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,8 +17,9 @@ import querylens_fast as ql
 from querylens_fast.cli import app
 from querylens_fast.demo import showcase
 from querylens_fast.demo.showcase import PRESETS, load_example
+from querylens_fast.evaluation.means import MeanScore, mean_scores
 from querylens_fast.evaluation.methods import Context, find_methods, fit_for
-from querylens_fast.evaluation.scores import Case, MeanScore, labels_of, mean_scores, score_methods
+from querylens_fast.evaluation.scores import Case, labels_of, score_methods
 
 CASE = golden("gpt2-standard-sae")
 
@@ -110,7 +111,7 @@ def test_evaluate_input_of_a_users_files(tmp_path: Path) -> None:
     assert "sae_layer1" in output
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert len(scores) == 5 * 3 and {s["dictionary"] for s in scores} == {"sae_layer0", "sae_layer1", None}
-    assert "--dictionary" in refused("evaluate", "input", "--model", CASE.model_path)
+    assert "its dictionaries" in refused("evaluate", "input", "--model", CASE.model_path)
 
 
 def test_transport_signatures_and_resume(tmp_path: Path) -> None:

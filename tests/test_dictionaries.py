@@ -97,6 +97,7 @@ def test_sae_lens_object_and_folder_agree() -> None:
         assert from_folder.point(side) == from_object.point(side)
     x = torch.randn(3, 32)
     assert torch.equal(from_folder.coder.encode(x), from_object.coder.encode(x))
+    assert from_folder.fingerprint == from_object.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,7 @@ def test_coders_are_sae_lens(tmp_path: Path, architecture: str, normalisation: s
     dictionary = ql.load_dictionary(tmp_path)
     assert dictionary.kind == ("transcoder" if "transcoder" in architecture else "sae")
     assert dictionary.point("key") == (3 if dictionary.kind == "transcoder" else 4)
+    assert dictionary.fingerprint == ql.load_dictionary(sae).fingerprint
     x = torch.randn(2, 5, D_MODEL)
     with torch.no_grad():
         acts = sae.encode(x)

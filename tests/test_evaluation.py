@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import CASES, golden
+from safetensors.torch import load_file
 
 import querylens_fast as ql
 from querylens_fast.demo.showcase import Example, load_example
 from querylens_fast.evaluation.contexts import feature_list
 from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample, load_feature_sample
+from querylens_fast.evaluation.means import MeanScore, by_thirds, gains, mean_scores
 from querylens_fast.evaluation.methods import Context, find_methods
 from querylens_fast.evaluation.output_score import (
     Promoted,
@@ -18,10 +21,11 @@ from querylens_fast.evaluation.output_score import (
     promoted_tokens,
     read_promoted,
 )
-from querylens_fast.evaluation.ranking import rank_sums
-from querylens_fast.evaluation.scores import Case, input_scores, mean_scores, score_methods
+from querylens_fast.evaluation.ranking import generated_ranking, rank_sums
+from querylens_fast.evaluation.scores import Case, coherent_from, input_scores, score_methods
 from querylens_fast.evaluation.steering import KL_TOLERANCE, Steered, calibrate
 from querylens_fast.lens.ablations import activations
+from querylens_fast.lens.similarity import embedding_similarity
 
 FEATURES = torch.tensor([3, 40, 700, 1500])
 
@@ -77,6 +81,28 @@ def test_activity_by_a_plain_loop(example: Example, tokens: ql.Tokens, sample: F
             token = int(tokens.ids[sequence, position])
             counted[token] = counted.get(token, 0) + 1
         assert dict(sample.top_tokens(feature, 10_000)) == counted
+
+
+def test_little_memory_gives_the_same_sample(example: Example, tokens: ql.Tokens, sample: FeatureSample) -> None:
+    """A few positions at a time, as wide dictionaries need it."""
+    few = ql.Tokens(tokens.ids[:6], tokens.valid_mask[:6])
+    arguments = {"n_examples": 3, "progress": False}
+    gib = 24 * 2048 * 20 / 2**30
+    whole, parts = (
+        feature_sample(example.dictionaries[1], example.model, few, max_memory_gib=memory, **arguments)
+        for memory in (2.0, gib)
+    )
+    assert torch.equal(whole.positions, parts.positions) and torch.equal(whole.n_active, parts.n_active)
+    assert torch.allclose(whole.values, parts.values, rtol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(whole.pairs, parts.pairs, strict=True))
+
+
+def test_own_text(example: Example) -> None:
+    texts = ["def parse(self): return None", "import os\nimport sys"]
+    found = feature_sample(example.dictionaries[0], example.model, texts, n_examples=1, progress=False)
+    lengths = [len(example.model.tokenizer(text)["input_ids"]) for text in texts]
+    assert found.metadata["n_valid"] == sum(lengths) and found.metadata["n_sequences"] == 2
+    assert int(found.n_sequences.max()) == 2
 
 
 def test_a_sample_is_read_back(sample: FeatureSample, tmp_path: Path) -> None:
@@ -192,27 +218,42 @@ def test_promoted_tokens_by_plain_ranks(example: Example, prefixes: torch.Tensor
 @pytest.mark.parametrize("positions", ("forced", "generate"))
 def test_other_positions(example: Example, prefixes: torch.Tensor, promoted: Promoted, positions: str) -> None:
     """Along continuations: seeded, and near the ranking at the prefixes alone (its S shares more than half)."""
+    n = 1 if positions == "generate" else 2
     arguments = {"prefixes": prefixes[:6], "n_tokens": 25, "positions": positions, "seed": 1, "progress": False}
-    found = promoted_tokens(example.dictionaries[1], example.model, FEATURES[:2], **arguments)
-    again = promoted_tokens(example.dictionaries[1], example.model, FEATURES[:2], **arguments)
-    assert torch.equal(found.token_ids, again.token_ids)
-    assert output_scores(found, promoted.token_ids[:2, :25]).mean() > 0.4
-    if positions == "generate":
-        low, high = torch.tensor([[0.25, 0.5]]), torch.tensor([[0.35, 0.6]])
-        narrow = found.alphas.frac() == 0
-        assert bool(narrow.all()) and bool(((found.kl >= low) & (found.kl <= high)).any())
+    found = promoted_tokens(example.dictionaries[1], example.model, FEATURES[:n], **arguments)
+    assert output_scores(found, promoted.token_ids[:n, :25]).mean() > 0.4
+    if positions == "forced":
+        again = promoted_tokens(example.dictionaries[1], example.model, FEATURES[:n], **arguments)
+        assert torch.equal(found.token_ids, again.token_ids)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_generate_is_the_references_procedure(name: str) -> None:
+    """α, and the mean ranks along sampled text, that the reference's own functions gave (goldens/write_steering.py)."""
+    case = golden(name)
+    expected, model = load_file(case.folder / "steering.safetensors"), ql.load_model(case.model_path, dtype="float64")
+    layer, features = case.layers[1], torch.tensor(case.features[:2])
+    dictionary = ql.load_dictionary(case.sae_path(layer))
+    ranking = generated_ranking(model, dictionary, [expected["prompts"]], 3, features)
+    for place, feature in enumerate(features.tolist()):
+        delta, reached = ranking.rise(torch.tensor([place]), (0.25, 0.5), torch.ones(2))
+        alphas = expected[f"layer{layer}.feature{feature}.alphas"]
+        assert torch.equal(torch.cat([r.alphas for r in reached]), alphas.float())
+        clean, *steered = expected[f"layer{layer}.feature{feature}.ranks"]
+        rise = (clean - torch.stack(steered).mean(0)) / len(clean)
+        assert torch.allclose(delta[0], rise, atol=1e-4)  # theirs are float32 means, with ties in any order
 
 
 def test_steered_text(example: Example) -> None:
     arguments = {"n_tokens": 8, "seed": 3}
-    text = ql.steer(example.dictionaries[0], example.model, 2035, 20.0, "def parse(self):", **arguments)
+    text = ql.steer(example.model, example.dictionaries[0], 2035, 20.0, "def parse(self):", **arguments)
     assert text.clean != text.steered and text == ql.steer(
-        example.dictionaries[0], example.model, 2035, 20.0, "def parse(self):", **arguments
+        example.model, example.dictionaries[0], 2035, 20.0, "def parse(self):", **arguments
     )
     with pytest.raises(ValueError, match="prompt is ''; expected at least one token"):
-        ql.steer(example.dictionaries[0], example.model, 2035, 20.0, "")
+        ql.steer(example.model, example.dictionaries[0], 2035, 20.0, "")
     with pytest.raises(ValueError, match="strength is nan"):
-        ql.steer(example.dictionaries[0], example.model, 2035, float("nan"), "x")
+        ql.steer(example.model, example.dictionaries[0], 2035, float("nan"), "x")
 
 
 def test_output_scores(promoted: Promoted) -> None:
@@ -272,16 +313,24 @@ def test_table_of_scores(
     example: Example, sample: FeatureSample, promoted: Promoted, tokens: ql.Tokens, tmp_path: Path
 ) -> None:
     dictionary, model = example.dictionaries[1], example.model
-    ql.signatures(dictionary, model, preset="logit_lens_value", k=25, out=tmp_path / "stored.parquet", progress=False)
-    methods = find_methods(["logit_lens_value", "token_change@5", tmp_path / "stored.parquet"])
+    stored = [tmp_path / f"stored.{ending}" for ending in ("parquet", "jsonl")]
+    for path in stored:
+        ql.signatures(dictionary, model, preset="logit_lens_value", k=25, out=path, features=FEATURES, progress=False)
+    methods = find_methods(["logit_lens_value", "token_change@5", *stored])
     context = Context(model, tokens=tokens.head(2))
     case = Case(dictionary, "sae", FEATURES, sample, promoted)
-    found = score_methods([case], context, methods, ks=(5, 25), out=tmp_path / "scores.parquet", progress=False)
+    found = score_methods([case], context, methods, ks=(5, 25, 30), out=tmp_path / "scores.parquet", progress=False)
     frame = found.pandas()
-    assert len(frame) == 3 * 2 * len(FEATURES)
-    direct = frame[frame.method == "logit_lens_value"].drop(columns="method").reset_index(drop=True)
-    stored = frame[frame.method == "stored.parquet"].drop(columns="method").reset_index(drop=True)
-    assert direct.equals(stored)
+    assert len(frame) == (3 + 3 + 2 + 2) * len(FEATURES), "the files have 25 tokens, and no score for 30"
+    direct = frame[(frame.method == "logit_lens_value") & (frame.k < 30)].drop(columns="method").reset_index(drop=True)
+    for name in ("stored.parquet", "stored.jsonl"):
+        stored = frame[frame.method == name].drop(columns="method").reset_index(drop=True)
+        assert direct.equals(stored)
+    random = torch.randint(model.vocab_size, (4000, 25), generator=torch.Generator().manual_seed(9))
+    assert 0.03 < float((embedding_similarity(model, random) > coherent_from(model, 25)).double().mean()) < 0.07
+    assert (
+        frame.coherent == [row.embedding_coherence > coherent_from(model, row.k) for row in frame.itertuples()]
+    ).all()
     ids = ql.signatures(dictionary, model, preset="token_change", token_change_value=5.0, tokens=tokens.head(2), k=25,
                         features=FEATURES).top_ids  # fmt: skip
     own = frame[(frame.method == "token_change@5") & (frame.k == 25)]
@@ -293,6 +342,35 @@ def test_table_of_scores(
     row = next(m for m in means if m.method == "token_change@5" and m.k == 25 and m.dictionary == "sae")
     assert (row.mean, row.high - row.mean) == pytest.approx(by_hand)
     assert ql.read_table(tmp_path / "scores.parquet").pandas().equals(frame)
+
+
+def test_gains() -> None:
+    """Features that pass under Query Lens alone, by the score there; null scores are not compared."""
+    import pyarrow as pa
+
+    def row(method: str, feature: int, score: float | None, coherence: float) -> dict[str, object]:
+        about = {"source": "sae", "source_id": feature, "method": method, "k": 25, "input_score": None}
+        return {**about, "output_score": score, "coherent": coherence > 0.3, "embedding_coherence": coherence}
+
+    before = [row("logit_lens_value", f, s, 0.1) for f, s in enumerate((0.0, 0.0, 0.2, 0.3, None))]
+    scores, coherence = (0.1, 0.4, 0.0, 0.2, 1.0), (0.0, 0.0, 0.0, 0.4, 0.0)
+    after = [row("query_lens_value", f, scores[f], coherence[f]) for f in range(5)]
+    found = gains(ql.RelationTable({"what": "scores"}, in_memory=pa.Table.from_pylist(before + after)))
+    assert [(g.criterion, g.gained, g.lost, g.n) for g in found] == [
+        ("output_score", [1, 0], [2], 4),
+        ("coherent", [3], [], 5),
+    ]
+
+
+def test_means_by_thirds_of_the_depth() -> None:
+    def mean(layer: int, value: float) -> MeanScore:
+        return MeanScore("input_score", "m", 25, f"sae{layer}", layer, value, value - 0.1, value + 0.1, 10)
+
+    found = by_thirds([mean(0, 0.1), mean(1, 0.2), mean(2, 0.4), mean(5, 0.6)], 6)
+    assert [(m.dictionary, m.mean) for m in found] == [
+        ("early layers", pytest.approx(0.15)), ("middle layers", 0.4), ("late layers", 0.6),
+    ]  # fmt: skip
+    assert found[0].high - found[0].mean == pytest.approx(0.1 / 2**0.5)
 
 
 def test_mistakes(example: Example, sample: FeatureSample, tmp_path: Path) -> None:

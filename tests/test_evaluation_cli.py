@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import querylens_fast as ql
 from querylens_fast.cli import app
 from querylens_fast.demo import ASSETS
+from querylens_fast.dictionaries.feature_lists import load_features
 
 SAE, MODEL = str(ASSETS / "sae_layer1"), str(ASSETS / "model")
 
@@ -19,7 +20,7 @@ SAE, MODEL = str(ASSETS / "sae_layer1"), str(ASSETS / "model")
 def run(*args: str) -> str:
     found = CliRunner().invoke(app, list(args))
     assert found.exit_code == 0, found.output
-    return found.output
+    return found.stdout
 
 
 def refused(*args: str) -> str:
@@ -31,9 +32,11 @@ def refused(*args: str) -> str:
 def test_sample(tmp_path: Path) -> None:
     tokens = tmp_path / "text.safetensors"
     ql.load_tokens(ASSETS / "tokens.safetensors").head(8).save(tokens)
-    out = tmp_path / "sample.parquet"
-    assert "features are active" in run("sample", SAE, MODEL, str(tokens), "--out", str(out), "--n-examples", "3")
+    out, lists = tmp_path / "sample.parquet", tmp_path / "features.json"
+    args = ["--n-examples", "3", "--lists", str(lists), "--features", "2", "--min-examples", "4"]
+    assert "features are active" in run("sample", SAE, MODEL, str(tokens), "--out", str(out), *args)
     assert ql.load_feature_sample(out).density.max() > 0
+    assert [len(f.activations or []) for f in load_features(lists)] == [3, 3]
 
 
 def test_steer() -> None:
@@ -48,7 +51,7 @@ def test_judge(tmp_path: Path) -> None:
     )
     model = ql.load_model(MODEL)
     ql.signatures(SAE, model, preset="logit_lens_value", features=range(40), out=result, progress=False)
-    assert "7 features" in run("judge", str(result), "--requests", str(requests), "--features", "7")
+    assert "7 token lists" in run("judge", str(result), "--requests", str(requests), "--features", "7")
     lines = [json.loads(line) for line in requests.read_text(encoding="utf-8").splitlines()]
     content = json.dumps({"Score": 6, "Summary": "a theme", "Explanation": "why"})
     with answers.open("w", encoding="utf-8") as file:
@@ -56,16 +59,64 @@ def test_judge(tmp_path: Path) -> None:
             body = {"choices": [{"message": {"content": content}}]}
             file.write(json.dumps({"custom_id": line["custom_id"], "response": {"body": body}}) + "\n")
     args = ["judge", str(result), "--answers", str(answers), "--features", "7", "--out", str(out)]
-    assert "6 of 7 features judged, mean score 6.00" in run(*args)
-    scores = pq.read_table(out)["score"].to_pylist()
+    said = run(*args)
+    assert "logit_lens_value: mean 6.00 of 6 token lists" in said and "6 of 7 token lists judged" in said
+    table = ql.read_table(out)
+    scores = table.table(["interpretability"])["interpretability"].to_pylist()
     assert scores.count(6.0) == 6 and scores.count(None) == 1
+    assert table.metadata["judge"] == "gpt-5-nano" and len(table.metadata["prompt"]) == 16
     assert "--requests" in refused("judge", str(result))
     other = tmp_path / "other.parquet"
     ql.signatures(SAE, model, preset="logit_lens_key", features=range(40, 44), out=other, progress=False)
     assert "has an answer" in refused("judge", str(other), "--answers", str(answers))
 
 
-@pytest.mark.parametrize("args", [["--tokens", "x"], [MODEL, "--tokens", "x"], [MODEL, "--dictionary", SAE]])
-def test_report_arguments(args: list[str], tmp_path: Path) -> None:
-    assert "--dictionary" in refused("evaluate", "report", *args, "--out", str(tmp_path / "report"))
-    assert not (tmp_path / "report").exists()
+@pytest.mark.parametrize("args", [["--tokens", "x"], [MODEL, "--tokens", "x"], [MODEL, SAE], ["--k", "5,x"]])
+@pytest.mark.parametrize("command", ["scores", "report"])
+def test_arguments(command: str, args: list[str], tmp_path: Path) -> None:
+    assert "expected" in (said := refused("evaluate", command, *args, "--out", str(tmp_path / "out"))) or (
+        "dictionaries" in said
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def scoring(folder: Path, out: Path) -> list[str]:
+    """A command that scores few features of one dictionary."""
+    tokens = folder / "text.safetensors"
+    whole = ql.load_tokens(ASSETS / "tokens.safetensors")
+    ql.Tokens(whole.ids[16:56, :32].contiguous(), whole.valid_mask[16:56, :32].contiguous()).save(tokens)
+    (folder / "prefixes.txt").write_text("def f(\nimport os\nreturn self\n")
+    args = ["evaluate", "scores", MODEL, SAE, "--tokens", str(tokens), "--out", str(out), "--k", "5,25"]
+    args += ["--methods", "logit_lens_key,query_lens_key,token_change@5", "--n-features", "4", "--min-examples", "5"]
+    return [*args, "--fit-sequences", "4", "--prefixes", str(folder / "prefixes.txt")]
+
+
+@pytest.mark.slow
+def test_scores_over_two_processes(tmp_path: Path) -> None:
+    """The rows of one process; the transport, a sum over processes, may differ in the last bits and so near-ties."""
+    from test_ranks import torchrun
+
+    done = torchrun(scoring(tmp_path, tmp_path / "two"), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("24 rows") == 1
+    run(*scoring(tmp_path, tmp_path / "one"))
+    one, two = (pq.read_table(tmp_path / n / "scores.parquet").to_pandas() for n in ("one", "two"))
+    assert (one[["method", "source_id", "k"]] == two[["method", "source_id", "k"]]).all(None)
+    assert (one.output_score - two.output_score).abs().max() <= 0.1
+
+
+def test_scores(tmp_path: Path) -> None:
+    """One Parquet row a feature, method and k; a second call computes nothing again; what is gained is shown."""
+    out = tmp_path / "out"
+    args = scoring(tmp_path, out)
+    said = run(*args)
+    assert "of 4 features pass input_score under query_lens_key and not under logit_lens_key" in said
+    assert "pass coherent under query_lens_key" in said
+    frame = pq.read_table(out / "scores.parquet").to_pandas()
+    assert len(frame) == 4 * 3 * 2 and frame.output_score.notna().all()
+    assert (frame.top_ids.map(len) == frame.k).all()
+    requests = tmp_path / "requests.jsonl"
+    assert "6 token lists" in run("judge", str(out / "scores.parquet"), "--requests", str(requests), "--features", "2")
+    before = (out / "scores.parquet").read_bytes()
+    assert run(*args) == said and (out / "scores.parquet").read_bytes() == before
+    assert "other" in refused(*args, "--seed", "1")

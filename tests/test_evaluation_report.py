@@ -20,10 +20,17 @@ OPTIONS = {
         "query_lens_value_approx",
         "query_lens_value",
         "query_lens_value_adaptive",
+        "logit_lens_key",
         "query_lens_key",
     ),
+    "k": (5, 25),
     "progress": False,
 }
+
+
+def dictionaries() -> list[ql.Dictionary]:
+    """Of the first and the last layer."""
+    return load_example().dictionaries[:4:3]
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +48,12 @@ def prefixes() -> torch.Tensor:
 def report(tokens: ql.Tokens, prefixes: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Report:
     example = load_example()
     folder = tmp_path_factory.mktemp("report")
-    return evaluation_report(example.model, example.dictionaries[:2], tokens, folder, prefixes=prefixes, **OPTIONS)
+    return evaluation_report(example.model, dictionaries(), tokens, folder, prefixes=prefixes, **OPTIONS)
 
 
 def test_files_and_page(report: Report) -> None:
     names = {path.name for path in report.folder.iterdir()}
-    assert names >= {"transport.safetensors", "sample-sae_layer0.parquet", "promoted-sae_layer1.parquet"}
+    assert names >= {"transport.safetensors", "sample-sae_layer0.parquet", "promoted-sae_layer3.parquet"}
     assert names >= {"scores.parquet", "report.html", "report.json", "figures"} and not any(
         "partial" in n for n in names
     )
@@ -56,6 +63,10 @@ def test_files_and_page(report: Report) -> None:
     for mean in report.means:
         if mean.k == 25 and mean.score == "output_score":
             assert f"{mean.mean:.3f}" in page
+    for found in ("only Query Lens", "Stability", 'class="peak"', "by group of layers"):
+        assert found in page, found
+    pictures = [path.stem for path in (report.folder / "figures").glob("*.svg")]
+    assert sorted(pictures) == sorted(path.stem for path in (report.folder / "figures").glob("*.png"))
 
 
 def test_numbers(report: Report) -> None:
@@ -69,6 +80,9 @@ def test_numbers(report: Report) -> None:
     for label, row in report.oracle.items():
         fixed = [row[m] for m in ("logit_lens_value", "query_lens_value_approx", "query_lens_value")]
         assert row["oracle"] >= max(fixed) - 1e-9, label
+    assert {(row.dictionary, row.preset) for row in report.stability} == {
+        (label, f"query_lens_{side}") for label in report.oracle for side in ("key", "value")
+    }
     assert set(report.rel_var) == {"value/full", "value/first_order", "key/full", "key/first_order"}
 
 
@@ -76,28 +90,28 @@ def test_an_interrupted_report_goes_on(
     report: Report, tokens: ql.Tokens, prefixes: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the scores lost, nothing else is computed again, and the same scores come out."""
-    from querylens_fast.evaluation import report as module
+    from querylens_fast.evaluation import evaluate as module
+    from querylens_fast.evaluation import figures
 
     example = load_example()
     before = report.scores.pandas()
     (report.folder / "scores.parquet").unlink()
     monkeypatch.setattr(module, "fit_transport", None)
     monkeypatch.setattr(module, "feature_sample", None)
-    again = evaluation_report(
-        example.model, example.dictionaries[:2], tokens, report.folder, prefixes=prefixes, **OPTIONS
-    )
+    monkeypatch.setattr(figures, "draw_figures", lambda *_: {})
+    again = evaluation_report(example.model, dictionaries(), tokens, report.folder, prefixes=prefixes, **OPTIONS)
     assert again.scores.pandas().equals(before)
     other = ql.Tokens(tokens.ids.flip(0), tokens.valid_mask)
     with pytest.raises(FileExistsError, match="fitted on other tokens"):
-        evaluation_report(example.model, example.dictionaries[:2], other, report.folder, **OPTIONS)
+        evaluation_report(example.model, dictionaries(), other, report.folder, **OPTIONS)
 
 
-def test_mistakes(tokens: ql.Tokens, tmp_path: Path) -> None:
+def test_mistakes(report: Report, tokens: ql.Tokens, tmp_path: Path) -> None:
     example = load_example()
     with pytest.raises(ValueError, match="dictionaries is an empty list"):
         evaluation_report(example.model, [], tokens, tmp_path)
     with pytest.raises(ValueError, match="fit_sequences is 40; expected 1 to 39"):
         evaluation_report(example.model, example.dictionaries[:1], tokens, tmp_path, fit_sequences=40)
     with pytest.raises(ValueError, match="active in 100000 sequences"):
-        options = {**OPTIONS, "min_examples": 100_000}
+        options = {**OPTIONS, "min_examples": 100_000, "transport": report.folder / "transport.safetensors"}
         evaluation_report(example.model, example.dictionaries[:1], tokens, tmp_path, **options)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import oracle
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from querylens_fast.topk.api import streamed_topk
-from querylens_fast.topk.torch_backend import Epilogue
+from querylens_fast.topk.request import Epilogue, Request
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METHODS = ("fused", "gemm")
-NONE = Epilogue(None, None, None)
 
 
 def gaussian(*shape: int, seed: int) -> torch.Tensor:
@@ -35,7 +34,7 @@ def check(found: object, S: torch.Tensor, k: int, atol: float) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(5, 64, 1000, 7), (70, 40, 515, 25), (1, 7, 130, 130), (33, 128, 2049, 1)])
+@pytest.mark.parametrize("shape", [(5, 64, 700, 7), (2, 40, 515, 2), (1, 7, 130, 30), (2, 128, 1025, 1)])
 def test_both_ways_with_every_term(method: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     n, d, V, k = shape
     F, W = gaussian(n, d, seed=1).to(dtype), gaussian(V, d, seed=2).to(dtype)
@@ -52,6 +51,8 @@ def test_statistics_far_below_what_they_are_taken_about(method: str, V: int) -> 
     W = torch.zeros(V, 32, device=DEVICE)
     W[:, 0], scale, bias = 100.0 * large, 100.0 * ~large, gaussian(V, seed=V)
     F = torch.ones(3, 32, device=DEVICE)
+    if method == "fused":
+        F, W = F.half(), W.half()
     found = streamed_topk(F, W, 4, scale=scale, bias=bias, statistics=True, backend="triton", method=method)
     S = oracle.scores(F, W, bias, scale, None)
     assert found.statistics is not None
@@ -61,8 +62,10 @@ def test_statistics_far_below_what_they_are_taken_about(method: str, V: int) -> 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("terms", [False, True])
 def test_statistics_in_the_same_pass(method: str, terms: bool) -> None:
-    n, d, V = 37, 64, 777
+    n, d, V = 7, 64, 777
     F, W = gaussian(n, d, seed=6) / 8, gaussian(V, d, seed=7)
+    if method == "fused":
+        F, W = F.half(), W.half()
     vectors = {"bias": gaussian(V, seed=8), "scale": gaussian(V, seed=9).abs(), "offset": gaussian(n, seed=10)}
     vectors = vectors if terms else {}
     found = streamed_topk(F, W, 5, **vectors, statistics=True, backend="triton", method=method)
@@ -114,20 +117,22 @@ def test_interpreter_multiplies_bfloat16_only_when_patched() -> None:
 
     from bench.interpreter import widen_bfloat16
     from csrc_triton.configs import Config
+    from csrc_triton.job import Job, Keys
     from csrc_triton.topk import topk
 
     F, W = gaussian(5, 64, seed=15).bfloat16(), gaussian(300, 64, seed=16).bfloat16()
     best = (F.double() @ W.double().T).amax(1)
 
     def largest() -> torch.Tensor:
-        keys = topk(F, W, config=Config(16, 128, 32, 4, 1)).top.amax((1, 2))
-        return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(torch.float32).double()
+        winners = torch.empty(1, 5, 2, 12, dtype=torch.int32)
+        topk(F, W, Job(torch.full((5,), 1e4), winners, Keys(bottom=False)), Config(16, 128, 32, 4, 1))
+        return (((winners.amax((0, 2, 3)) >> 6) & 0x7FFFFF) - 0x400000).double() / 1e4
 
     patched = InterpreterBuilder.create_dot
-    torch.testing.assert_close(largest(), best, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(largest(), best, rtol=1e-4, atol=1e-3)
     InterpreterBuilder.create_dot = patched.__closure__[0].cell_contents
     try:
-        assert ((largest() - best).abs() > 1e3).all()
+        assert (largest() - best).abs().max() > 10
         with pytest.raises(ValueError, match="use method='gemm'"):
             streamed_topk(F, W, 1, backend="triton", method="fused")
     finally:
@@ -141,7 +146,7 @@ def test_interpreter_multiplies_bfloat16_only_when_patched() -> None:
 def test_order_of_programs_changes_nothing(method: str) -> None:
     from bench.interpreter import shuffled_programs
 
-    F, W = gaussian(40, 32, seed=17), gaussian(600, 32, seed=18)
+    F, W = gaussian(5, 32, seed=17), gaussian(300, 32, seed=18)
     plain = streamed_topk(F, W, 7, backend="triton", method=method)
     with shuffled_programs(19):
         shuffled = streamed_topk(F, W, 7, backend="triton", method=method)
@@ -158,7 +163,7 @@ def test_adversarial_rows_are_exact(method: str, kind: str) -> None:
     def integers(*shape: int) -> torch.Tensor:
         return torch.randint(-3, 4, shape, generator=generator).float().to(DEVICE)
 
-    n, d, V, k = 20, 24, 1500, 33
+    n, d, V, k = 4, 24, 520, 5
     F, W, bias = integers(n, d), integers(V, d), integers(V)
     if kind == "equal":
         W[:] = W[:1].clone()
@@ -199,7 +204,7 @@ def test_operands_that_rounding_misleads_are_settled_in_float32() -> None:
 
     F, W = gaussian(6, 64, seed=20), 0.01 * gaussian(3000, 64, seed=21)
     W[::15] = torch.nn.functional.normalize(F.sum(0), dim=0) + 1e-5 * gaussian(200, 64, seed=22)
-    found = fused.topk(F, W, 9, NONE, top=True, bottom=False, dtype=torch.float16)
+    found = fused.topk(Request(F, W, 9, bottom=False), torch.float16)
     S = F.double() @ W.double().T
     expected, _ = oracle.topk(S, 9, True)
     assert found.widened_rows > 0
@@ -207,74 +212,11 @@ def test_operands_that_rounding_misleads_are_settled_in_float32() -> None:
     assert (S.gather(1, found.top.ids) >= expected - 2e-6).all()
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter does not round to TF32; the bound is what is tested")
-def test_bound_of_tf32_covers_its_rounding() -> None:
-    from querylens_fast.topk.certify import ErrorBound
-
-    F, W = gaussian(10, 50, seed=23), gaussian(300, 50, seed=24)
-
-    def tf32(x: torch.Tensor) -> torch.Tensor:
-        return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-    error = (F.double() @ W.double().T - tf32(F).double() @ tf32(W).double().T).abs().amax(1)
-    bound = ErrorBound.of(W, NONE, torch.float32, tf32=True).rows(F, NONE)
-    assert (error <= bound).all() and (bound < 100 * error).all()
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.integers(1, 40), st.sampled_from([8, 16, 64]), st.booleans(), st.integers(0, 2**20))
-def test_selection_keeps_the_best_and_bounds_the_rest(m: int, step: int, largest: bool, seed: int) -> None:
-    """Random keys with many equals, in one part or in several."""
-    from csrc_triton import select as module
-
-    generator = torch.Generator().manual_seed(seed)
-    groups = 24
-    scores = torch.randint(-9, 10, (3, 2, groups), generator=generator).float()
-    bits = scores.view(torch.int32)
-    keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) & -16) | torch.randint(0, 16, bits.shape, generator=generator)
-    before, module.MAX_KEYS = module.MAX_KEYS, 2 * step
-    try:
-        found = module.select(keys.int().to(DEVICE), m, 10**6, 16, largest=largest)
-    finally:
-        module.MAX_KEYS = before
-    values = scores if largest else -scores
-    for row in range(3):
-        kept = {
-            (int(group), bool(second))
-            for group, second, column in zip(found.groups[row], found.second[row], found.columns[row], strict=True)
-            if column < 10**6
-        }
-        assert len(kept) >= min(m, 2 * groups)
-        others = [
-            float(values[row, int(second), group])
-            for group in range(groups)
-            for second in (False, True)
-            if (group, second) not in kept
-        ]
-        bound = float(found.left_out[row] if largest else -found.left_out[row])
-        assert not others or max(others) <= bound + 1e-4 * abs(bound) + 1e-4
-        # The best of all is kept, and with it as many as were asked for.
-        assert max(float(values[row, int(second), group]) for group, second in kept) == float(values[row].max())
-
-
-def test_rescored_candidates_are_exact_and_absent_ones_nan() -> None:
-    from csrc_triton.rescore import rescore
-
-    F, W = gaussian(5, 77, seed=25), gaussian(40, 77, seed=26)
-    ids = torch.randint(0, 43, (5, 21), generator=torch.Generator().manual_seed(27)).to(DEVICE)
-    bias, scale, offset = gaussian(40, seed=28), gaussian(40, seed=29), gaussian(5, seed=30)
-    found = rescore(F, W, ids, bias=bias, scale=scale, offset=offset)
-    S = oracle.scores(F, W, bias, scale, offset)
-    assert torch.equal(found.isnan(), ids >= 40)
-    expected = S.gather(1, ids.clamp(max=39)).masked_fill(ids >= 40, 0)
-    torch.testing.assert_close(found.double().nan_to_num(), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_measured_choices_are_kept_in_a_file_and_used_on_request(tmp_path: Path) -> None:
     from csrc_triton import tune
     from csrc_triton.configs import target_of
 
-    F, W = gaussian(16, 32, seed=31), gaussian(500, 32, seed=32)
+    F, W = gaussian(16, 32, seed=31).half(), gaussian(500, 32, seed=32).half()
     table = tune.Table()
     times = tune.measure(F, W, 5, table, repeat=1)
     assert len(times) >= 2 and all(t > 0 for t in times.values())
@@ -283,7 +225,7 @@ def test_measured_choices_are_kept_in_a_file_and_used_on_request(tmp_path: Path)
     assert again.measured == table.measured
     tune.use(again)
     try:
-        chosen = tune.active().choose(target_of(F.device), torch.float32, 32, 500, 5)
+        chosen = tune.active().choose(target_of(F.device), torch.float16, 32, 500, 5)
         assert chosen == min(times, key=lambda choice: times[choice])
         check(streamed_topk(F, W, 5, backend="triton"), F.double() @ W.double().T, 5, 1e-4)
     finally:
@@ -298,3 +240,59 @@ def test_method_is_the_triton_backends() -> None:
         streamed_topk(torch.zeros(2, 3), torch.zeros(4, 3), 1, method="gemm", backend="torch")
     with pytest.raises(ValueError, match="method is 'magic'"):
         streamed_topk(torch.zeros(2, 3), torch.zeros(4, 3), 1, method="magic", backend="triton")
+
+
+def launches_and_answers(rows: int, block_rows: int) -> tuple[int, int, int]:
+    """Kernels and torch operations that a pass over some rows launches, and answers that it waits for.
+
+    Returns:
+        Launches and answers of the blocks, and answers of the whole call.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from triton.runtime.interpreter import GridExecutor
+
+    from querylens_fast.topk import triton_backend as fused
+
+    class Count(TorchDispatchMode):
+        launches = answers = 0
+        kernel = False
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func._schema.name
+            views = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments)
+            if not self.kernel:
+                self.answers += name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+                self.launches += not views and not name.startswith(("aten::empty", "aten::_local_scalar"))
+            return func(*args, **(kwargs or {}))
+
+    counts, run, blocks = Count(), GridExecutor.__call__, fused._Pass.blocks
+    inside = []
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        counts.launches, counts.kernel = counts.launches + 1, True
+        run(self, *args, **kwargs)
+        counts.kernel = False
+
+    def all_blocks(self: Any, *args: Any) -> Any:
+        before = counts.launches, counts.answers
+        found = blocks(self, *args)
+        inside.append((counts.launches - before[0], counts.answers - before[1]))
+        return found
+
+    F, W = gaussian(rows, 32, seed=33).bfloat16(), gaussian(300, 32, seed=34).bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", launch)
+        patch.setattr(fused._Pass, "blocks", all_blocks)
+        request = Request(F, W, 3, Epilogue(bias=gaussian(300, seed=35), offset=gaussian(rows, seed=36)))
+        with counts:
+            found = fused.topk(replace(request, block_rows=block_rows))
+    assert found.widened_rows == 0 or len(inside) <= 2
+    return inside[0][0], inside[0][1], counts.answers
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter launches")
+def test_blocks_take_eight_launches_and_wait_for_nothing() -> None:
+    """Nothing in the loop over blocks depends on an answer from the device, so that it can be captured as a graph."""
+    one, three = launches_and_answers(2, 2), launches_and_answers(6, 2)
+    assert three[0] - one[0] <= 2 * 8 and three[1] == one[1] == 0
+    assert three[2] <= one[2] + 2

@@ -94,16 +94,17 @@ def test_a_published_lens_is_taken_by_path_and_by_name(model, lens_file, tmp_pat
     pytest.importorskip("transformer_lens")
     from huggingface_hub import constants
 
-    cache = tmp_path / "models--neuronpedia--jacobian-lens"
-    (cache / "refs").mkdir(parents=True)
-    (cache / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     from querylens_fast.transport.published import _registry
 
     registry = _registry()
     assert registry is not None
-    held = cache / "snapshots" / ("0" * 40) / registry["gpt2-small"]["filename"]
+    cache, commit = tmp_path / "models--neuronpedia--jacobian-lens", registry.get("revision", "0" * 40)
+    held = cache / "snapshots" / commit / registry["gpt2-small"]["filename"]
     held.parent.mkdir(parents=True)
+    if "revision" not in registry:
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text(commit)
     held.write_bytes(lens_file.read_bytes())
     wanted = ql.signatures(
         ASSETS / "sae_layer1", model, transport=ql.import_jacobian_lens(lens_file, model), features="0:8", k=5

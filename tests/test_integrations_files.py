@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import zlib
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import querylens_fast as ql
 from querylens_fast.demo import ASSETS
 from querylens_fast.integrations.circuit_tracer import cantor, uncantor
 from querylens_fast.integrations.delphi import write_explanations, write_neighbours
-from querylens_fast.integrations.saedashboard import tick_values
+from querylens_fast.integrations.saedashboard_tables import tick_values
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,12 @@ def graph_of(places: list[tuple[int, int]]) -> dict:
     ]
     nodes.append({"node_id": "E_5_0", "feature": 0, "layer": "E", "ctx_idx": 0, "feature_type": "embedding"})
     nodes.append({"node_id": "0_1_3", "feature": -1, "layer": "1", "feature_type": "mlp reconstruction error"})
-    return {"metadata": {"slug": "s", "scan": "x"}, "qParams": {}, "nodes": nodes, "links": []}
+    return {
+        "metadata": {"slug": "s", "scan": "x", "prompt_tokens": ["\ud800"]},
+        "qParams": {},
+        "nodes": nodes,
+        "links": [],
+    }
 
 
 def test_a_graphs_feature_nodes_get_labels_outputs_and_inputs(model, dictionaries, tmp_path) -> None:
@@ -169,10 +175,32 @@ def test_new_batches_are_saedashboards_numbers(model, dictionaries, tmp_path) ->
         assert feature["activations"] == [] and feature["frac_nonzero"] == 0
 
 
+def test_what_is_missing_is_said_before_anything_is_written(model, dictionaries, tmp_path, caplog) -> None:
+    nameless = ql.load_model(ASSETS / "model")
+    nameless.tokenizer = None
+    exports = {
+        "model_id= and sae_set=": lambda m: ql.export_saedashboard(dictionaries[0], m, tmp_path / "s"),
+        "activations and densities are not known": lambda m: ql.export_saedashboard(
+            dictionaries[0], m, tmp_path / "c", into="columnar"
+        ),
+        "no examples": lambda m: ql.export_circuit_tracer(dictionaries, tmp_path / "f", transcoder_id="x", model=m),
+        "": lambda m: write_explanations(dictionaries[0], tmp_path / "e", "layers.0", model=m),
+    }
+    for said, export in exports.items():
+        with pytest.raises(ValueError, match="no tokenizer"):
+            export(nameless)
+        assert not list(tmp_path.iterdir())
+        export(model)
+        assert said in caplog.text
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path)
+
+
 def test_existing_batches_keep_everything_but_logits(model, dictionaries, tmp_path) -> None:
     features = [
         {"feature_index": i, "pos_str": ["old"], "pos_values": [9.0], "neg_str": [], "neg_values": [], "own": i,
-         "activations": [{"tokens": ["a"]}], "logits_hist_data_bar_heights": [1], "logits_hist_data_bar_values": [0.0]}
+         "activations": [{"tokens": ["\ud800"]}], "logits_hist_data_bar_heights": [1],
+         "logits_hist_data_bar_values": [0.0]}
         for i in (7, 2, 3)
     ]  # fmt: skip
     path = tmp_path / "batch-4.json"
@@ -181,13 +209,31 @@ def test_existing_batches_keep_everything_but_logits(model, dictionaries, tmp_pa
     batch = json.loads(path.read_text())
     wanted = sae_dashboard(model, dictionaries[0].values(slice(None)))
     for feature, i in zip(batch["features"], (7, 2, 3), strict=True):
-        assert feature["own"] == i and feature["activations"] == [{"tokens": ["a"]}]
+        assert feature["own"] == i and feature["activations"] == [{"tokens": ["\ud800"]}]
         assert torch.allclose(torch.tensor(feature["pos_values"]), wanted["top"].values[i], atol=1e-5)
         assert len(feature["logits_hist_data_bar_heights"]) == 50
     assert not list(tmp_path.glob("*.partial"))
     path.write_text(json.dumps({"features": [{"feature_index": 99}]}))
     with pytest.raises(ValueError, match="feature 99"):
         ql.export_saedashboard(dictionaries[0], model, tmp_path)
+
+
+def as_the_columnar_importer(folder: Path) -> dict[str, list[dict]]:
+    """The rows of every table, found as the importer of SAEDashboard's columnar form finds them."""
+    root = json.loads((folder / "manifest.json").read_text())
+    assert root["dashboard_output_format"] == "columnar"
+    rows: dict[str, list[dict]] = {}
+    for i, batch in enumerate(root["batches"]):
+        manifest = json.loads((folder / batch["artifact_dir"] / "manifest.json").read_text())
+        assert batch["feature_batch_index"] == manifest["feature_batch_index"] == i
+        needed = {"activation_histograms", "feature_statistics", "feature_tables", "logits_histograms", "logits_tables"}
+        assert set(manifest["tables"]) == set(manifest["row_counts"]) == needed
+        for name, file in manifest["tables"].items():
+            table = pq.read_table(folder / batch["artifact_dir"] / file)
+            assert table["feature_index"].to_pylist() == batch["feature_indices"]
+            assert manifest["row_counts"][name] == len(table)
+            rows.setdefault(name, []).extend(table.to_pylist())
+    return rows
 
 
 def test_columnar_tables(model, dictionaries, tmp_path) -> None:
@@ -199,15 +245,26 @@ def test_columnar_tables(model, dictionaries, tmp_path) -> None:
     tables, bars = (pq.read_table(p) for p in paths[:2])
     assert tables.column_names == ["feature_index", "bottom_token_ids", "bottom_logits", "top_token_ids", "top_logits"]
     assert bars.column_names == ["feature_index", "bar_heights", "bar_values", "tick_vals", "title"]
+    rows = as_the_columnar_importer(tmp_path / "c")
     wanted = sae_dashboard(model, dictionaries[0].values(slice(None)))
-    assert tables["top_token_ids"].to_pylist() == wanted["top"].indices[:5].tolist()
-    assert pq.read_table(paths[2])["feature_index"].to_pylist() == [5, 6, 7, 8]
+    assert [row["feature_index"] for row in rows["logits_tables"]] == list(range(9))
+    assert [row["top_token_ids"] for row in rows["logits_tables"]] == wanted["top"].indices.tolist()
+    assert all(sum(row["bar_heights"]) == model.vocab_size for row in rows["logits_histograms"])
+    assert all(len(row["neuron_alignment_values"]) == 3 for row in rows["feature_tables"])
+
+
+def test_columnar_tables_hold_no_token_without_a_score(model, dictionaries, tmp_path) -> None:
+    found = ql.signatures(dictionaries[0], model, preset="logit_lens_value", k=4)
+    found.top_scores[2, 1] = float("nan")
+    ql.export_saedashboard(found, model, tmp_path / "c", into="columnar")
+    row = as_the_columnar_importer(tmp_path / "c")["logits_tables"][2]
+    assert row["top_token_ids"] == found.top_ids[2, [0, 2, 3]].tolist() and len(row["top_logits"]) == 3
 
 
 def test_ticks_are_multiples_of_a_tenth() -> None:
     assert tick_values(-0.5, 1.0) == [-0.3, 0.0, 0.3, 0.6, 0.9]
     assert tick_values(-1.0, 0.5) == [-0.9, -0.6, -0.3, 0.0, 0.3]
-    assert tick_values(-1e-9, 1e-9) == [0.0]
+    assert tick_values(-0.15, 0.29) == [-0.1, 0.0, 0.1, 0.2, 0.3]
 
 
 def test_delphi_neighbours_are_the_cosines_without_the_feature_itself(dictionaries, tmp_path) -> None:
@@ -230,6 +287,10 @@ def test_delphi_explanations_are_json_strings(model, dictionaries, tmp_path) -> 
     )
     assert [p.name for p in paths] == ["layers.0_latent3.txt"]
     assert json.loads(paths[0].read_text()).startswith('Promotes "')
+    given = write_explanations(dictionaries[0], tmp_path, "layers.0", model=model, features=[3, 4], texts={4: "four"})
+    assert [json.loads(path.read_text())[:4] for path in given] == ["The ", "four"]
+    with pytest.raises(ValueError, match="texts has feature 5"):
+        write_explanations(dictionaries[0], tmp_path / "x", "layers.0", model=model, features=[3], texts={5: "five"})
     with pytest.raises(ValueError, match="template"):
         write_explanations(dictionaries[0], tmp_path / "x", "layers.0", "{token}", model=model)
     assert not (tmp_path / "x").exists()

@@ -8,11 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
-import signal
 import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,7 +154,7 @@ def features_with_texts(layer: int = 1) -> list[ql.Feature]:
 def test_everything_is_imported_and_a_second_import_changes_nothing(model, dictionary, database, tmp_path) -> None:
     folder = ql.export_neuronpedia(
         dictionary, model, tmp_path, **PLACE, activations=features_with_texts(), explanations={5: "five \udfff"},
-        rows_per_file=16, neighbours=4, source_fields={"dataset": "pile", "num_prompts": 3},
+        description="a\0 \ud800", rows_per_file=16, neighbours=4, source_fields={"dataset": "pile", "num_prompts": 3},
         sample=SimpleNamespace(maximum=torch.full((40,), math.nan), density=torch.full((40,), 0.25)),
     )  # fmt: skip
     assert folder == tmp_path / "tiny" / "1-ql-res"
@@ -267,32 +263,12 @@ def test_more_than_a_thousand_files_are_never_written(model, tmp_path, monkeypat
     assert [len(lines(p)) for p in sorted((folder / "features").iterdir())] == [4, 4, 2]
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def test_a_killed_export_ends_with_the_same_bytes(dictionary, model, tmp_path) -> None:
-    whole = ql.export_neuronpedia(dictionary, model, tmp_path / "whole", **PLACE, rows_per_file=1)
-    code = (
-        "import sys, torch, querylens_fast as ql; from querylens_fast.demo import ASSETS\n"
-        "rows = torch.load(sys.argv[2]); d = ql.directions(rows, layer=1, name='forty')\n"
-        "print('ready', flush=True)\n"
-        "ql.export_neuronpedia(d, ql.load_model(ASSETS / 'model'), sys.argv[1], model_id='tiny', source_set='ql-res', "
-        "rows_per_file=1)\n"
-    )
-    torch.save(dictionary.values(slice(None)), tmp_path / "rows.pt")
-    target = tmp_path / "killed"
-    child = subprocess.Popen([sys.executable, "-c", code, str(target), str(tmp_path / "rows.pt")], text=True)
-    features, end = target / "tiny" / "1-ql-res" / "features", time.monotonic() + 60
-    while time.monotonic() < end and not (features.is_dir() and len(list(features.glob("*.gz"))) >= 5):
-        time.sleep(0.002)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    assert 5 <= len(list(features.glob("*.gz")))
-    again = ql.export_neuronpedia(dictionary, model, target, **PLACE, rows_per_file=1)
-    assert files_of(again) == files_of(whole)
+def test_another_export_is_not_written_over(dictionary, model, tmp_path) -> None:
+    ql.export_neuronpedia(dictionary, model, tmp_path, **PLACE)
     with pytest.raises(FileExistsError, match="vectors"):
-        ql.export_neuronpedia(dictionary, model, target, **PLACE, rows_per_file=1, vectors=False)
+        ql.export_neuronpedia(dictionary, model, tmp_path, **PLACE, vectors=False)
+    with pytest.raises(FileExistsError, match="exists already"):
+        ql.export_neuronpedia(dictionary, model, tmp_path, **PLACE, resume=False)
 
 
 def test_what_is_missing_is_said_before_anything_is_written(model, dictionary, tmp_path, caplog) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,6 +36,8 @@ class Handler(BaseHTTPRequestHandler):
         assert self.path == "/v1/chat/completions" and body["messages"][0]["role"] == "system"
         prompt = body["messages"][1]["content"]
         type(self).asked.append(prompt)
+        if self.mode == "slow":
+            time.sleep(0.5)
         if self.mode == "error" or (self.mode == "second fails" and len(self.asked) > 1):
             self.send_error(503, "overloaded")
             return
@@ -58,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
 def server() -> Iterator[str]:
     Handler.mode, Handler.asked = "json", []
     running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{running.server_port}/v1"
     running.shutdown()
     running.server_close()
@@ -111,6 +114,14 @@ def test_a_broken_run_goes_on(server: str, tmp_path: Path) -> None:
     found = ask(LISTS, server, answers, progress=False)
     assert {j.score for j in found.values()} == {7.0}
     assert len(answers.read_text().splitlines()) == 2
+
+
+def test_a_server_that_times_out(server: str, tmp_path: Path) -> None:
+    Handler.mode = "slow"
+    with pytest.raises(OSError, match="could not be asked .*timed out.*; answers so far are kept"):
+        ask(LISTS, server, tmp_path / "answers.jsonl", timeout_s=0.1, progress=False)
+    Handler.mode = "json"
+    assert {j.score for j in ask(LISTS, server, tmp_path / "answers.jsonl", progress=False).values()} == {7.0}
 
 
 def test_a_small_model_talks_nonsense(server: str, tmp_path: Path) -> None:

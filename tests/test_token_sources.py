@@ -37,7 +37,7 @@ def test_what_is_refused(gpt2: ql.Model, tmp_path: Path, caplog: pytest.LogCaptu
     for wrong in (torch.ones(2, 2, dtype=torch.bool), torch.ones(2, 2, dtype=torch.complex64)):
         with pytest.raises(ValueError, match="expected integer token ids"):
             ql.load_tokens(wrong, model=gpt2)
-    with pytest.raises(ValueError, match="33 long, but the model has 32 positions"):
+    with pytest.raises(ValueError, match="33 long, but model .* has 32 positions"):
         ql.load_tokens(torch.full((1, 33), 5), model=gpt2)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 w5")
     with pytest.raises(ValueError, match="is not UTF-8"):

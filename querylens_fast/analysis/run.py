@@ -153,7 +153,7 @@ def _run(cfg: DictConfig, explicit: set[str]) -> Path:
     options = replace(options, transport=transport, tokens=tokens, stats=stats)
     if preset.needs_transport and transport is None:
         n = sum(len(some.ids) for some in selected)
-        options = replace(options, transport=fit_if_cheaper(model, options, tokens, n, cfg.seed))
+        options = replace(options, transport=fit_if_cheaper(model, options, tokens, n, seed=cfg.seed))
     lenses = {id(some.dictionary): some.dictionary for some in selected}
     lenses = {key: plan(dictionary, model, options, n_features=0) for key, dictionary in lenses.items()}
     batches = [Batch(lenses[id(some.dictionary)], some.ids, some.names) for some in selected]

@@ -19,6 +19,8 @@ from querylens_fast.cli import (
     lenses,
     relating,
     reliability,
+    reporting,
+    serving,
     showing,
 )
 
@@ -46,6 +48,7 @@ app.command()(computing.signatures)
 app.command()(browsing.show)
 app.command()(browsing.search)
 app.command()(browsing.verify)
+app.command()(serving.serve)
 app.command()(relating.downstream)
 app.command()(relating.upstream)
 app.command()(relating.flow)
@@ -57,9 +60,11 @@ app.command("output-features")(explaining.output_features)
 app.command("attention-pairs")(explaining.attention_pairs)
 app.command("attention-profiles")(explaining.attention_profiles)
 app.command()(explaining.channels)
+app.command("report")(reporting.report)
 app.add_typer(evaluate, name="evaluate")
 app.command()(reliability.stability)
 evaluate.command("input")(evaluating.input_score)
+evaluate.command()(evaluating.scores)
 evaluate.command()(evaluating.report)
 app.command()(evaluating.sample)
 app.command()(evaluating.steer)

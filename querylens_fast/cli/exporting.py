@@ -129,7 +129,9 @@ def _delphi(source: str, model: Any, out: Path, hookpoint: str, k: int, neighbou
     chosen = None if features == "all" else features
     written = write_explanations(source, out / "explanations", hookpoint, model=model, k=k, features=chosen)
     say(f"{len(written)} explanations: {(out / 'explanations').resolve()}")
-    if Path(source).suffix not in RESULTS:
+    if Path(source).suffix in RESULTS:
+        say("a result holds no vectors: for neighbours, export its dictionary")
+    else:
         for method in ("encoder_similarity", "decoder_similarity"):
             path = write_neighbours(source, out / "neighbours", hookpoint, method, neighbours or 250)
             say(f"neighbours: {path.resolve()}")

@@ -9,11 +9,14 @@ from typing import Annotated
 import typer
 
 from querylens_fast.cli.console import quiet_loading, reported_errors, say, wide_console
+from querylens_fast.demo import ASSETS
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("querylens_demo"),
     k: Annotated[int, typer.Option(help="Tokens on each side, in the files.")] = 25,
+    serve: Annotated[bool, typer.Option("--serve", help="Then show the results in a browser.")] = False,
+    port: Annotated[int, typer.Option(help="Of --serve.")] = 8765,
 ) -> None:
     """The whole job on the embedded model and dictionaries, offline, in under a minute."""
     from rich.table import Table
@@ -22,7 +25,7 @@ def demo(
         from querylens_fast.demo import showcase
 
         quiet_loading()
-        result = showcase.run_demo(out, k)
+        result = showcase.run_demo(out, k, browsable=serve)
     title = "Features at the quartiles of activation strength on held-out text (· space, ⏎ line end)"
     table = Table(title=title, show_lines=True)
     for column in (
@@ -45,6 +48,12 @@ def demo(
     total = f"{showcase.total_seconds(result):.1f} s on {showcase.threads()} threads"
     say(f"{result.n_features} features × 4 signatures in {total} ({steps})")
     say(f"results: {out.resolve()} ({len(result.files)} files: transport, tokens, one Parquet a dictionary and preset)")
+    if serve:
+        from querylens_fast.cli.serving import serve_results
+
+        with reported_errors():
+            known = [f"{path.name}={path}" for path in sorted(ASSETS.iterdir()) if (path / "cfg.json").is_file()]
+            serve_results([out], "127.0.0.1", port, None, str(ASSETS / "model"), known, open_browser=True)
 
 
 def bench(ctx: typer.Context) -> None:

@@ -18,6 +18,7 @@ from querylens_fast.lens.storage import StoredSignatures
 from querylens_fast.models.load import load_model
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, load_tokens
+from querylens_fast.relations.flow import feature_flow
 from querylens_fast.transport.fit import fit_transport
 from querylens_fast.transport.transport import Transport
 
@@ -78,11 +79,12 @@ def load_example(assets: Path = ASSETS) -> Example:
     )
 
 
-def run_demo(out: Path, k: int = 25, assets: Path = ASSETS) -> DemoResult:
+def run_demo(out: Path, k: int = 25, assets: Path = ASSETS, browsable: bool = False) -> DemoResult:
     """Fit the transport, write four signatures of every feature of every layer, and choose three features to show.
 
-    Shown are, among the features of a dictionary that are active in at least 20 held-out sequences, those at the
-    quartiles (25, 50, 75 %) of their strongest activation.
+    With ``browsable`` the feature samples, their tokens and the feature flow are written too, for `serve`. Shown are,
+    among the features of a dictionary that are active in at least 20 held-out sequences, those at the quartiles (25,
+    50, 75 %) of their strongest activation.
     """
     result, clock = DemoResult([]), time.perf_counter()
 
@@ -110,9 +112,14 @@ def run_demo(out: Path, k: int = 25, assets: Path = ASSETS) -> DemoResult:
         result.n_features += dictionary.n_features
     lap("signatures")
     for dictionary in example.dictionaries:
-        sample = feature_sample(dictionary, model, example.held_out, progress=False)
+        kept = out / f"sample-{Path(dictionary.name).name}.parquet" if browsable else None
+        sample = feature_sample(dictionary, model, example.held_out, out=kept, progress=False)
         result.rows += _shown(model, dictionary, transport, sample)
     lap("activations")
+    if browsable:
+        example.held_out.save(out / "held_out.safetensors")
+        feature_flow(example.dictionaries, k=5, out=out / "flow.parquet", progress=False)
+        lap("flow")
     return result
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from querylens_fast.dictionaries.digest import SideDigest, content_digest, side_digests
 from querylens_fast.dictionaries.hook_points import HookPoint, Kind, hook_point
 from querylens_fast.dictionaries.rows import CarriedRows, FeatureIds, MemoryRows, Rows
 from querylens_fast.dictionaries.sae import Coder
@@ -38,10 +39,12 @@ class Dictionary:
         key_point: The point of the residual stream that the features read, or None.
         hook_name: The name of the hook point that keys read.
         hook_name_out: The name of the hook point that values are written at.
-        load_coder: Reads the encoder and decoder, where the dictionary can be run.
+        load_coder: Reads the encoder and decoder, where the dictionary can be run; given False, W_enc and W_dec are
+            left without data (on the meta device).
         details: Architecture, model name and activation normalisation, as the source gives them.
         refusals: For a side ("value", "key") that acts at no point of the residual stream: why.
         no_direction: For a side whose vectors are no directions of the residual stream: why.
+        key_module: The module whose output the keys read where that is no point of the stream (`HookPoint.module`).
         carried: The values have been carried into the residual stream by a weight of the model (`on`).
     """
 
@@ -56,11 +59,12 @@ class Dictionary:
     key_point: int | None
     hook_name: str
     hook_name_out: str
-    load_coder: Callable[[], Coder] | None = None
+    load_coder: Callable[[bool], Coder] | None = None
     details: dict[str, str] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
     no_direction: dict[str, str] = field(default_factory=dict)
     carried: bool = False
+    key_module: int | None = None
 
     @classmethod
     def at(
@@ -89,6 +93,7 @@ class Dictionary:
             hooks[1].name,
             refusals={side: hook.refusal(side) for side, hook in sides.items() if hook.point(side) is None},
             no_direction={side: hook.refusal(side) for side, hook in sides.items() if not hook.is_direction(side)},
+            key_module=hooks[0].module,
         )
 
     @property
@@ -141,7 +146,7 @@ class Dictionary:
         """
         self.check_runs()
         assert self.load_coder is not None
-        return self.load_coder()
+        return self.load_coder(True)
 
     def check_runs(self) -> None:
         """Raise ValueError when the dictionary has vectors only and cannot be run."""
@@ -153,14 +158,34 @@ class Dictionary:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the dictionary's shape, of the points it acts at and of 16 rows a side; see also `digest`."""
+        """What tells the dictionary from others: "A-B", digests of 32 hexadecimal digits each.
+
+        A is of the shape, of the points it acts at and of 16 rows a side, all that earlier versions recorded; B is of
+        its whole content (`digest.content_digest`, which reads all vectors once). Compare by `runs.run_record.agree`.
+        """
         shape = self.n_features, self.d_model, self.value_point, self.key_point
         digest = hashlib.sha256(",".join(map(str, shape)).encode())
         ids = torch.linspace(0, max(self.n_features - 1, 0), min(16, self.n_features)).long()
         for rows in (self.value_rows, self.key_rows):
             if rows is not None:
                 digest.update(rows.read(ids).detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:32]
+        return f"{digest.hexdigest()[:32]}-{content_digest(self._side_digests, self._settings())}"
+
+    def check_finite(self, side: str, ids: Tensor) -> None:
+        """Raise ValueError when a vector of the features ids holds NaN or inf; reads as much as `fingerprint`."""
+        broken = torch.tensor(self._side_digests[side].not_finite, dtype=torch.int64)
+        self._refuse_broken(side, ids, broken[torch.isin(broken, ids)])
+
+    @cached_property
+    def _side_digests(self) -> dict[str, SideDigest]:
+        return side_digests(self.value_rows, self.key_rows)
+
+    def _settings(self) -> Coder | None:
+        """The coder without its matrices; None where the dictionary cannot be run."""
+        try:
+            return None if self.load_coder is None else self.load_coder(False)
+        except ValueError:
+            return None
 
     def on(self, model: Model) -> Dictionary:
         """The dictionary with its values in the model's residual stream, checked against the model.
@@ -193,12 +218,15 @@ class Dictionary:
                     **{f"{side}_point": None},
                     refusals={**bound.refusals, side: why},
                     no_direction={**bound.no_direction, side: why},
+                    key_module=None if side == "key" else bound.key_module,
                 )
             elif side == "value" and hook.site.carried_by and self.value_rows is not None:
                 bound = bound._carried(model)
         if bound is self or self.load_coder is None:
             return bound
-        return replace(bound, load_coder=lambda: self.coder)  # the caller's own, so that it is read once
+        load = self.load_coder
+        # The caller's own, so that it is read once.
+        return replace(bound, load_coder=lambda matrices: self.coder if matrices else load(False))
 
     def _carried(self, model: Model) -> Dictionary:
         site, layer = self.writes.site, self.writes.layer
@@ -261,13 +289,17 @@ class Dictionary:
         bad = ~torch.isfinite(found.float() if found.dtype.itemsize == 1 else found).all(-1)
         if bool(bad.any()):
             wanted = torch.arange(self.n_features)[ids] if isinstance(ids, slice) else ids.cpu()
-            broken = wanted[bad.cpu()]
+            self._refuse_broken(side, wanted, wanted[bad.cpu()])
+        return found
+
+    def _refuse_broken(self, side: str, wanted: Tensor, broken: Tensor) -> None:
+        if len(broken):
+            rows = self.value_rows if side == "value" else self.key_rows
             raise ValueError(
                 f"dictionary {self.name!r}: the {side} vector of feature {int(broken[0])} holds NaN or inf "
                 f"({len(broken)} such in rows {int(wanted.min())} to {int(wanted.max())} of {rows}); fetch the file "
                 "again, or pass features= without them"
             )
-        return found
 
 
 def _parse_range(text: str, n: int) -> range | list[int]:

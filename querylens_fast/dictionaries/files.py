@@ -70,8 +70,8 @@ def from_file(path: Path, asked: Asked) -> Dictionary:
             f"{settings['unknown_site']} above it; pass hook_name= (and hook_name_out= for a transcoder)"
         )
 
-    def coder() -> Coder:
-        return coder_from(settings, _coder_weights(tensors, vectors, values, keys))
+    def coder(matrices: bool) -> Coder:
+        return coder_from(settings, _coder_weights(tensors, vectors, values, keys, matrices))
 
     load_coder = coder if "architecture" in settings else None
     asked = replace(asked, hook_name=asked.hook_name or metadata.get("hook_name"))
@@ -106,14 +106,18 @@ def _settings(known: Format, path: Path) -> Settings:
 
 
 def _coder_weights(
-    tensors: Mapping[str, StoredTensor], vectors: Mapping[str, Tensor], values: Rows | None, keys: Rows | None
+    tensors: Mapping[str, StoredTensor],
+    vectors: Mapping[str, Tensor],
+    values: Rows | None,
+    keys: Rows | None,
+    matrices: bool,
 ) -> dict[str, Tensor]:
-    """All of a dictionary's tensors, under sae-lens's names and turned as it has them."""
+    """All of a dictionary's tensors, under sae-lens's names and turned as it has them; see `Dictionary.load_coder`."""
     weights = dict(vectors)
-    if values is not None:
-        weights["W_dec"] = values.read(slice(None))
-    if keys is not None:
-        weights["W_enc"] = keys.read(slice(None)).T.contiguous()
+    for name, rows in (("W_dec", values), ("W_enc", keys)):
+        if rows is not None:
+            found = rows.read(slice(None)) if matrices else torch.empty(rows.shape, device="meta")
+            weights[name] = found if name == "W_dec" else found.T.contiguous()
     weights |= {name: tensor.read() for name, tensor in tensors.items() if name.startswith("attn_layers.")}
     if "W_skip" in tensors:
         weights["W_skip"] = tensors["W_skip"].read()
@@ -133,7 +137,12 @@ def from_object(sae: Any, asked: Asked) -> Dictionary:
     W_enc = getattr(sae, "W_enc", None)
     name = f"{getattr(metadata, 'model_name', None) or 'model'}/{hooks['hook_name'] or cfg['architecture']}"
     keys = None if W_enc is None else MemoryRows(W_enc.detach().mT)
-    return _assemble(name, cfg, MemoryRows(sae.W_dec.detach()), keys, lambda: coder_from(cfg, weights), asked)
+
+    def coder(matrices: bool) -> Coder:
+        bare = {k: v.to("meta") for k, v in weights.items() if k in ("W_enc", "W_dec") and not matrices}
+        return coder_from(cfg, weights | bare)
+
+    return _assemble(name, cfg, MemoryRows(sae.W_dec.detach()), keys, coder, asked)
 
 
 def _assemble(
@@ -141,7 +150,7 @@ def _assemble(
     cfg: Settings,
     values: Rows | None,
     keys: Rows | None,
-    coder: Callable[[], Coder] | None,
+    coder: Callable[[bool], Coder] | None,
     asked: Asked,
 ) -> Dictionary:
     if values is None and keys is None:

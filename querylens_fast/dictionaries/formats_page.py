@@ -21,7 +21,8 @@ _SITES_HEAD = """## Where dictionaries act
 
 Names follow `blocks.N.`, or a module path such as `model.layers.N.`, `transformer.h.N.` or `gpt_neox.layers.N.`; a
 layer's own path is its output. *pre*, *mid* and *post* are the residual stream before the attention, between attention
-and MLP, and after the MLP of layer N. Where a side has no point, presets that need one refuse it by name.
+and MLP, and after the MLP of layer N. Where a side has no point, presets that need one refuse it by name. Keys that
+read a module's output go through that module's own Jacobian first (full order, [transport.md](transport.md)).
 """
 _NEW = """## Adding a format
 
@@ -45,7 +46,7 @@ def page() -> str:
             (
                 _code(*NAMES[s.name].split()),
                 points[s.value] + (f", through {s.carried_by}" if s.carried_by else ""),
-                points[s.key] + (" (identity presets only)" if s.identity_keys else ""),
+                "the module's output" if s.reads_output else points[s.key],
             )
             for s in SITES
         ],

@@ -29,7 +29,8 @@ class Site:
         carried_by: The weight that turns a value here into a direction of the residual stream: "W_O" or "W_out".
         before_post_norm: The module whose output norm, where a model has one, lies between this site and the stream
             (for a key: between the stream and this site).
-        identity_keys: Keys here are directions of the residual stream although they read no single point of it.
+        reads_output: Keys here read what a module adds to the residual stream: they are directions of it, although they
+            read no single point of it, and the full order carries them through that module (`HookPoint.module`).
     """
 
     name: str
@@ -38,7 +39,7 @@ class Site:
     value: int | None = None
     carried_by: str = ""
     before_post_norm: str = ""
-    identity_keys: bool = False
+    reads_output: bool = False
 
 
 SITES = (
@@ -46,8 +47,8 @@ SITES = (
     Site("attn_normed", "attention"),
     Site("attn_input", "attention"),
     Site("z", "attention", value=1, carried_by="W_O", before_post_norm="attention"),
-    Site("attn_raw", "attention", value=1, before_post_norm="attention", identity_keys=True),
-    Site("attn_out", "attention", value=1, identity_keys=True),
+    Site("attn_raw", "attention", value=1, before_post_norm="attention", reads_output=True),
+    Site("attn_out", "attention", value=1, reads_output=True),
     Site("resid_mid", "residual", key=1, value=1),
     Site("mlp_in", "mlp", key=1),
     Site("mlp_normed", "mlp", key=1),
@@ -55,8 +56,8 @@ SITES = (
     Site("after_attn_norm", "mlp", key=1, before_post_norm="attention"),
     Site("mlp_pre", "mlp"),
     Site("mlp_post", "mlp", value=2, carried_by="W_out", before_post_norm="mlp"),
-    Site("mlp_raw", "mlp", value=2, before_post_norm="mlp", identity_keys=True),
-    Site("mlp_out", "mlp", value=2, identity_keys=True),
+    Site("mlp_raw", "mlp", value=2, before_post_norm="mlp", reads_output=True),
+    Site("mlp_out", "mlp", value=2, reads_output=True),
     Site("resid_post", "residual", key=2, value=2),
     Site("heads", "attention"),
 )
@@ -104,9 +105,14 @@ class HookPoint:
         offset = self.site.value if side == "value" else self.site.key
         return None if offset is None or (side == "value" and self.site.carried_by) else 2 * self.layer + offset
 
+    @property
+    def module(self) -> int | None:
+        """The module (2l attention, 2l + 1 MLP) whose output a key here reads; None: it reads no such."""
+        return 2 * self.layer + (self.site.value or 0) - 1 if self.site.reads_output else None
+
     def is_direction(self, side: str) -> bool:
         """Whether such vectors are directions of the residual stream, as identity presets take them."""
-        return self.point(side) is not None or (side == "key" and self.site.identity_keys)
+        return self.point(side) is not None or (side == "key" and self.site.reads_output)
 
     def refusal(self, side: str) -> str:
         """Why there is no point for this side."""

@@ -17,6 +17,7 @@ from querylens_fast.lens.ablations import activations
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, as_tokens
+from querylens_fast.runs.run_record import agree
 
 
 @torch.no_grad()
@@ -93,8 +94,8 @@ def _check_same(sample: FeatureSample, dictionary: Dictionary, tokens: Tokens) -
         ("tokens", tokens.digest, sample.metadata["tokens_digest"]),
         ("dictionary", dictionary.fingerprint, sample.metadata["dictionary_fingerprint"]),
     ):
-        if mine != theirs:
+        if not agree(theirs, mine):
             raise ValueError(
-                f"this sample was made with another {name} (digests {theirs[:8]} and {mine[:8]}): pass those that "
+                f"this sample was made with another {name} (digests {theirs[-8:]} and {mine[-8:]}): pass those that "
                 f"feature_sample was called with ({sample.metadata['tokens']}, {sample.metadata['dictionary']})"
             )

@@ -7,12 +7,14 @@ tokens that it is active at, and the sequences that activate it most (paper §5.
     mean        mean activation over the positions where it is active
     examples    the n_examples sequences with the largest activation, with the value, position and token of each peak
 
-Memory: the activations of one sequence, [S, n], the examples, and a count for each (feature, token) pair that occurs.
+Memory: the activations of a few positions at a time, 24 bytes for each of the n · m examples, and 16 bytes for each
+(feature, token) pair that occurs.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from querylens_fast.dictionaries.load import load_dictionary
-from querylens_fast.lens.ablations import activations
+from querylens_fast.lens.ablations import activations_by_position
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, as_tokens
@@ -33,8 +35,12 @@ if TYPE_CHECKING:
 
 METADATA_KEY = b"querylens_fast"
 WHAT = "feature sample"
-ACTIVATIONS_AT_ONCE = 1 << 26
-"""Activations held at a time, where one sequence has fewer."""
+BYTES_AN_ACTIVATION = 24
+"""Of an activation while it is counted: encoded, masked, compared, and its peaks' places."""
+MAX_SEQUENCES = 16
+"""Run through the model together."""
+FEATURES_AT_ONCE = 1 << 15
+"""Features whose examples are sorted together."""
 PAIRS_AT_ONCE = 1 << 22
 """(feature, token) pairs collected before they are added up."""
 
@@ -152,10 +158,11 @@ class FeatureSample:
 def feature_sample(
     dictionary: Any,
     model: Any,
-    tokens: Tokens | Tensor | str | Path,
+    tokens: Tokens | Tensor | Sequence[str] | str | Path,
     *,
     n_examples: int = 20,
     out: str | Path | None = None,
+    max_memory_gib: float = 2.0,
     progress: bool = True,
 ) -> FeatureSample:
     """Run the model and the dictionary over a token sample and record where each feature is active.
@@ -163,10 +170,11 @@ def feature_sample(
     Args:
         dictionary: As in `signatures`; one that can be run.
         model: As in `signatures`.
-        tokens: The sample, as in `fit_transport`; padded positions do not count. To score a signature, use other text
-            than the transport was fitted on.
+        tokens: The sample, as in `fit_transport`, or your own texts, one sequence each; padded positions do not count.
+            To score a signature, use other text than the transport was fitted on.
         n_examples: Sequences kept for each feature, m.
         out: A ``.parquet`` file to write as well.
+        max_memory_gib: Bound on the activations held at a time.
         progress: Show a progress bar.
 
     Raises:
@@ -180,13 +188,17 @@ def feature_sample(
     if n_examples < 1:
         raise ValueError(f"n_examples is {n_examples}; expected at least 1")
     counted = _Activity(dictionary.n_features, min(n_examples, len(tokens.ids)), model)
-    rows = max(1, min(16, ACTIVATIONS_AT_ONCE // (tokens.ids.shape[1] * dictionary.n_features)))
+    length = tokens.ids.shape[1]
+    held = max(1, int(max_memory_gib * (1 << 30)) // (BYTES_AN_ACTIVATION * dictionary.n_features))
+    rows, positions = min(max(1, held // length), MAX_SEQUENCES), min(held, length)
     label = f"activations {Path(dictionary.name).name}"
     with tqdm(total=len(tokens.ids), desc=label, unit="sequence", disable=not progress) as bar:
         for start in range(0, len(tokens.ids), rows):
             ids, valid = (x[start : start + rows].to(model.device) for x in (tokens.ids, tokens.valid_mask))
-            acts = activations(model, dictionary, ids)
-            counted.add(acts.masked_fill(~valid[..., None], 0).float(), ids, start)
+            parts = activations_by_position(model, dictionary, ids, positions)
+            masks = valid[..., None].split(positions, 1)
+            masked = (acts.float().masked_fill(~mask, 0) for acts, mask in zip(parts, masks, strict=True))
+            counted.add(masked, ids, start)
             bar.update(len(ids))
     metadata = {
         "what": WHAT,
@@ -202,7 +214,7 @@ def feature_sample(
         "n_sequences": len(tokens.ids),
         "n_examples": n_examples,
     }
-    found = counted.finish(metadata)
+    found = counted.finish(metadata, tokens.ids)
     if not bool(found.n_active.any()):
         raise ValueError(
             f"no feature of {dictionary.name!r} is active anywhere in {tokens.source}: is the dictionary of this "
@@ -214,7 +226,7 @@ def feature_sample(
 
 
 class _Activity:
-    """Sums over the sequences seen so far."""
+    """Sums over the sequences seen so far, and the m strongest sequences of each of n features."""
 
     def __init__(self, n: int, m: int, model: Model) -> None:
         self.m, self.vocab_size = m, model.vocab_size
@@ -222,33 +234,49 @@ class _Activity:
         self.n_active = torch.zeros(n, dtype=torch.int64, device=device)
         self.total = torch.zeros(n, dtype=torch.float64, device=device)
         self.n_sequences = torch.zeros(n, dtype=torch.int64, device=device)
-        self.values = torch.zeros(n, 0, device=device)
-        self.where = torch.zeros(n, 0, 3, dtype=torch.int64, device=device)
-        """Sequence, position and token of each example's peak."""
+        self.values = torch.zeros(n, m, device=device)
+        self.where = torch.zeros(n, m, dtype=torch.int64, device=device)
+        """Where each example peaks: sequence · S + position."""
         self.keys = torch.zeros(0, dtype=torch.int64)
         self.counts = torch.zeros(0, dtype=torch.int64)
         self.waiting: list[Tensor] = []
 
-    def add(self, acts: Tensor, ids: Tensor, first: int) -> None:
-        """Count the activations [B, S, n] of sequences ``first``, first + 1, … with token ids [B, S]."""
-        active = acts > 0
-        self.n_active += active.sum((0, 1))
-        self.total += acts.clamp_min(0).sum((0, 1), dtype=torch.float64)
-        peaks = acts.max(dim=1)
-        self.n_sequences += (peaks.values > 0).sum(0)
-        tokens = ids.gather(1, peaks.indices)
-        sequence = torch.arange(first, first + len(ids), device=ids.device)[:, None].expand_as(tokens)
-        where = torch.stack([sequence, peaks.indices, tokens], -1)
-        values = torch.cat([self.values, peaks.values.mT], 1)
-        where = torch.cat([self.where, where.transpose(0, 1)], 1)
+    def add(self, parts: Iterator[Tensor], ids: Tensor, first: int) -> None:
+        """Count the activations of sequences ``first``, first + 1, … with token ids [B, S].
+
+        Args:
+            parts: The activations at the positions, a few at a time in order: [B, P, n] each.
+            ids: The token ids.
+            first: The first sequence's place in the sample.
+        """
+        n, start = len(self.n_active), 0
+        peaks = torch.zeros(len(ids), n, device=ids.device)
+        places = torch.zeros(len(ids), n, dtype=torch.int64, device=ids.device)
+        for acts in parts:
+            active = acts > 0
+            self.n_active += active.sum((0, 1))
+            self.total += acts.clamp_min(0).sum((0, 1), dtype=torch.float64)
+            own = acts.max(dim=1)
+            higher = own.values > peaks
+            peaks, places = torch.where(higher, own.values, peaks), torch.where(higher, own.indices + start, places)
+            batch, position, feature = active.nonzero(as_tuple=True)
+            self.waiting.append((feature * self.vocab_size + ids[batch, start + position]).cpu())
+            start += acts.shape[1]
+            if sum(map(len, self.waiting)) > PAIRS_AT_ONCE:
+                self._add_up()
+        self.n_sequences += (peaks > 0).sum(0)
+        sequences = torch.arange(first, first + len(ids), device=ids.device)[:, None]
+        places += sequences * ids.shape[1]
+        for some in range(0, n, FEATURES_AT_ONCE):
+            self._keep_strongest(slice(some, some + FEATURES_AT_ONCE), peaks, places)
+
+    def _keep_strongest(self, some: slice, peaks: Tensor, places: Tensor) -> None:
+        """Merge the peaks [B, n] of new sequences into the examples of some features."""
+        values = torch.cat([self.values[some], peaks[:, some].mT], 1)
+        where = torch.cat([self.where[some], places[:, some].mT], 1)
         # A stable sort: of equal peaks the earlier sequence is kept.
         order = values.argsort(dim=1, descending=True, stable=True)[:, : self.m]
-        self.values = values.gather(1, order)
-        self.where = where.gather(1, order[..., None].expand(-1, -1, 3))
-        batch, position, feature = active.nonzero(as_tuple=True)
-        self.waiting.append((feature * self.vocab_size + ids[batch, position]).cpu())
-        if sum(map(len, self.waiting)) > PAIRS_AT_ONCE:
-            self._add_up()
+        self.values[some], self.where[some] = values.gather(1, order), where.gather(1, order)
 
     def _add_up(self) -> None:
         """Add the collected (feature, token) pairs to their counts."""
@@ -258,27 +286,26 @@ class _Activity:
         self.counts = total.index_add_(0, place, torch.cat([self.counts, counts]))
         self.keys, self.waiting = keys, []
 
-    def finish(self, metadata: dict[str, Any]) -> FeatureSample:
+    def finish(self, metadata: dict[str, Any], ids: Tensor) -> FeatureSample:
+        """The sample, of token ids [N, S]."""
         if self.waiting:
             self._add_up()
         features = self.keys // self.vocab_size
         order = self.counts.argsort(descending=True, stable=True)
         order = order[features[order].argsort(stable=True)]
         pairs = features[order], self.keys[order] % self.vocab_size, self.counts[order]
-        missing = self.values <= 0
-        sequences, positions, tokens = self.where.masked_fill(missing[..., None], -1).cpu().unbind(-1)
+        values, where = self.values.cpu(), self.where.cpu()
+        missing = values <= 0
+        found = where // ids.shape[1], where % ids.shape[1], ids.flatten()[where]
         mean = self.total / self.n_active.clamp_min(1)
-        maximum = self.values[:, 0] if self.values.shape[1] else self.total.new_zeros(len(self.total))
         return FeatureSample(
             metadata,
             self.n_active.cpu(),
             mean.float().cpu(),
-            maximum.float().cpu(),
+            values[:, 0],
             self.n_sequences.cpu(),
-            self.values.cpu(),
-            sequences,
-            positions,
-            tokens,
+            values,
+            *(x.masked_fill(missing, -1) for x in found),
             pairs,
         )
 

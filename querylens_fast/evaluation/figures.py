@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from querylens_fast.evaluation.scores import MeanScore
+from querylens_fast.evaluation.means import THIRDS, MeanScore, by_thirds
 
 if TYPE_CHECKING:
     from querylens_fast.evaluation.report_data import Report
@@ -15,8 +15,8 @@ TITLES = {
     "input_score": "Input score I(T)",
     "output_score": "Output score O(T)",
     "embedding_coherence": "Embedding coherence",
+    "interpretability": "Interpretability by a judge",
 }
-TABLE_K = 25
 
 
 def draw_figures(report: Report, folder: Path) -> dict[str, Path]:
@@ -34,10 +34,13 @@ def draw_figures(report: Report, folder: Path) -> dict[str, Path]:
     figures: dict[str, Path] = {}
     for score, title in TITLES.items():
         own = [m for m in report.means if m.score == score]
-        at_k = [m for m in own if m.k == TABLE_K]
+        at_k = [m for m in own if m.k == report.k]
         if not at_k:
             continue
         figures[f"{title} by method"] = _draw(folder / f"{score}-bars", _bars, at_k, title)
+        thirds = by_thirds(at_k, report.n_layers)
+        if len({m.dictionary for m in thirds}) > 1:
+            figures[f"{title} by group of layers"] = _draw(folder / f"{score}-thirds", _grouped_bars, thirds, title)
         if len({m.dictionary for m in at_k if m.dictionary}) > 1:
             figures[f"{title} by dictionary"] = _draw(folder / f"{score}-lines", _lines, at_k, title)
         if len({m.k for m in own}) > 1:
@@ -46,6 +49,12 @@ def draw_figures(report: Report, folder: Path) -> dict[str, Path]:
         figures["Relative variance by dictionary"] = _draw(
             folder / "rel-var", _by_dictionary, report.rel_var, "rel_var"
         )
+    if report.stability:
+        found: dict[str, dict[str, float]] = {}
+        for row in report.stability:
+            found.setdefault(row.preset, {})[row.dictionary] = row.jaccard
+        title = "Stability: agreement of top tokens between samples"
+        figures[title] = _draw(folder / "stability", _by_dictionary, found, f"Jaccard of the top {report.k}")
     if report.oracle:
         transposed = {
             name: {label: row[name] for label, row in report.oracle.items() if name in row}
@@ -78,6 +87,20 @@ def _bars(axes: Any, means: Sequence[MeanScore], title: str) -> None:
     axes.barh([m.method for m in over], [m.mean for m in over], xerr=_errors(over), capsize=3, color="#4c78a8")
     axes.invert_yaxis()
     axes.set(xlabel=f"{title}, k = {over[0].k}: mean over dictionaries, 95 % interval")
+
+
+def _grouped_bars(axes: Any, means: Sequence[MeanScore], title: str) -> None:
+    methods = list(dict.fromkeys(m.method for m in means))
+    thirds = [third for third in THIRDS if any(m.dictionary == third for m in means)]
+    width = 0.8 / len(thirds)
+    for i, third in enumerate(thirds):
+        own = [m for m in means if m.dictionary == third]
+        places = [methods.index(m.method) + (i - (len(thirds) - 1) / 2) * width for m in own]
+        axes.barh(places, [m.mean for m in own], width, xerr=_errors(own), capsize=2, label=third)
+    axes.set_yticks(range(len(methods)), methods)
+    axes.invert_yaxis()
+    axes.set(xlabel=f"{title}, k = {means[0].k}: mean over dictionaries, 95 % interval")
+    axes.legend(fontsize=7)
 
 
 def _lines(axes: Any, means: Sequence[MeanScore], title: str) -> None:

@@ -38,8 +38,8 @@ class SteeredText(NamedTuple):
 
 
 def steer(
-    dictionary: Any,
     model: Any,
+    dictionary: Any,
     feature: int,
     strength: float,
     prompt: str,
@@ -51,8 +51,8 @@ def steer(
     """Continue a prompt with and without a feature set to a value at every position, its error term kept.
 
     Args:
-        dictionary: As in `signatures`; one that can be run.
         model: As in `signatures`, with a tokenizer.
+        dictionary: As in `signatures`; one that can be run.
         feature: The feature's id.
         strength: The activation it is set to; negative values suppress what it writes.
         prompt: Text of at least one token.

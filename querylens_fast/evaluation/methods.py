@@ -20,6 +20,7 @@ from querylens_fast.lens.presets import Preset, find_preset
 from querylens_fast.lens.storage import StoredSignatures, read_identity
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens
+from querylens_fast.runs.run_record import agree
 from querylens_fast.transport.fit import fit_transport
 from querylens_fast.transport.jacobians import Order
 from querylens_fast.transport.transport import ORDERS, Transport
@@ -58,7 +59,20 @@ class Method:
 
     def serves(self, dictionary: Dictionary) -> bool:
         """Whether the method is about this dictionary: a preset is about any, a file about its own."""
-        return self.path is None or read_identity(self.path).get("dictionary_fingerprint") == dictionary.fingerprint
+        if self.path is None:
+            return True
+        return agree(read_identity(self.path).get("dictionary_fingerprint"), dictionary.fingerprint)
+
+    def sizes(self, ks: Sequence[int]) -> list[int]:
+        """Those of the signature sizes that the method has: a file's own k is its largest.
+
+        Raises:
+            ValueError: The file has none of them.
+        """
+        largest = max(ks) if self.path is None else read_identity(self.path).get("k", 0)
+        if largest < min(ks):
+            raise ValueError(f"{str(self.path)!r} holds {largest} tokens a feature; expected at least k = {min(ks)}")
+        return [k for k in ks if k <= largest]
 
     def _computed(self, context: Context, dictionary: Dictionary, features: Tensor, k: int) -> Tensor:
         preset = self.preset
@@ -85,9 +99,6 @@ class Method:
     def _stored(self, dictionary: Dictionary, features: Tensor, k: int) -> Tensor:
         path = self.path
         assert path is not None
-        identity = read_identity(path)
-        if identity.get("k", 0) < k:
-            raise ValueError(f"{str(path)!r} holds {identity.get('k')} tokens a feature; expected at least k = {k}")
         table = StoredSignatures(path, 0, "jsonl" if path.suffix == ".jsonl" else "parquet").table()
         stored = torch.from_numpy(table["feature"].to_numpy().copy())
         order = stored.argsort()

@@ -12,8 +12,6 @@ from querylens_fast.runs.atomic_write import write_whole
 if TYPE_CHECKING:
     from querylens_fast.evaluation.report_data import Report
 
-TABLE_K = 25
-
 
 def write_page(report: Report, figures: Mapping[str, Path]) -> Path:
     """Write ``report.html`` into the report's folder. Returns its path.
@@ -30,14 +28,14 @@ def write_page(report: Report, figures: Mapping[str, Path]) -> Path:
         files("querylens_fast.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
     )
     tables = {}
-    for score in ("input_score", "output_score", "embedding_coherence"):
-        own = [m for m in report.means if m.score == score and m.k == TABLE_K]
+    for score in dict.fromkeys(m.score for m in report.means):
+        own = [m for m in report.means if m.score == score and m.k == report.k]
         names = list(dict.fromkeys(m.dictionary for m in own if m.dictionary))
         rows = {m: {x.dictionary: x for x in own if x.method == m} for m in dict.fromkeys(x.method for x in own)}
         if own:
             tables[score] = (names, rows)
     inline = {title: _inline(path) for title, path in figures.items()}
-    page = template.render(report=report, metadata=report.scores.metadata, tables=tables, figures=inline, k=TABLE_K)
+    page = template.render(report=report, metadata=report.scores.metadata, tables=tables, figures=inline, k=report.k)
     path = report.folder / "report.html"
     write_whole(path, page)
     return path

@@ -18,13 +18,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.evaluation.generation import continuation, plain_logits
-from querylens_fast.evaluation.steering import HIGHEST_ALPHA, KL_TOLERANCE, Calibrated, Steered, calibrate
+from querylens_fast.evaluation.steering import HIGHEST_ALPHA, KL_TOLERANCE, SLOPE, Calibrated, Steered, calibrate
 from querylens_fast.lens.splice import run_from, splice
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import at_least_float32
@@ -94,11 +93,7 @@ class _PrefixRanks:
     def rise(self, index: Tensor, targets: Sequence[float], guess: Tensor) -> tuple[Tensor, list[Calibrated]]:
         delta, calibrated = torch.zeros(len(index), len(self.clean), dtype=torch.float64), []
         for i, target in enumerate(targets):
-            start = guess[i].expand(len(index))
-            if calibrated:
-                # KL grows with α² at first order.
-                ratio = target / calibrated[-1].kl.clamp_min(1e-6)
-                start = calibrated[-1].alphas * ratio.sqrt().clamp(0.1, 10)
+            start = calibrated[-1].start(target) if calibrated else guess[i].expand(len(index))
             reached, ranks = self._steer(index, target, start)
             calibrated.append(reached)
             delta += self.clean - ranks
@@ -157,7 +152,8 @@ class _GeneratedRanks:
         delta, calibrated = torch.zeros(1, len(self.clean), dtype=torch.float64), []
         for target in targets:
             alpha, kl, spent = self.bisect(feature, target)
-            calibrated.append(Calibrated(torch.tensor([float(alpha)]), torch.tensor([kl]), torch.tensor([spent])))
+            values = (torch.tensor([x]) for x in (float(alpha), kl, spent, SLOPE))
+            calibrated.append(Calibrated(*values))
             delta += self.clean - self._steered_ranks(feature, float(alpha))
         return delta / (len(targets) * len(self.clean)), calibrated
 
@@ -214,16 +210,20 @@ def rank_sums(logits: Tensor) -> Tensor:
         logits: [C, B, V], finite.
     """
     C, B, V = logits.shape
-    if logits.device.type != "cpu" or logits.dtype != torch.float32:
-        order = logits.sort(dim=-1, descending=True, stable=True).indices
-    else:
-        # One int64 per token, its logit's bits in descending order above its id: numpy sorts these with SIMD.
-        bits = logits.contiguous().add(0.0).view(torch.int32)  # + 0.0: −0 and 0 tie
-        descending = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
-        keys = (descending.long() << 32) | torch.arange(V)
-        order = torch.from_numpy(np.sort(keys.numpy(), axis=-1)) & 0xFFFFFFFF
-    ranks = torch.arange(V, dtype=torch.float64, device=logits.device).repeat(B)
     total = torch.zeros(C, V, dtype=torch.float64, device=logits.device)
+    ranks = torch.arange(V, dtype=torch.float64, device=logits.device).repeat(B)
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        for c in range(C):
+            order = logits[c].sort(dim=-1, descending=True, stable=True).indices
+            total[c].index_add_(0, order.flatten(), ranks)
+        return total.cpu()
+    ids, keys = torch.arange(V), torch.empty(B, V, dtype=torch.int64)
     for c in range(C):
-        total[c].index_add_(0, order[c].flatten(), ranks)
-    return total.cpu()
+        # One int64 per token, its logit's bits in descending order above its id: numpy sorts these with SIMD. In place:
+        # fresh memory would cost more than the sort.
+        bits = logits[c].add(0.0).view(torch.int32)  # + 0.0: −0 and 0 tie
+        bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF)).bitwise_not_()
+        keys.copy_(bits).bitwise_left_shift_(32).bitwise_or_(ids)
+        keys.numpy().sort(axis=-1)
+        total[c].index_add_(0, keys.bitwise_and_(0xFFFFFFFF).flatten(), ranks)
+    return total

@@ -7,7 +7,7 @@ The paper finds 0.849 (key) and 0.888 (value) at 1,024 sequences of 32 tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -121,8 +121,17 @@ def stability(
         max_memory_gib=max_memory_gib,
         progress=progress,
     )
-    rows = list(_rows(model, loaded, lenses, transport, features, k, seed))
-    return Stability(rows, seeds, len(sample.ids) // seeds, transport.n_valid // seeds, k)
+    chosen = []
+    for dictionary in loaded:
+        order = torch.randperm(dictionary.n_features, generator=torch.Generator().manual_seed(seed))
+        chosen.append((dictionary.name, dictionary, order[:features].sort().values))
+    return Stability(
+        compare_groups(model, chosen, lenses, transport, k),
+        seeds,
+        len(sample.ids) // seeds,
+        transport.n_valid // seeds,
+        k,
+    )
 
 
 def _check(
@@ -166,33 +175,35 @@ def _samples(model: Model, tokens: Any, seeds: int, num_samples: int | None, max
     return Tokens(whole.ids[picked], whole.valid_mask[picked], whole.source, whole.details, whole.mask_is_known)
 
 
-def _rows(
+def compare_groups(
     model: Model,
-    dictionaries: Sequence[Dictionary],
+    chosen: Sequence[tuple[str, Dictionary, Tensor]],
     presets: Sequence[Preset],
     transport: Transport,
-    features: int,
     k: int,
-    seed: int,
-) -> Iterator[StabilityRow]:
-    chosen = []
-    for dictionary in dictionaries:
-        generator = torch.Generator().manual_seed(seed)
-        chosen.append(torch.randperm(dictionary.n_features, generator=generator)[:features].sort().values)
+) -> list[StabilityRow]:
+    """Agreement of features' top tokens between the groups of a transport, a row per dictionary and preset.
+
+    Args:
+        model: The model.
+        chosen: (name, dictionary, feature ids [n]) of each.
+        presets: With the transition "full" or "first_order".
+        transport: With at least two groups, each a sample.
+        k: Top tokens that are compared.
+    """
     lists: dict[tuple[int, int], list[Tensor]] = {}
     for group in range(transport.n_groups):
         alone = transport.group(group)
-        for i, dictionary in enumerate(dictionaries):
+        for i, (_, dictionary, ids) in enumerate(chosen):
             for j, preset in enumerate(presets):
-                found = signatures(
-                    dictionary, model, preset=preset, transport=alone, k=k, features=chosen[i], stats="none"
-                )
+                found = signatures(dictionary, model, preset=preset, transport=alone, k=k, features=ids, stats="none")
                 lists.setdefault((i, j), []).append(found.top_ids)
-    for (i, j), ids in lists.items():
-        each = torch.stack([jaccard(a, b) for a, b in combinations(ids, 2)]).mean(0)
-        error = float(each.std() / len(each) ** 0.5) if len(each) > 1 else 0.0
-        decile = float(each.quantile(0.1))
-        name, layer = dictionaries[i].name, dictionaries[i].layer
-        yield StabilityRow(
-            name, layer, presets[j].name, len(each), float(each.mean()), error, float(each.median()), decile
-        )
+    return [_row(chosen[i][0], chosen[i][1].layer, presets[j].name, ids) for (i, j), ids in lists.items()]
+
+
+def _row(name: str, layer: int, preset: str, lists: Sequence[Tensor]) -> StabilityRow:
+    """The row of one dictionary and preset, from the top tokens [n, k] under each sample."""
+    each = torch.stack([jaccard(a, b) for a, b in combinations(lists, 2)]).mean(0)
+    error = float(each.std() / len(each) ** 0.5) if len(each) > 1 else 0.0
+    median, decile = float(each.median()), float(each.quantile(0.1))
+    return StabilityRow(name, layer, preset, len(each), float(each.mean()), error, median, decile)

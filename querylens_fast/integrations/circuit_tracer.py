@@ -93,6 +93,7 @@ def export_circuit_tracer(
         "token_style": token_style,
         "layers": [source.identity for source in layers],
     }
+    logger.warning("texts and activations are not known here: features have no examples and no histogram")
     target = Path(folder)
     with claimed(target, identity, resume):
         index = []
@@ -227,7 +228,7 @@ def annotate_graph(
     if unknown:
         logger.warning("%d feature nodes of %s are in no result: left as they are", unknown, path)
     target = Path(out or path)
-    write_bytes(target, json.dumps(graph, ensure_ascii=False, indent=2).encode())
+    write_bytes(target, json.dumps(graph, indent=2).encode())
     return Annotated(target, labelled, unknown)
 
 

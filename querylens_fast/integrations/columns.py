@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import compress
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from querylens_fast.integrations.dashboard import Rows
 from querylens_fast.integrations.tokens import OUT_OF_RANGE
 from querylens_fast.models.norms import at_least_float32
 
 DECIMALS = 5
 """As SAEDashboard rounds."""
+LOGIT_FIELDS = ("neg_str", "neg_values", "pos_str", "pos_values")
+LOGIT_FIELDS += ("logits_hist_data_bar_heights", "logits_hist_data_bar_values")
+ALIGNMENT_FIELDS = ("neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1")
 DIGITS = 7
 """Significant digits of a vector's largest component, which is all that float32 has."""
 
@@ -21,22 +27,27 @@ def rounded(values: Tensor, decimals: int = DECIMALS) -> list[list[float]]:
     return values.double().nan_to_num(0.0, 0.0, 0.0).round(decimals=decimals).add(0.0).tolist()
 
 
-def tokens_and_scores(ids: Tensor, scores: Tensor, strings: Sequence[str]) -> tuple[list[list[str]], list[list[float]]]:
-    """Token strings and rounded scores of ids and scores [n, k]; entries without a finite score are left out."""
+def ids_and_scores(
+    ids: Tensor, scores: Tensor, decimals: int | None = DECIMALS
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Ids and scores [n, k] as lists, entries without a finite score left out; decimals=None does not round."""
     ids, scores = ids.cpu(), scores.cpu().double()
     kept = torch.isfinite(scores) & (ids >= 0)
-    numbers = rounded(scores)
-    texts = [[_string(strings, i) for i in row] for row in ids.tolist()]
-    if not bool(kept.all()):
-        for i in (~kept).any(1).nonzero()[:, 0].tolist():
-            chosen = kept[i].tolist()
-            texts[i] = [text for text, keep in zip(texts[i], chosen, strict=True) if keep]
-            numbers[i] = [number for number, keep in zip(numbers[i], chosen, strict=True) if keep]
-    return texts, numbers
+    listed, numbers = ids.tolist(), scores.tolist() if decimals is None else rounded(scores, decimals)
+    for i in (~kept).any(1).nonzero()[:, 0].tolist():
+        chosen = kept[i].tolist()
+        listed[i], numbers[i] = (list(compress(row[i], chosen)) for row in (listed, numbers))
+    return listed, numbers
+
+
+def tokens_and_scores(ids: Tensor, scores: Tensor, strings: Sequence[str]) -> tuple[list[list[str]], list[list[float]]]:
+    """Token strings and rounded scores of ids and scores [n, k]; entries without a finite score are left out."""
+    listed, numbers = ids_and_scores(ids, scores)
+    return [[_string(strings, i) for i in row] for row in listed], numbers
 
 
 def _string(strings: Sequence[str], index: int) -> str:
-    return strings[index] if 0 <= index < len(strings) else OUT_OF_RANGE
+    return strings[index] if index < len(strings) else OUT_OF_RANGE
 
 
 def vector_lists(vectors: Tensor) -> list[list[float]]:
@@ -57,3 +68,23 @@ def alignments(vectors: Tensor, k: int = 3) -> tuple[list[list[int]], list[list[
     found = rows.topk(min(k, rows.shape[1]), dim=1)
     share = found.values / rows.abs().sum(1, keepdim=True)
     return found.indices.tolist(), rounded(found.values), rounded(share)
+
+
+def logit_fields(rows: Rows, strings: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The fields that come from the unembedding, as dashboards name them: a dictionary a feature."""
+    none: list[list[Any]] = [[] for _ in range(len(rows.features))]
+    negative = tokens_and_scores(rows.bottom_ids, rows.bottom_scores, strings)
+    positive = tokens_and_scores(rows.top_ids, rows.top_scores, strings)
+    bars = (none, none) if rows.histogram is None else (rows.histogram.heights.tolist(), rounded(rows.histogram.values))
+    return _by_feature(LOGIT_FIELDS, (*negative, *positive, *bars))
+
+
+def alignment_fields(rows: Rows) -> Iterator[dict[str, Any]]:
+    """The neuron alignment, empty without vectors: a dictionary a feature."""
+    none: list[list[Any]] = [[] for _ in range(len(rows.features))]
+    return _by_feature(ALIGNMENT_FIELDS, (none, none, none) if rows.vectors is None else alignments(rows.vectors))
+
+
+def _by_feature(names: Sequence[str], columns: Sequence[list[Any]]) -> Iterator[dict[str, Any]]:
+    for values in zip(*columns, strict=True):
+        yield dict(zip(names, values, strict=True))

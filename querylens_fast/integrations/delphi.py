@@ -83,13 +83,14 @@ def write_explanations(
         model: Its model, for token strings.
         k: Tokens in the list.
         features: Of a dictionary: which of them.
-        texts: Explanations by feature id, in place of the template.
+        texts: Explanations by feature id; features without one are explained by the template.
 
     Returns:
         The files, one a feature.
 
     Raises:
-        ValueError: A template with other names; nothing has been written then.
+        ValueError: A template with other names, or a text for a feature that is not explained; nothing has been
+            written then.
     """
     try:
         template.format(tokens="", bottom="", feature=0, layer=0)
@@ -99,13 +100,16 @@ def write_explanations(
         ) from error
     model = as_model(model)
     opened = open_source(source, model, features=features, k=k, bins=0)
+    texts = texts or {}
+    if unknown := sorted(set(texts) - set(opened.features.tolist())):
+        raise ValueError(f"texts has feature {unknown[0]}, which is not explained: pass it in features=")
     strings, name, written = token_strings(model, "decoded"), _checked(hookpoint), []
     for rows in opened.read(blocks_of(len(opened), ROWS_AT_ONCE)):
         top, _ = tokens_and_scores(rows.top_ids, rows.top_scores, strings)
         bottom, _ = tokens_and_scores(rows.bottom_ids, rows.bottom_scores, strings)
         for feature, high, low in zip(rows.features.tolist(), top, bottom, strict=True):
             listed = {"tokens": _listed(high), "bottom": _listed(low), "feature": feature, "layer": opened.layer}
-            text = template.format(**listed) if texts is None else texts.get(feature, "")
+            text = template.format(**listed) if feature not in texts else texts[feature]
             written.append(Path(folder) / f"{name}_latent{feature}.txt")
             write_bytes(written[-1], json_bytes(clean(text)))
     return written

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from querylens_fast.runs.atomic_write import whole, write_whole
+from querylens_fast.runs.atomic_write import whole
 from querylens_fast.runs.run_lock import held, resumable
+from querylens_fast.runs.run_record import read_record, refuse_others, write_record
 
 RECORD = "querylens_fast.json"
 """Beside the files: what they are of. The tools do not read it."""
@@ -23,12 +24,13 @@ def claimed(folder: Path, identity: dict[str, Any], resume: bool = True) -> Iter
     """Write files of one run into a folder; its record is made first.
 
     Raises:
-        FileExistsError: The folder holds files of another run, or of nobody knows what, or resume is False.
+        FileExistsError: The folder holds files of another run, or without a record, or resume is False.
+        DamagedFile: Its record is not what was written.
     """
     identity = json.loads(json.dumps(identity))
     record = folder / RECORD
     if record.is_file():
-        _refuse_others(folder, record, identity, resume)
+        refuse_others(folder, read_record(record)[0], identity, resume)
     elif folder.is_dir() and any(p.suffix != ".partial" and not p.name.endswith(".lock") for p in folder.iterdir()):
         raise FileExistsError(
             f"{str(folder)!r} holds files, but no {RECORD} that says what they are of, so it is left alone; choose "
@@ -36,23 +38,8 @@ def claimed(folder: Path, identity: dict[str, Any], resume: bool = True) -> Iter
         )
     folder.mkdir(parents=True, exist_ok=True)
     with held(record), resumable(folder):
-        write_whole(record, json.dumps(identity, indent=1, sort_keys=True) + "\n")
+        write_record(record, identity)
         yield
-
-
-def _refuse_others(folder: Path, record: Path, identity: dict[str, Any], resume: bool) -> None:
-    if not resume:
-        raise FileExistsError(f"{str(folder)!r} exists already; delete it, choose another folder, or use resume=True")
-    try:
-        earlier = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(record)!r} is damaged ({error}); delete the folder and run again") from error
-    if earlier != identity:
-        was = earlier if isinstance(earlier, dict) else {}
-        changed = ", ".join(sorted(k for k in was.keys() | identity.keys() if was.get(k) != identity.get(k)))
-        raise FileExistsError(
-            f"{str(folder)!r} holds another export (different: {changed}); delete it or choose another folder"
-        )
 
 
 def json_bytes(value: Any) -> bytes:

@@ -15,6 +15,7 @@ from querylens_fast.integrations.columns import rounded
 from querylens_fast.models.norms import at_least_float32
 from querylens_fast.relations.flow import cosine_topk
 from querylens_fast.relations.tables import RelationTable, read_table
+from querylens_fast.runs.run_record import agree
 
 Lists = tuple[list[list[int]], list[list[float]]]
 
@@ -55,7 +56,7 @@ class TabulatedNeighbours:
             raise ValueError(
                 f"neighbours is a table of {said.get('what')!r}; expected ql.neighbours(dictionary) of this dictionary"
             )
-        if dictionary is not None and said.get("fingerprints", [None])[0] != dictionary.fingerprint:
+        if dictionary is not None and not agree(said.get("fingerprints", [None])[0], dictionary.fingerprint):
             raise ValueError(f"neighbours is of {said.get('dictionaries')}, not of {dictionary.name!r}")
         columns = found.table(["source_id", "target_id", "score"])
         source, target, score = (columns[name].to_numpy() for name in ("source_id", "target_id", "score"))

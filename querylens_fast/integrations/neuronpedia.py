@@ -41,20 +41,12 @@ from querylens_fast.integrations.neuronpedia_lines import (
     explanation_lines,
     feature_lines,
 )
-from querylens_fast.integrations.neuronpedia_tables import (
-    LOCAL_CREATOR,
-    MODEL,
-    MODELS,
-    RELEASE,
-    SOURCE,
-    SOURCE_EXTRAS,
-    SOURCE_SET,
-    import_sql,
-)
-from querylens_fast.integrations.sources import Source, blocks_of, digest_of, open_source
+from querylens_fast.integrations.neuronpedia_metadata import Names, metadata_lines, place_of
+from querylens_fast.integrations.neuronpedia_tables import LOCAL_CREATOR, MODELS, import_sql
+from querylens_fast.integrations.sources import Source, blocks_of, open_source
 from querylens_fast.integrations.tokens import token_strings
 from querylens_fast.models.load import as_model
-from querylens_fast.models.model import Model
+from querylens_fast.runs.run_record import digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +137,8 @@ def export_neuronpedia(
         source, model, features=features, dictionary=dictionary, k=k, unit_norm=unit_norm, unembedding=unembedding
     )
     layer = opened.layer if layer is None else layer
-    place = _place(opened, model_id, source_set, layer, suffix, creator_id, hook_name)
-    names = _Names(release or source_set, creator_name, description, list(urls), _checked_fields(source_fields))
+    place = place_of(opened, model_id, source_set, layer, suffix, creator_id, hook_name)
+    names = Names(release or source_set, creator_name, description, urls, source_fields or {})
     n_features = opened.dictionary.n_features if opened.dictionary else int(opened.features.max()) + 1
     activity = open_activity(activations, sample, opened.features, layer, n_features)
     explanations = _checked_explanations(explanations, opened.features)
@@ -154,9 +146,8 @@ def export_neuronpedia(
         raise ValueError(f"rows_per_file is {rows_per_file}; expected at least 1")
     plan = _Plan(
         opened,
-        model,
         place,
-        names,
+        metadata_lines(place, names, opened, model),
         token_strings(model, token_style),
         vectors,
         open_neighbours(neighbours, opened.dictionary),
@@ -173,24 +164,12 @@ def export_neuronpedia(
 
 
 @dataclass(frozen=True)
-class _Names:
-    """What the metadata lines say beside the place."""
-
-    release: str
-    creator_name: str
-    description: str | None
-    urls: list[str]
-    source_fields: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class _Plan:
     """An export that was checked."""
 
     source: Source
-    model: Model
     place: Place
-    names: _Names
+    metadata: dict[str, dict[str, Any]]
     strings: list[str]
     vectors: bool
     neighbours: ComputedNeighbours | TabulatedNeighbours | None
@@ -207,7 +186,9 @@ class _Plan:
                 "gemma-2-2b, …): a local Neuronpedia makes it from model.jsonl, neuronpedia.org has to know it"
             )
         if not self.activity.texts:
-            missing.append("no activations= are given: pages show no texts, and the list of features leaves them out")
+            missing.append("no activations= are given: pages show no texts")
+            if self.activity.maximum is None:
+                missing.append("neither activations= nor sample= is given: the list of features leaves them all out")
         has_vectors = self.vectors and self.source.dictionary is not None
         if not has_vectors and not self.activity.texts and self.activity.maximum is None:
             missing.append('without vectors and activations pages are covered by "no known activations"')
@@ -225,7 +206,7 @@ class _Plan:
         return {
             "format": FORMAT,
             "source": self.source.identity,
-            "metadata": self._metadata(),
+            "metadata": self.metadata,
             "activations": texts.hexdigest()[:32],
             "sample": digest_of({"sample": sampled}),
             "explanations": digest_of({str(i): self.explanations[i] for i in sorted(self.explanations)}),
@@ -235,7 +216,7 @@ class _Plan:
         }
 
     def write(self, target: Path, sql: bool, progress: bool) -> None:
-        for name, line in self._metadata().items():
+        for name, line in self.metadata.items():
             write_lines(target / f"{name}.jsonl", [line])
         pending = [i for i in range(len(self.blocks)) if not self._path(target, "features", i).exists()]
         with tqdm(total=len(self.blocks), initial=len(self.blocks) - len(pending), disable=not progress) as bar:
@@ -249,9 +230,8 @@ class _Plan:
                 for path in (self._path(target, kind, i) for i in range(len(self.blocks)))
                 if path.exists()
             ]
-            columns = {"release": RELEASE, "model": MODEL, "sourceset": SOURCE_SET, "source": SOURCE}
-            kept = [(name, {c: columns[name][c] for c in line}) for name, line in self._metadata().items()]
-            write_bytes(target / "import.sql", import_sql(self.place.creator_id, kept, batches).encode())
+            script = import_sql(self.place.creator_id, self.metadata, batches)
+            write_bytes(target / "import.sql", script.encode())
 
     def _write_batch(self, target: Path, i: int, rows: Rows) -> None:
         """The features' file comes last: where it is, the batch is whole."""
@@ -270,74 +250,6 @@ class _Plan:
     def _path(self, target: Path, kind: str, i: int) -> Path:
         return target / kind / f"batch-{i}.jsonl.gz"
 
-    def _metadata(self) -> dict[str, dict[str, Any]]:
-        """The four one-line files. Only columns that the tables have; nothing that is null."""
-        place, names = self.place, self.names
-        said = names.description or f"{place.source_set}: {self.source.preset} tokens by querylens_fast"
-        made = {"creatorName": names.creator_name, "creatorId": place.creator_id}
-        public = {"urls": names.urls, "visibility": "PUBLIC"}
-        notes = ", ".join(f"{k}={v}" for k, v in self.source.identity.items() if k in _NOTED)
-        return {
-            "release": {"name": names.release, "description": said, **made, **public},
-            "model": {
-                "id": place.model_id,
-                "layers": self.model.n_layers,
-                "neuronsPerLayer": _neurons(self.model),
-                "owner": names.creator_name,
-                "creatorId": place.creator_id,
-                "displayName": place.model_id,
-                "displayNameShort": place.model_id,
-                "visibility": "PUBLIC",
-            },
-            "sourceset": {
-                "modelId": place.model_id,
-                "name": place.source_set,
-                "description": said,
-                **made,
-                "releaseName": names.release,
-                **public,
-            },
-            "source": {
-                "id": place.source_id,
-                "modelId": place.model_id,
-                "setName": place.source_set,
-                "creatorId": place.creator_id,
-                "visibility": "PUBLIC",
-                "notes": f"querylens_fast: {notes}",
-                **names.source_fields,
-            },
-        }
-
-
-_NOTED = ("preset", "unit_norm", "unembedding", "dictionary", "final_norm")
-"""What of a source's identity is said on its page."""
-
-
-def _place(
-    source: Source,
-    model_id: str,
-    source_set: str,
-    layer: int,
-    suffix: str | None,
-    creator_id: str,
-    hook_name: str | None,
-) -> Place:
-    for name, value in (("model_id", model_id), ("source_set", source_set), ("suffix", suffix or "x")):
-        if not value or any(c in value for c in "/\\\0'\"\n") or value in (".", ".."):
-            raise ValueError(f"{name} is {value!r}; expected a name without slashes, quotes or line breaks")
-    if not creator_id or "\n" in creator_id:
-        raise ValueError(f"creator_id is {creator_id!r}; expected the id of a user")
-    source_id = f"{layer}-{source_set}" + (f"__{suffix}" if suffix else "")
-    known = "" if source.dictionary is None else source.dictionary.hook_name_out or source.dictionary.hook_name
-    return Place(model_id, source_set, source_id, creator_id, hook_name or known or f"blocks.{layer}.hook_resid_post")
-
-
-def _checked_fields(fields: Mapping[str, Any] | None) -> dict[str, Any]:
-    unknown = sorted(set(fields or {}) - set(SOURCE_EXTRAS))
-    if unknown:
-        raise ValueError(f"source_fields has {', '.join(unknown)}; a source has {', '.join(SOURCE_EXTRAS)}")
-    return {name: value for name, value in (fields or {}).items() if value is not None}
-
 
 def _checked_explanations(texts: Mapping[int, str] | None, features: Tensor) -> Mapping[int, str]:
     known = set(features.tolist())
@@ -345,9 +257,3 @@ def _checked_explanations(texts: Mapping[int, str] | None, features: Tensor) -> 
     if unknown:
         raise ValueError(f"explanations has feature {unknown[0]}, which is not exported")
     return texts or {}
-
-
-def _neurons(model: Model) -> int:
-    """Width of the MLPs, 0 where they are not known by name."""
-    W_out = getattr(model.blocks[0].mlp, "W_out", None) if model.blocks else None
-    return int(W_out.shape[-1]) if isinstance(W_out, Tensor) and W_out.ndim == 2 else 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from querylens_fast.dictionaries.feature_lists import Activation
 from querylens_fast.integrations.activity import Activity
-from querylens_fast.integrations.columns import alignments, rounded, tokens_and_scores, vector_lists
+from querylens_fast.integrations.columns import alignment_fields, logit_fields, vector_lists
 from querylens_fast.integrations.dashboard import Rows
 from querylens_fast.integrations.neighbours import Lists, empty_lists
 from querylens_fast.integrations.tokens import clean
@@ -46,14 +46,11 @@ def feature_lines(
 ) -> Iterator[dict[str, Any]]:
     """The lines of some features, in order."""
     features = rows.features.tolist()
-    positive, positive_scores = tokens_and_scores(rows.top_ids, rows.top_scores, strings)
-    negative, negative_scores = tokens_and_scores(rows.bottom_ids, rows.bottom_scores, strings)
-    none = [[] for _ in features]
-    aligned = (none, none, none) if rows.vectors is None else alignments(rows.vectors)
+    none: list[list[float]] = [[] for _ in features]
     written = none if rows.vectors is None or not vectors else vector_lists(rows.vectors)
-    heights, middles = (none, none) if rows.histogram is None else _bars(rows)
     similar, cosines = neighbours if neighbours[0] else empty_lists(features)
-    for i, feature in enumerate(features):
+    fields = zip(alignment_fields(rows), logit_fields(rows, strings), strict=True)
+    for i, (feature, (alignment, logits)) in enumerate(zip(features, fields, strict=True)):
         strongest = round(activity.max_of(feature), 5)
         has_vector = bool(written[i])
         yield {
@@ -67,16 +64,9 @@ def feature_lines(
             "hookName": place.hook_name,
             "topkCosSimIndices": similar[i],
             "topkCosSimValues": cosines[i],
-            "neuron_alignment_indices": aligned[0][i],
-            "neuron_alignment_values": aligned[1][i],
-            "neuron_alignment_l1": aligned[2][i],
-            "neg_str": negative[i],
-            "neg_values": negative_scores[i],
-            "pos_str": positive[i],
-            "pos_values": positive_scores[i],
+            **alignment,
+            **logits,
             "frac_nonzero": activity.density_of(feature),
-            "logits_hist_data_bar_heights": heights[i],
-            "logits_hist_data_bar_values": middles[i],
         }
 
 
@@ -123,8 +113,3 @@ def explanation_lines(place: Place, features: Sequence[int], texts: Mapping[int,
                 "description": clean(texts[feature]),
                 "authorId": place.creator_id,
             }
-
-
-def _bars(rows: Rows) -> tuple[list[list[int]], list[list[float]]]:
-    assert rows.histogram is not None
-    return rows.histogram.heights.tolist(), rounded(rows.histogram.values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 LOCAL_CREATOR = "clkht01d40000jv08hvalcvly"
@@ -108,6 +108,17 @@ EXPLANATION = {
     "description": "text",
     "authorId": "text",
 }
+_METADATA = {
+    "release": ("SourceRelease", RELEASE),
+    "model": ("Model", MODEL),
+    "sourceset": ("SourceSet", SOURCE_SET),
+    "source": ("Source", SOURCE),
+}
+_BATCHES = {
+    "features": ("Neuron", NEURON),
+    "activations": ("Activation", ACTIVATION),
+    "explanations": ("Explanation", EXPLANATION),
+}
 
 _HEADER = """\
 -- Imports this folder into a local Neuronpedia's Postgres. Run it here, in the folder, with psql and gzip at hand:
@@ -120,23 +131,20 @@ CREATE TEMP TABLE querylens_lines (line text) ON COMMIT DROP;
 _FORMAT = "WITH (FORMAT csv, QUOTE E'\\x01', DELIMITER E'\\x02')"
 
 
-def import_sql(creator: str, metadata: Iterable[tuple[str, dict[str, str]]], batches: Iterable[str]) -> str:
+def import_sql(creator: str, metadata: Mapping[str, Iterable[str]], batches: Iterable[str]) -> str:
     """The psql script for a folder.
 
     Args:
         creator: The creator's id, for the comment.
-        metadata: (file, columns) of release, model, sourceset and source, with the columns that the files have.
+        metadata: The columns of the line of release, model, sourceset and source.
         batches: Paths of gzipped batches within the folder, features before activations and explanations.
     """
-    tables = {"release": "SourceRelease", "model": "Model", "sourceset": "SourceSet", "source": "Source"}
     parts = [_HEADER.format(creator=creator)]
-    for name, columns in metadata:
-        parts.append(_statements(f"'{name}.jsonl'", tables[name], columns))
-    kinds = {"features": ("Neuron", NEURON), "activations": ("Activation", ACTIVATION)}
-    kinds["explanations"] = ("Explanation", EXPLANATION)
+    for name, columns in metadata.items():
+        table, kinds = _METADATA[name]
+        parts.append(_statements(f"'{name}.jsonl'", table, {column: kinds[column] for column in columns}))
     for path in batches:
-        table, columns = kinds[PurePosixPath(path).parts[0]]
-        parts.append(_statements(f"PROGRAM 'gzip -dc {path}'", table, columns))
+        parts.append(_statements(f"PROGRAM 'gzip -dc {path}'", *_BATCHES[PurePosixPath(path).parts[0]]))
     return "".join(parts) + "COMMIT;\n"
 
 

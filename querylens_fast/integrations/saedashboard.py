@@ -2,7 +2,8 @@
 
 ``batch-N.json`` is what its ``neuronpedia-runner`` writes and its converters read. In files that exist only the fields
 that come from the unembedding are replaced: neg_str, neg_values, pos_str, pos_values, logits_hist_data_bar_heights and
-logits_hist_data_bar_values. The columnar form has two Parquet tables for each batch of features.
+logits_hist_data_bar_values. The columnar form has a folder of Parquet tables for each batch of features, of which
+logits_tables and logits_histograms hold the logits, and a manifest in each folder and above them.
 """
 
 from __future__ import annotations
@@ -11,21 +12,16 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from querylens_fast.integrations.columns import alignments, rounded, tokens_and_scores
+from querylens_fast.integrations.columns import alignment_fields, logit_fields
 from querylens_fast.integrations.dashboard import Rows
 from querylens_fast.integrations.folder import claimed, json_bytes, write_bytes
+from querylens_fast.integrations.saedashboard_tables import COLUMNAR, tables_of
 from querylens_fast.integrations.sources import Source, blocks_of, open_source
 from querylens_fast.integrations.tokens import token_strings
 from querylens_fast.models.load import as_model
 from querylens_fast.runs.atomic_write import whole
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 FORMS = ("batch-*.json", "columnar")
 FORMAT = "querylens_fast.saedashboard/1"
@@ -73,7 +69,7 @@ def export_saedashboard(
         resume: Go on with new files that an earlier, killed call wrote; False: refuse to touch them.
 
     Returns:
-        The files written or replaced, in order.
+        The files written or replaced, in order; of the columnar form the tables of logits and histograms.
 
     Raises:
         ValueError: What does not fit together; nothing has been written then.
@@ -98,6 +94,9 @@ def export_saedashboard(
     existing = _existing(target)
     if into == FORMS[0] and existing and not (target / "querylens_fast.json").exists():
         return _replace(existing, opened, strings)
+    if into == FORMS[0] and not (model_id and sae_set):
+        opened.missing.append("model_id= and sae_set= are not both given: batch files leave those names empty")
+    opened.missing.append("activations and densities are not known here: those fields are left empty")
     opened.say_missing()
     head = {
         "model_id": model_id,
@@ -132,10 +131,10 @@ def _replace(paths: Sequence[Path], source: Source, strings: Sequence[str]) -> l
     for path in paths:
         batch = _read_batch(path)
         places = [at[feature["feature_index"]] for feature in batch["features"]]
-        fields = (fields for rows in _scattered(source, places) for fields in _logit_fields(rows, strings))
+        fields = (fields for rows in _scattered(source, places) for fields in logit_fields(rows, strings))
         for feature, found in zip(batch["features"], fields, strict=True):
             feature |= {name: value for name, value in found.items() if value}
-        write_bytes(path, json.dumps(batch, ensure_ascii=False).encode())
+        write_bytes(path, json.dumps(batch).encode())
     return list(paths)
 
 
@@ -157,46 +156,16 @@ def _read_batch(path: Path) -> dict[str, Any]:
     raise ValueError(f"{str(path)!r} is no batch file of SAEDashboard: a feature_index is no number")
 
 
-def _logit_fields(rows: Rows, strings: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The fields that come from the unembedding, a dictionary a feature."""
-    positive, positive_scores = tokens_and_scores(rows.top_ids, rows.top_scores, strings)
-    negative, negative_scores = tokens_and_scores(rows.bottom_ids, rows.bottom_scores, strings)
-    for i in range(len(rows.features)):
-        heights, values = [], []
-        if rows.histogram is not None:
-            heights = rows.histogram.heights[i].tolist()
-            values = rounded(rows.histogram.values[i : i + 1])[0]
-        yield {
-            "neg_str": negative[i],
-            "neg_values": negative_scores[i],
-            "pos_str": positive[i],
-            "pos_values": positive_scores[i],
-            "logits_hist_data_bar_heights": heights,
-            "logits_hist_data_bar_values": values,
-        }
-
-
 def _write_batches(
     target: Path, source: Source, blocks: Sequence[slice], strings: Sequence[str], head: dict[str, Any]
 ) -> list[Path]:
     paths = [target / f"batch-{i}.json" for i in range(len(blocks))]
     pending = [i for i, path in enumerate(paths) if not path.exists()]
     for i, rows in zip(pending, source.read([blocks[i] for i in pending]), strict=True):
-        none: list[list[Any]] = [[] for _ in range(len(rows.features))]
-        aligned = (none, none, none) if rows.vectors is None else alignments(rows.vectors)
-        features = [
-            {**_blank(feature), **_alignment(aligned, j), **fields}
-            for j, (feature, fields) in enumerate(
-                zip(rows.features.tolist(), _logit_fields(rows, strings), strict=True)
-            )
-        ]
+        fields = zip(rows.features.tolist(), alignment_fields(rows), logit_fields(rows, strings), strict=True)
+        features = [{**_blank(feature), **alignment, **logits} for feature, alignment, logits in fields]
         write_bytes(paths[i], json_bytes({**head, "features": features}))
     return paths
-
-
-def _alignment(aligned: tuple[Any, Any, Any], i: int) -> dict[str, Any]:
-    names = ("neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1")
-    return {name: column[i] for name, column in zip(names, aligned, strict=True)}
 
 
 def _blank(feature: int) -> dict[str, Any]:
@@ -223,66 +192,24 @@ def _blank(feature: int) -> dict[str, Any]:
 def _write_columnar(target: Path, source: Source, blocks: Sequence[slice]) -> list[Path]:
     import pyarrow.parquet as pq
 
-    written = []
     folders = [target / f"feature_batch_{i}" for i in range(len(blocks))]
     pending = [i for i, folder in enumerate(folders) if not (folder / "manifest.json").exists()]
     for i, rows in zip(pending, source.read([blocks[i] for i in pending]), strict=True):
-        tables = {"logits_tables": _logits_table(rows), "logits_histograms": _histograms_table(rows)}
         folders[i].mkdir(parents=True, exist_ok=True)
+        tables = tables_of(rows)
         for name, table in tables.items():
             with whole(folders[i] / f"{name}.parquet") as partial:
                 pq.write_table(table, partial, compression="zstd")
-        manifest = {"feature_indices": rows.features.tolist(), "tables": sorted(tables)}
+        manifest = {
+            **COLUMNAR,
+            "feature_batch_index": i,
+            "row_counts": {name: table.num_rows for name, table in tables.items()},
+            "tables": {name: f"{name}.parquet" for name in tables},
+        }
         write_bytes(folders[i] / "manifest.json", json_bytes(manifest))
-    for folder in folders:
-        written += [folder / f"{name}.parquet" for name in ("logits_tables", "logits_histograms")]
-    return written
-
-
-def _logits_table(rows: Rows) -> pa.Table:
-    import pyarrow as pa
-
-    ids, numbers = pa.list_(pa.int64()), pa.list_(pa.float64())
-    columns = {
-        "feature_index": pa.array(rows.features.numpy(), pa.int64()),
-        "bottom_token_ids": pa.array(rows.bottom_ids.tolist(), ids),
-        "bottom_logits": pa.array(_finite(rows.bottom_scores), numbers),
-        "top_token_ids": pa.array(rows.top_ids.tolist(), ids),
-        "top_logits": pa.array(_finite(rows.top_scores), numbers),
-    }
-    return pa.table(columns)
-
-
-def _finite(scores: Tensor) -> list[list[float]]:
-    return scores.double().nan_to_num(0.0, 0.0, 0.0).tolist()
-
-
-def _histograms_table(rows: Rows) -> pa.Table:
-    import pyarrow as pa
-
-    n, numbers = len(rows.features), pa.list_(pa.float64())
-    heights: list[list[float]] = [[] for _ in range(n)]
-    values, ticks = heights, heights
-    if rows.histogram is not None:
-        heights, values = rows.histogram.heights.double().tolist(), rounded(rows.histogram.values)
-        width = (rows.histogram.values[:, 1] - rows.histogram.values[:, 0]) / 2
-        low, high = rows.histogram.values[:, 0] - width, rows.histogram.values[:, -1] + width
-        ticks = [tick_values(*pair) for pair in torch.stack([low, high], 1).tolist()]
-    columns = {
-        "feature_index": pa.array(rows.features.numpy(), pa.int64()),
-        "bar_heights": pa.array(heights, numbers),
-        "bar_values": pa.array(values, numbers),
-        "tick_vals": pa.array(ticks, numbers),
-        "title": pa.array([None] * n, pa.string()),
-    }
-    return pa.table(columns)
-
-
-def tick_values(low: float, high: float) -> list[float]:
-    """Ticks of a histogram from low to high: multiples of a tenth, three on the longer side of 0; 0 alone below 0.3."""
-    if max(high, -low) < 0.3:
-        return [0.0]
-    step = 0.1 * int(1e-4 + max(high, -low) / 0.3) + 1e-6
-    above = 3 if high > -low else int(high / step)
-    below = 3 if high <= -low else int(-low / step)
-    return [round(step * i, 1) for i in range(-below, above + 1)]
+    batches = [
+        {"artifact_dir": folder.name, "feature_batch_index": i, "feature_indices": source.features[block].tolist()}
+        for i, (folder, block) in enumerate(zip(folders, blocks, strict=True))
+    ]
+    write_bytes(target / "manifest.json", json_bytes({**COLUMNAR, "batches": batches}))
+    return [folder / f"{name}.parquet" for folder in folders for name in ("logits_tables", "logits_histograms")]

@@ -7,7 +7,6 @@ gives `Rows` block by block.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from querylens_fast.integrations.dashboard import Dashboard, Rows
 from querylens_fast.lens.results import Signatures
 from querylens_fast.lens.storage import FORMATS, StoredSignatures, read_identity, read_jsonl
 from querylens_fast.models.model import Model
+from querylens_fast.runs.run_record import agree
 from querylens_fast.runs.sealed_parquet import opened
 
 if TYPE_CHECKING:
@@ -137,10 +137,10 @@ def _of_result(source: Any, model: Model, k: int, dictionary: Dictionary | None)
     identity = _identity_in_memory(source) if isinstance(source, Signatures) else read_identity(path)
     if "preset" not in identity:
         raise ValueError(f"{str(path)!r} is a table of {identity.get('what')!r}; expected a result of `signatures`")
-    if identity.get("fingerprint") not in (None, model.fingerprint):
+    difference = None if identity.get("fingerprint") is None else model.difference_from(identity)
+    if difference is not None:
         raise ValueError(
-            f"the result is of model {identity.get('model')!r}, whose weights are not those of {model.name!r}; "
-            "pass the model it was computed with"
+            f"the result is of model {identity.get('model')!r} with {difference}; pass the model it was computed with"
         )
     stored = _Held(source) if isinstance(source, Signatures) else _file(Path(path))
     features = stored.features()
@@ -173,7 +173,7 @@ def _check_dictionary(identity: dict[str, Any], features: Tensor, model: Model, 
     dictionary.check_model(model)
     dictionary.select(features)
     known = identity.get("dictionary_fingerprint", dictionary.fingerprint)
-    if known != dictionary.fingerprint or identity["layer"] != dictionary.layer:
+    if not agree(known, dictionary.fingerprint) or identity["layer"] != dictionary.layer:
         raise ValueError(
             f"dictionary {dictionary.name!r} (layer {dictionary.layer}) is not the one that the result is of: "
             f"{identity.get('dictionary')!r}, layer {identity['layer']}"
@@ -276,8 +276,3 @@ def _padded(lists: Sequence[Sequence[float]], name: str) -> Tensor:
 
 def _dtype(name: str) -> torch.dtype:
     return torch.int64 if name.endswith("ids") else torch.float64
-
-
-def digest_of(identity: dict[str, Any]) -> str:
-    """A digest of JSON values."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]

@@ -9,11 +9,13 @@ vector [D], read out by `streamed_topk`. (A model with a soft cap on its logits 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from querylens_fast.dictionaries.dictionary import Dictionary
-from querylens_fast.lens.splice import run_from, splice
+from querylens_fast.lens.splice import encoder_at, run_from, splice
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import at_least_float32
 from querylens_fast.models.tokens import Tokens
@@ -67,6 +69,14 @@ def ablate(
 def activations(model: Model, dictionary: Dictionary, ids: Tensor) -> Tensor:
     """The activations [B, S, n] of a dictionary's features on ids [B, S], from a plain forward pass."""
     return splice(model, dictionary, ids).acts
+
+
+@torch.no_grad()
+def activations_by_position(model: Model, dictionary: Dictionary, ids: Tensor, positions: int) -> Iterator[Tensor]:
+    """`activations`, ``positions`` of the S positions at a time, [B, P, n] each: all of them are never held."""
+    encode = encoder_at(model, dictionary, ids)
+    for part in batches(ids.shape[1], positions):
+        yield encode(part)
 
 
 def _output_sum(model: Model, changed: Tensor, clean: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ def signatures(dictionary: Any, model: Any, **options: Any) -> Any:
         "dictionary_fingerprint": dictionary.fingerprint,
         "block_rows": block_rows,
     }
+    dictionary.check_finite(pipeline.preset.feature_vector, chosen)
 
     def save_tokens() -> None:
         if pipeline.tokens is not None:

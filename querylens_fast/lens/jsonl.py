@@ -103,7 +103,7 @@ class JsonlSink:
         try:
             earlier, with_digest = read_record(record)
             refuse_others(self.path, earlier, self.identity, resume)
-            self._seed = self._seed if with_digest else None
+            self.identity, self._seed = earlier, _seed(earlier) if with_digest else None
         except DamagedFile as error:
             if not any(_is_whole(line, self._seed) for path in self._files() for line in _lines(path)):
                 raise DamagedFile(f"{error}, so nothing says what run {str(self.path)!r} is of; {_REMEDY}") from error

@@ -100,11 +100,7 @@ class LensOptions:
     @classmethod
     def of(cls, given: dict[str, Any]) -> LensOptions:
         """Options from keyword arguments. Raises TypeError for a name that is none, with those that are."""
-        known = [f.name for f in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise TypeError(f"unexpected option {name!r}; the options are {', '.join(known)}")
-        return cls(**given)
+        return from_keywords(cls, given)
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model.
@@ -182,6 +178,15 @@ def takes(options: Callable[P, object]) -> Callable[[Callable[..., R]], Callable
         return function  # type: ignore[return-value]
 
     return decorate
+
+
+def from_keywords(options: type[R], given: dict[str, Any]) -> R:
+    """A dataclass of options from keyword arguments. Raises TypeError for a name that is none, with those that are."""
+    known = [f.name for f in fields(options)]  # type: ignore[arg-type]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"unexpected option {name!r}; the options are {', '.join(known)}")
+    return options(**given)
 
 
 def described(documented: Any) -> dict[str, str]:

@@ -5,7 +5,7 @@ What is decided here (which transition, whether a transport is fitted, which cen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,9 @@ def plan(
         dictionary.check_direction(preset.feature_vector)
     if given.k > model.vocab_size:
         raise ValueError(f"k is {given.k}; expected 1 to the vocabulary's {model.vocab_size}")
+    reads_output = preset.feature_vector == "key" and dictionary.key_module is not None and preset.needs_transport
+    if reads_output:
+        dictionary = _reading_output(dictionary, model, preset, given)
     if preset.needs_transport or preset.stream_transition == "tuned_lens":
         dictionary.point(preset.feature_vector)
     if preset.is_ablation and dictionary.kind != "neurons":
@@ -77,12 +80,32 @@ def plan(
     transport, tuned_lens = None, given.tuned_lens
     if preset.needs_transport:
         n = dictionary.n_features if n_features is None else n_features
-        transport = open_transport(model, given) or fit_if_cheaper(model, given, tokens, n)
+        transport = open_transport(model, given) or fit_if_cheaper(model, given, tokens, n, reads_output)
+        transport = transport.through_modules() if reads_output and transport is not None else transport
     if tuned_lens is not None and not isinstance(tuned_lens, TunedLens):
         tuned_lens = load_tuned_lens(tuned_lens)
     planned = _Plan(model, dictionary, preset, given, transport, tokens, tuned_lens, total)
     readout = find_readout(model, preset, planned.centre(), given.final_norm, given.unembedding)
     return Pipeline(model, dictionary, preset, given, planned.transition(), readout, transport, tokens, tuned_lens)
+
+
+def _reading_output(dictionary: Dictionary, model: Model, preset: Preset, options: LensOptions) -> Dictionary:
+    """The dictionary with its keys at the point after the module whose output they read, for `through_modules`.
+
+    Raises:
+        ValueError: The preset is of the first order, statistics were asked for that need each key's own walk, or the
+            model's layers are linearised whole.
+    """
+    wrong = f"preset {preset.name!r}" if preset.stream_transition != "full" else f"stats={options.stats!r}"
+    if not model.has_submodules:
+        wrong = f"model {model.name!r}, whose layers are linearised whole,"
+    if preset.stream_transition != "full" or options.stats in ("exact", "rel_var") or not model.has_submodules:
+        raise ValueError(
+            f"dictionary {dictionary.name!r}: its keys read {dictionary.hook_name!r}, the output of a module, and are "
+            f"carried through that module in full order only, without relative variances; {wrong} is not supported"
+        )
+    assert dictionary.key_module is not None
+    return replace(dictionary, key_point=dictionary.key_module + 1)
 
 
 def open_transport(model: Model, options: LensOptions) -> Transport | None:
@@ -109,16 +132,22 @@ def open_transport(model: Model, options: LensOptions) -> Transport | None:
 
 
 def fit_if_cheaper(
-    model: Model, options: LensOptions, tokens: Tokens | None, n_features: int, seed: int = 0
+    model: Model,
+    options: LensOptions,
+    tokens: Tokens | None,
+    n_features: int,
+    always: bool = False,
+    seed: int = 0,
 ) -> Transport | None:
     """A transport for n_features features where that costs fewer passes than carrying each feature, or is needed.
 
-    The adaptive preset and stats="rel_var" need one; stats="exact" carries each feature anyway.
+    The adaptive preset and stats="rel_var" need one, as do others that say ``always``; stats="exact" carries each
+    feature anyway.
     """
     preset = options.lens
     adaptive = preset.stream_transition == "adaptive"
     needed = adaptive or options.stats == "rel_var"
-    if tokens is None or not (needed or (options.stats != "exact" and n_features >= model.d_model)):
+    if tokens is None or not (needed or always or (options.stats != "exact" and n_features >= model.d_model)):
         return None
     return fit_transport(
         model,

@@ -94,6 +94,23 @@ def splice(model: Model, dictionary: Dictionary, ids: Tensor, error_term: bool =
     return Splice(point, output, acts, lambda f: coder.decoder_rows(f)[:, None, None] * scale, stream)
 
 
+def encoder_at(model: Model, dictionary: Dictionary, ids: Tensor) -> Callable[[slice], Tensor]:
+    """Run the model on ids [B, S]; returns positions → the dictionary's activations [B, P, n] there.
+
+    Raises:
+        ValueError: The dictionary reads where its activations cannot be taken.
+    """
+    sites = _Sites(model, dictionary.reads.layer, model.residuals(ids))
+    if dictionary.kind == "neurons":
+        mlp = sites.block.mlp
+        return lambda part: mlp.hidden(mlp.norm(sites.middle[:, part]))
+    coder, x = _coder_on(dictionary, model), sites.at(dictionary.reads, dictionary)
+    if coder.architecture == "temporal":  # its codes depend on all positions before
+        acts = coder.encode(x)
+        return lambda part: acts[:, part]
+    return lambda part: coder.encode(x[:, part])
+
+
 class _Sites:
     """Clean activations of one layer, and what the stream becomes when something else stands in their place."""
 

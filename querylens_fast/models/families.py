@@ -118,7 +118,8 @@ def _decoder(source: Any) -> Any:
 def activation_named(name: str) -> Activation:
     from transformers.activations import ACT2FN
 
-    return ACT2FN[name]
+    # gelu_new is the same function in six kernels; the other is one.
+    return ACT2FN["gelu_pytorch_tanh" if name == "gelu_new" else name]
 
 
 def _bias(module: Any) -> Tensor | None:

@@ -126,6 +126,28 @@ def _close(named: float, measured: float, dtype: torch.dtype) -> bool:
     return abs(named - measured) <= abs(measured) * {torch.float64: 1e-6, torch.float32: 1e-5}.get(dtype, 0.01)
 
 
+POSITION_TABLES = ("wpe", "embed_positions", "positions_embed", "position_embeddings", "pos_encoding")
+
+
+def position_limit(source: nn.Module) -> int | None:
+    """How many positions the model's table of position embeddings has, learned or not; None: there is no table.
+
+    Without one (rotary, ALiBi, state-space layers, sinusoids made as they are needed) any length runs.
+    """
+    found = []
+    for module in source.modules():
+        for name in POSITION_TABLES:
+            table = getattr(module, name, None)
+            if isinstance(table, nn.Embedding):
+                skipped = 0 if table.padding_idx is None else table.padding_idx + 1
+                found.append(table.num_embeddings - getattr(table, "offset", skipped))
+            elif isinstance(table, Tensor) and table.ndim == 2:
+                found.append(len(table))
+        if hasattr(module, "build_mpt_alibi_tensor"):  # made once for this length
+            found.append(source.config.max_seq_len)
+    return min(found, default=None)
+
+
 FINAL_NORMS = (
     "ln_f",
     "norm",

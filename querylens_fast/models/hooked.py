@@ -45,6 +45,7 @@ def from_hooked(hooked: Any) -> Model:
         raise UnsupportedModelError(f"hooked model {name!r} uses {', '.join(wrong)}, which is not supported")
     folded = str(cfg.normalization_type).endswith("Pre")
     b_U = getattr(hooked, "b_U", None)
+    table = hooked.W_pos.detach() if cfg.positional_embedding_type == "standard" else None
     return Model(
         name=name,
         architecture="hooked",
@@ -54,7 +55,8 @@ def from_hooked(hooked: Any) -> Model:
         W_U=hooked.W_U.detach().mT,
         b_U=None if b_U is None or not bool(b_U.any()) else b_U.detach(),
         embed_scale=1.0,
-        position_embedding=hooked.W_pos.detach() if cfg.positional_embedding_type == "standard" else None,
+        position_embedding=table,
+        max_positions=None if table is None else len(table),
         logit_softcap=_positive(getattr(cfg, "output_logits_soft_cap", None)),
         convention="hooked model, final norm folded into W_U" if folded else "hooked model, raw unembedding",
         tokenizer=getattr(hooked, "tokenizer", None),

@@ -25,7 +25,7 @@ from querylens_fast.models.errors import UnsupportedModelError
 from querylens_fast.models.families import FAMILIES, from_transformers
 from querylens_fast.models.fingerprint import behaviour
 from querylens_fast.models.folders import load_source, load_tokenizer, parse_device, parse_dtype
-from querylens_fast.models.frame import measured_frame
+from querylens_fast.models.frame import measured_frame, position_limit
 from querylens_fast.models.hooked import from_hooked
 from querylens_fast.models.model import Linearisation, Model
 from querylens_fast.models.norms import at_least_float32
@@ -154,6 +154,12 @@ def as_model(model: Any, tokenizer: Any = None, linearisation: Linearisation = "
 def _adapt(source: Any, name: str, tokenizer: Any, linearisation: Linearisation) -> Model:
     """A `Model` over a transformers causal LM's weights, by hand or by autodiff, checked against its own logits."""
     refuse_unusable(source, name)
+    loaded = _linearised(source, name, tokenizer, linearisation)
+    loaded.max_positions = position_limit(source)
+    return loaded
+
+
+def _linearised(source: Any, name: str, tokenizer: Any, linearisation: Linearisation) -> Model:
     config = source.config.get_text_config()
     forward = _logits_of(source)
     ids = probe_ids(len(source.get_input_embeddings().weight), next(source.parameters()).device)

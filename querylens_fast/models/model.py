@@ -27,8 +27,9 @@ class Model:
     weights. ``linearisation`` says whose Jacobians are taken: those written out in `blocks` and `moe`, or autodiff's
     through the model's ``own`` layers (`own_layers.OwnLayers`, else None). ``has_submodules`` False: each layer is one
     unit, so that the stream between attention and MLP, the first order and one module alone are refused; ``parallel``:
-    because attention and MLP read the same stream. ``layout`` is the hand-written form of a known family that is
-    linearised by autodiff, and ``behaviour`` a few of the source's own logits.
+    because attention and MLP read the same stream. ``max_positions`` is the length of its table of position embeddings
+    (None: it has none, and takes sequences of any length). ``layout`` is the hand-written form of a known family that
+    is linearised by autodiff, and ``behaviour`` a few of the source's own logits.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Model:
     own: Any = field(default=None, repr=False)
     has_submodules: bool = True
     parallel: bool = False
+    max_positions: int | None = None
     layout: Model | None = field(default=None, repr=False)
     behaviour: str = field(default="", repr=False)
 

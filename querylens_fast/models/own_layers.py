@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,21 +20,13 @@ from torch import Tensor, nn
 
 from querylens_fast.models.blocks import Masking
 from querylens_fast.models.errors import UnsupportedModelError
+from querylens_fast.models.layer_arguments import Arguments, alike, repaired, split_call
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention", "linear_attn")
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "fc2")
 ROUTER_NAMES = ("gate", "router", "gating")
 EAGER = ("_attn_implementation_internal", "_experts_implementation_internal")
 """Configuration fields that choose kernels; only the eager ones can be differentiated twice."""
-
-
-class Arguments(NamedTuple):
-    """What a model passes one of its layers beside the hidden states, and the queries that see any key there."""
-
-    positional: tuple[Any, ...]
-    named: dict[str, Any]
-    sees: Tensor | None
-    """[B or 1, S, 1] bool; None: all of them."""
 
 
 class Passes(NamedTuple):
@@ -118,9 +110,9 @@ class OwnLayers:
         final: list[Tensor] = []
 
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x, rest, named = _split(args, kwargs)
+            x, rest, named = split_call(args, kwargs)
             streams.append(x)
-            arguments.append(_repaired(rest, named))
+            arguments.append(repaired(rest, named))
 
         def after(_module: nn.Module, _args: Any, out: Any) -> None:
             final.append(first_tensor(out))
@@ -142,7 +134,7 @@ class OwnLayers:
         found: list[Tensor] = []
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(_split(args, kwargs)[0])
+            found.append(split_call(args, kwargs)[0])
             raise _Reached
 
         with _removing(self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)):
@@ -242,7 +234,7 @@ class OwnLayers:
                     "beside the residual stream (keys and values shared between layers), so the stream alone does not "
                     "carry a direction"
                 )
-        return not all(_same(a[:2], b[:2]) for a, b in zip(first, second, strict=True))
+        return not all(alike(a[:2], b[:2]) for a, b in zip(first, second, strict=True))
 
 
 class _Reached(Exception):
@@ -310,50 +302,3 @@ def _is_stream(given: Tensor | None, out: Tensor | None) -> bool:
         and given.shape == out.shape
         and given.is_floating_point()
     )
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """(hidden states, other positional arguments, other named ones) of a layer's call."""
-    if args:
-        return args[0], args[1:], dict(kwargs)
-    return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two layers' arguments are alike; what is no tensor counts as alike."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return True
-
-
-def _repaired(positional: tuple[Any, ...], named: dict[str, Any]) -> Arguments:
-    """The arguments with a query that sees no key seeing all (for a finite softmax), and marked to give zero."""
-    sees = None
-
-    def repair(value: Any) -> Any:
-        nonlocal sees
-        if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[-1] != value.shape[-2]:
-            return value
-        if value.dtype != torch.bool and not value.is_floating_point():
-            return value
-        if value.dtype == torch.bool:
-            # The first query never sees the last key: some models mark what is hidden, most what is seen.
-            marks_hidden = value.shape[-1] > 1 and bool(value[..., 0, -1].any())
-            blind = ~(value ^ marks_hidden).any(-1, keepdim=True)
-        else:
-            blind = (value <= torch.finfo(value.dtype).min / 2).all(-1, keepdim=True)
-        if not bool(blind.any()):
-            return value
-        sees = ~blind[:, 0]
-        if value.dtype == torch.bool:
-            return value & ~blind if marks_hidden else value | blind
-        return value.masked_fill(blind, 0.0)
-
-    # What the layers fill as they run is kept as it was at this layer.
-    positional = tuple(copy.copy(v) if isinstance(v, Mapping) else repair(v) for v in positional)
-    named = {name: copy.copy(v) if isinstance(v, Mapping) else repair(v) for name, v in named.items()}
-    return Arguments(positional, named, sees)

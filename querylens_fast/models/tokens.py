@@ -195,10 +195,11 @@ def _checked(ids: Tensor, mask: Tensor | None, model: Any, source: str, details:
     if ids.ndim == 1:
         ids = ids[None]
     vocab = getattr(model, "vocab_size", None)
-    table = getattr(model, "position_embedding", None)
-    if table is not None and ids.shape[-1] > len(table):
+    positions = getattr(model, "max_positions", None)
+    if positions is not None and ids.shape[-1] > positions:
         raise ValueError(
-            f"tokens from {source} are {ids.shape[-1]} long, but the model has {len(table)} positions; cut them shorter"
+            f"tokens from {source} are {ids.shape[-1]} long, but model {model.name!r} has {positions} positions; cut "
+            "them shorter"
         )
     if ids.numel() and (int(ids.min()) < 0 or (vocab is not None and int(ids.max()) >= vocab)):
         worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())

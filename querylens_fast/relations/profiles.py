@@ -28,6 +28,7 @@ from querylens_fast.relations.channel_statistics import separation
 from querylens_fast.relations.output_features import output_features
 from querylens_fast.relations.readers import layers_behind
 from querylens_fast.relations.tables import Block, Categories, RelationTable, identity_of, rows, tabulate
+from querylens_fast.runs.run_record import agree
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -164,9 +165,8 @@ def _summary(values: Tensor) -> dict[str, float | None]:
 
 def _predicting(dictionary: Dictionary, table: RelationTable) -> Tensor:
     """[n] bool: the features that predict tokens."""
-    if table.metadata.get("what") != "output features" or table.metadata["dictionary_fingerprint"] != (
-        dictionary.fingerprint
-    ):
+    said = table.metadata
+    if said.get("what") != "output features" or not agree(said["dictionary_fingerprint"], dictionary.fingerprint):
         raise ValueError(f"semantic holds a table that is not output_features of {dictionary.name!r}")
     found = table.table(["source_id", "predicts"])
     ids = torch.tensor(found["source_id"].to_pylist(), dtype=torch.int64)

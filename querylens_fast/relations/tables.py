@@ -21,7 +21,8 @@ A product is a sequence of `Block`s, each of which computes its rows when called
     found.table(), found.pandas(), found.metadata
 
 With ``out`` every block becomes a part file in ``<out>.parts``, whole or not at all; a killed run called again computes
-only what is missing, and the file appears under its name once it is complete.
+only what is missing, and the file appears under its name once it is complete. Within `processes.joined` the blocks are
+shared among the processes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -40,6 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from querylens_fast.models.model import Model
+from querylens_fast.runs import processes
 from querylens_fast.runs.part_writer import PartWriter, read_identity
 from querylens_fast.runs.run_lock import held, resumable
 from querylens_fast.runs.sealed_parquet import opened
@@ -137,7 +139,9 @@ def tabulate(
         raise ValueError(f"there is nothing to compute for {metadata.get('what')!r}: no features or no targets chosen")
     metadata = json.loads(json.dumps({"format": FORMAT, **metadata, "blocks": len(blocks)}))
     show = out is not None if progress is None else progress
-    with tqdm(total=sum(b.size for b in blocks), desc=metadata.get("what"), unit=unit, disable=not show) as bar:
+    own = processes.current().share(blocks) if out is not None else blocks
+    hidden = not (show and processes.current().leads)
+    with tqdm(total=sum(b.size for b in own), desc=metadata.get("what"), unit=unit, disable=hidden) as bar:
         if out is not None:
             return _write(blocks, metadata, Path(out), resume, bar)
         parts = []
@@ -277,10 +281,20 @@ def _for_each(value: Any, repeats: int) -> Any:
 def _write(blocks: Sequence[Block], metadata: dict[str, Any], out: Path, resume: bool, bar: tqdm[Any]) -> RelationTable:
     if out.suffix != ".parquet":
         raise ValueError(f"out is {str(out)!r}; expected a .parquet file")
-    with held(out), resumable(out):
-        writer = PartWriter(out, metadata, row_group=ROW_GROUP, resume=resume)
-        for i, block in enumerate(blocks):
+    group = processes.current()
+    group.agree("the table", metadata)
+    with ExitStack() as stack:
+        if group.leads:
+            stack.enter_context(held(out))
+        stack.enter_context(resumable(out))
+        with group.in_turn("open"):
+            writer = PartWriter(out, metadata, row_group=ROW_GROUP, resume=resume)
+        for i, block in group.share(list(enumerate(blocks))):
             if not writer.done(i):
                 writer.write(i, block.compute())
             bar.update(block.size)
-        return RelationTable(metadata, writer.finish(n_parts=len(blocks)))
+            group.check()
+        group.wait("written")
+        path = writer.finish(n_parts=len(blocks)) if group.leads else out
+        group.wait("finished")
+        return RelationTable(metadata, path)

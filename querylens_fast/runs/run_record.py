@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from querylens_fast.runs.atomic_write import write_whole
 
 _DIGEST = "sha256"
+_FINGERPRINT = re.compile("[0-9a-f]{32}-[0-9a-f]{32}")
 
 
 class DamagedFile(ValueError):
@@ -44,11 +46,26 @@ def read_record(path: Path) -> tuple[dict[str, Any], bool]:
     return found, digest is not None
 
 
+def agree(earlier: Any, now: Any) -> bool:
+    """Whether two values of identities are the same, a dictionary's fingerprint of an earlier version included.
+
+    Earlier versions recorded the first 32 of a fingerprint's digits alone.
+    """
+    if isinstance(earlier, list) and isinstance(now, list):
+        return len(earlier) == len(now) and all(map(agree, earlier, now))
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        return earlier.keys() == now.keys() and all(agree(earlier[k], now[k]) for k in earlier)
+    if earlier == now:
+        return True
+    texts = isinstance(earlier, str) and isinstance(now, str)
+    return texts and bool(_FINGERPRINT.fullmatch(now)) and earlier == now[:32]
+
+
 def refuse_others(there: Path, earlier: dict[str, Any], identity: dict[str, Any], resume: bool) -> None:
     """Raise FileExistsError unless what lies ``there`` is of this run and may be gone on with."""
     if not resume:
         raise FileExistsError(f"{str(there)!r} exists already; delete it, choose another out, or use resume=True")
-    changed = sorted(key for key in earlier.keys() | identity.keys() if earlier.get(key) != identity.get(key))
+    changed = sorted(key for key in earlier.keys() | identity.keys() if not agree(earlier.get(key), identity.get(key)))
     if changed:
         raise FileExistsError(
             f"{str(there)!r} holds the result of another run (different: {', '.join(changed)}); delete it or choose "

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -132,8 +131,8 @@ def streamed_topk(
             beyond the last bit of a score.
         max_memory_gib: bound on the torch backend's tiles and its narrow copy of W, at least 0.001; where rows have to
             be scored again, as much once more. None: tiles of up to 128 MiB and a copy of up to 2 GiB. On the CPU
-            buffers of up to 512 MiB a thread are kept for the next call. The Triton backend needs none: it holds 0.25
-            GiB of winners, or 1 GiB of products, and a copy of W.
+            buffers of up to 512 MiB a thread are kept for the next call. The Triton backend needs none: it holds 1
+            GiB of winners, or as much of products, and a 16-bit copy of W.
         threads: CPU threads for this call; None leaves torch's setting.
 
     Returns:
@@ -183,22 +182,7 @@ def _run(request: Request, backend: str) -> Outcome:
     if backend == "triton":
         from querylens_fast.topk import triton_backend
 
-        if request.F.dtype != request.W.dtype:
-            # The kernels multiply operands of one dtype.
-            dtype = torch.promote_types(request.F.dtype, request.W.dtype)
-            request = replace(request, F=request.F.to(dtype), W=request.W.to(dtype))
-        return triton_backend.topk(
-            request.F,
-            request.W,
-            request.k,
-            request.epilogue,
-            top=request.top,
-            bottom=request.bottom,
-            block_rows=request.block_rows,
-            precision=request.precision,
-            moments=request.statistics,
-            method=request.method,
-        )
+        return triton_backend.topk(request)
     if request.precision == "bf16":
         return torch_backend.topk(request, NarrowProduct(request, exact=False))
     # Statistics of an exact call are of float32 scores too.

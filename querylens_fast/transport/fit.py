@@ -233,7 +233,7 @@ class _Fit:
         """Whether the two halves of what was added agree; says so in the bar, the log and the metadata."""
         until, n = self.options.until, self.batches[n_batches - 1].stop
         assert self.agreement is not None and until is not None
-        reached, worst = self.agreement(self.sums, *self._group_totals(n_batches))
+        reached, smooth, worst = self.agreement(self.sums, *self._group_totals(n_batches))
         bar.set_postfix(jaccard=f"{reached:.3f}", until=until, sequences=n)
         self.outcome = {"until": str(until), "until_k": str(self.options.k), "jaccard": f"{reached:.4f}"}
         self.outcome["lowest_jaccard"] = worst
@@ -243,7 +243,7 @@ class _Fit:
             say.info(said, self.options.k, reached, n, worst)
             return True
         if n_batches == len(self.batches):
-            more = sequences_needed(n, reached, until)
+            more = max(n + 1, sequences_needed(n, smooth, until))
             self.outcome["sequences_needed"] = str(more)
             said = f"{said}; for %g about %d sequences would be needed"
             say.warning(said, self.options.k, reached, n, worst, until, more)

@@ -80,8 +80,9 @@ class Agreement:
         self.order: Order = order
 
     @torch.no_grad()
-    def __call__(self, fitted: JacobianSums, counts: Tensor, centres: Tensor) -> tuple[float, str]:
-        """(the lower of the sides' medians over all features, the dictionary with the lowest median and that median).
+    def __call__(self, fitted: JacobianSums, counts: Tensor, centres: Tensor) -> tuple[float, float, str]:
+        """(the lower of the sides' medians over all features, the same of `middle`, the dictionary with the lowest
+        median and that median).
 
         Args:
             fitted: The sums so far, of G groups; this process's share of them.
@@ -105,11 +106,12 @@ class Agreement:
             each = jaccard(*lists)
             found.setdefault(probe.side, []).append(each)
             medians[probe.name] = float(each.median())
-        lowest = min(float(torch.cat(values).median()) for values in found.values())
+        sides = [torch.cat(values) for values in found.values()]
+        lowest = [min(float(side.median()) for side in sides), min(map(middle, sides))]
         # One process decides for all: their sums might differ in the last bit.
-        reached = process.sum_(torch.tensor(lowest if process.leads else 0.0, dtype=torch.float64))
+        reached = process.sum_(torch.tensor(lowest if process.leads else [0.0, 0.0], dtype=torch.float64)).tolist()
         worst = min(medians, key=medians.__getitem__)
-        return float(reached), f"{medians[worst]:.3f} for {worst}"
+        return reached[0], reached[1], f"{medians[worst]:.3f} for {worst}"
 
 
 def top_tokens(model: Model, moved: Tensor, side: Side, centre: Tensor, k: int) -> Tensor:
@@ -130,6 +132,14 @@ def jaccard(first: Tensor, second: Tensor) -> Tensor:
     """[n] Jaccard indices of two lists [n, k] of ids, each without repeats."""
     shared = (first[:, :, None] == second[:, None, :]).any(2).sum(1).double()
     return shared / (first.shape[1] + second.shape[1] - shared)
+
+
+def middle(jaccards: Tensor) -> float:
+    """Near the median of Jaccard indices [n], without its steps: of the mean share exchanged over their middle half."""
+    exchanged = ((1 - jaccards) / (1 + jaccards)).sort().values
+    cut = len(exchanged) // 4
+    mean = float(exchanged[cut : len(exchanged) - cut].mean())
+    return (1 - mean) / (1 + mean)
 
 
 def sequences_needed(n: int, reached: float, target: float) -> int:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from querylens_fast.models.model import Model
 from querylens_fast.transport.jacobian_lens import import_jacobian_lens
 from querylens_fast.transport.transport import Transport, load_transport
+
+logger = logging.getLogger(__name__)
 
 REGISTRY = "tools/analysis/jacobian_lens_registry.json"
 LENS_SUFFIXES = (".pt", ".pth")
@@ -39,7 +42,7 @@ def find_transport(source: str | Path, model: Model) -> Transport:
 
 
 def published_lens(name: str) -> Path:
-    """The file of a published lens, from the Hub or its cache.
+    """The file of a published lens, from the Hub or its cache, at the commit that transformer-lens pins.
 
     Raises:
         FileNotFoundError: transformer-lens with a registry is not installed, it does not know the name, or the file
@@ -57,16 +60,33 @@ def published_lens(name: str) -> Path:
     if entry is None:
         known = ", ".join(sorted(key for key, e in registry.items() if isinstance(e, dict)))
         raise FileNotFoundError(f"transport {name!r} is no file and no published Jacobian lens; known are {known}")
+    found = _fetched(entry, {"revision": registry["revision"]}) if "revision" in registry else None
+    if isinstance(found, Path):
+        return found
+    if found is not None:
+        logger.warning(
+            "the Jacobian lens of %r cannot be had at the commit that transformer-lens pins (%s): trying the newest",
+            name,
+            type(found).__name__,
+        )
+    found = _fetched(entry, {})
+    if isinstance(found, Path):
+        return found
+    first = (str(found).splitlines() or [""])[0]
+    raise FileNotFoundError(
+        f"the Jacobian lens of {name!r} ({entry['filename']} of {entry['repo_id']}) cannot be fetched "
+        f"({type(found).__name__}: {first}); download it and pass the .pt file"
+    ) from found
+
+
+def _fetched(entry: dict[str, Any], at: dict[str, str]) -> Path | Exception:
+    """The file in the Hub's cache, fetched where it is not there yet, or why it cannot be."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(entry["repo_id"], entry["filename"]))
+        return Path(hf_hub_download(entry["repo_id"], entry["filename"], **at))
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise FileNotFoundError(
-            f"the Jacobian lens of {name!r} ({entry['filename']} of {entry['repo_id']}) cannot be fetched "
-            f"({type(error).__name__}: {first}); download it and pass the .pt file"
-        ) from error
+        return error
 
 
 def _registry() -> dict[str, Any] | None:

@@ -172,6 +172,30 @@ class Transport:
             metadata={**self.metadata, "points": ",".join(map(str, even))},
         )
 
+    def through_modules(self) -> Transport:
+        """A copy for keys that read what a module adds to the stream: its matrix at point i + 1 is that of module i.
+
+        Such a key's gradient goes through the module's Jacobian and on from the module's input: K_{i+1} − K_i, exactly,
+        as both carry the key on from that input alike (full order).
+
+        Raises:
+            ValueError: This transport was fitted without the key side in full order.
+        """
+        kept, held = self._kept("key", "full"), self.points
+        points = [p for p in held if p - 1 in held]
+
+        def differences(matrices: Tensor) -> Tensor:
+            at, before = ([held.index(p - less) for p in points] for less in (0, 1))
+            return matrices[..., at, :, :] - matrices[..., before, :, :]
+
+        return replace(
+            self,
+            matrices={("key", "full"): differences(kept)},
+            energies={},
+            groups={("key", "full"): differences(self.groups["key", "full"])} if self.groups else {},
+            metadata={**self.metadata, "points": ",".join(map(str, points)), "keys_read": "outputs of modules"},
+        )
+
     def layer_terms(self, side: Side, point: int, layer: int) -> list[tuple[int, Tensor | None]]:
         """The first-order terms by layer, in the reference's order: (label, matrix [D, D], None for the identity).
 

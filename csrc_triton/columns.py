@@ -1,0 +1,135 @@
+"""What a pass has to know of W and the terms before it starts: the operand, bounds, columns set apart.
+
+Columns that are not finite, or twice as long as all but 32, would spoil the bounds of all others: the pass sees zeros
+in their place, and every row scores them exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from csrc_triton.finish import MAX_APART
+from csrc_triton.rows import Columns
+
+
+class Prepared(NamedTuple):
+    """What is made of W and the terms, once a call."""
+
+    W: Tensor
+    """[V, D] operand of the pass, D a multiple of 16; columns set apart are zeros."""
+    bounds: Columns
+    scale: Tensor | None
+    """[V] float32 with terms."""
+    bias: Tensor | None
+    apart: Tensor | None
+    """[A] int32."""
+    fixed: bool
+    mean: tuple[Tensor, float, float] | None
+    """With statistics: mean row of W, mean scale, mean bias."""
+
+    @property
+    def n_apart(self) -> int:
+        """Columns set apart."""
+        return 0 if self.apart is None else len(self.apart)
+
+
+def prepare(
+    W: Tensor,
+    dtype: torch.dtype,
+    *,
+    scaled: bool,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    terms: bool,
+    statistics: bool,
+) -> Prepared | None:
+    """Read W three times, once a call.
+
+    Args:
+        W: [V, d].
+        dtype: of the operand.
+        scaled: whether it is rounded to float16 after a power of two.
+        bias: [V] or None.
+        scale: [V] or None.
+        terms: whether the epilogue applies terms: ones and zeros stand for a scale and a bias that is None.
+        statistics: whether sums over each row are asked for, which no column may be missing from.
+
+    Returns:
+        None where too much of W or the terms is not finite, or with statistics anything.
+    """
+    device, V = W.device, len(W)
+    scale = None if scale is None else scale.float().contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    step = max(1, (1 << 26) // W.shape[1])
+    norms = torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in W.split(step)])
+    norms = norms if scale is None else norms * scale.abs()
+    usual = norms.nan_to_num(math.inf, math.inf).topk(min(MAX_APART + 1, V)).values[-1]
+    apart = ~(norms <= 2 * usual) if V > MAX_APART else ~norms.isfinite()
+    broken = torch.zeros_like(apart) if bias is None else ~bias.isfinite()
+    # The only answers that are waited for before the last block.
+    n_apart, n_broken, n_both = (int(x.sum()) for x in (apart, broken, apart | broken))
+    if not math.isfinite(float(usual)) and V > MAX_APART or n_apart > MAX_APART:
+        return None
+    fixed = n_both <= MAX_APART
+    if fixed:
+        apart = apart | broken
+    elif n_broken == V:
+        return None
+    ids = apart.nonzero().squeeze(1) if n_both else None
+    if ids is not None and not len(ids):
+        ids = None
+    if ids is not None and statistics:
+        return None
+    narrow, error, exponent = _narrow(W, dtype, scale, ids, scaled=scaled)
+    if ids is not None:
+        norms = norms.index_fill(0, ids, 0.0)
+        bias = None if bias is None else bias.index_fill(0, ids, 0.0)
+        scale = None if scale is None else scale.index_fill(0, ids, 0.0)
+    usual_bias = 0.0
+    if bias is not None:
+        sizes = bias[bias.isfinite()].abs()
+        usual_bias = float(sizes.max())
+        # A few huge numbers would leave the others no units.
+        fixed = fixed and usual_bias <= 4096 * max(float(sizes.median()), float(norms.max()))
+    longest = (float(norms.max()) * 1.001 + 1e-37) * 2.0**exponent
+    bounds = Columns(longest, error, exponent, 1.0 if scale is None else float(scale.abs().max()), usual_bias)
+    mean = None
+    if statistics:
+        means = [1.0 if scale is None else float(scale.mean()), 0.0 if bias is None else float(bias.mean())]
+        mean = (W.mean(0, dtype=torch.float32), means[0], means[1])
+    if terms:
+        scale = torch.ones(V, device=device) if scale is None else scale
+        bias = torch.zeros(V, device=device) if bias is None else bias
+    return Prepared(narrow, bounds, scale, bias, None if ids is None else ids.int(), fixed, mean)
+
+
+def _narrow(
+    W: Tensor, dtype: torch.dtype, scale: Tensor | None, apart: Tensor | None, *, scaled: bool
+) -> tuple[Tensor, float, int]:
+    """The operand of the pass, the largest |scale| ‖w - w'‖ of its rows, and the exponent that it was multiplied by."""
+    V, d = W.shape
+    if not scaled and apart is None and d % 16 == 0:
+        W = W.to(dtype).contiguous()
+        return (W if W.data_ptr() % 16 == 0 else W.clone()), 0.0, 0
+    narrow = torch.zeros(V, d + -d % 16, dtype=dtype, device=W.device)
+    step = max(1, (1 << 26) // d)
+    exponent = 0
+    kept = torch.ones(V, dtype=torch.bool, device=W.device)
+    if apart is not None:
+        kept[apart] = False
+    if scaled:
+        peak = torch.stack([part.abs().amax(1).masked_fill(~kept[i * step : i * step + step], 0).amax()
+                            for i, part in enumerate(W.split(step))]).amax()  # fmt: skip
+        exponent = max(-100, min(100, 15 - math.frexp(float(peak))[1])) if float(peak) else 0
+    error = torch.zeros((), device=W.device)
+    for start in range(0, V, step):
+        rows = slice(start, start + step)
+        part = W[rows].float().masked_fill(~kept[rows, None], 0) * 2.0**exponent
+        narrow[rows, :d] = part
+        lost = torch.linalg.vector_norm(part - narrow[rows, :d].float(), dim=1)
+        error = torch.maximum(error, (lost if scale is None else lost * scale[rows].abs().nan_to_num(0, 0)).amax())
+    return narrow, float(error) * 1.001, exponent

@@ -1,0 +1,245 @@
+"""What templates are given to write tokens, scores and links: filters, and the Jinja2 environment."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlencode
+
+from querylens_fast.queries.catalog import PREFERRED
+from querylens_fast.queries.display import MARKS
+from querylens_fast.queries.views import FeatureView, SignatureView, Token
+from querylens_fast.serve.plots import histogram
+
+if TYPE_CHECKING:
+    import jinja2
+    from markupsafe import Markup
+
+SHADES = 6
+"""Steps of colour on each side of zero."""
+NAMES = {
+    "logit_lens": "Logit Lens",
+    "query_lens": "Query Lens",
+    "tuned_lens": "Tuned Lens",
+    "token_change": "Token change",
+    "zero_out": "Zero out",
+    "dashboard": "Dashboard logits",
+}
+VARIANTS = {"approx": "first order", "adaptive": "adaptive"}
+FIELD_NAMES = {
+    "rel_var": "relative variance",
+    "stable_k": "stable tokens",
+    "input_score": "input score",
+    "output_score": "output score",
+    "density": "density",
+    "maximum": "largest activation",
+}
+RELATIONS = {
+    "itself": "closest in the same dictionary",
+    "neighbours": "closest features",
+    "previous residual": "before: residual stream",
+    "attention": "before: attention",
+    "mlp": "before: MLP",
+    "next residual": "after: residual stream",
+    "downstream": "features that read it",
+    "upstream": "features that write what it reads",
+}
+SPOKEN = {" ": "space ", "\n": "line end ", "\r": "carriage return ", "\t": "tab ", "\u00a0": "no-break space "}
+_MARKED = re.compile(f"([{''.join(MARKS.values())}]+|⟨U\\+[0-9A-F]+⟩)")
+
+
+@dataclass(frozen=True)
+class Links:
+    """Addresses of pages; a static report knows only the features it holds, and no tokens.
+
+    Attributes:
+        only: The features (dictionary, id) that a static report holds; None in the served pages.
+    """
+
+    only: frozenset[tuple[str, int]] | None = None
+
+    def token(self, token: Token) -> str | None:
+        return None if self.only is not None else f"/token/{token.id}"
+
+    def feature(self, dictionary: str | None, feature: int) -> str | None:
+        if dictionary is None:
+            return None
+        if self.only is not None:
+            return f"#{dictionary}-{feature}" if (dictionary, feature) in self.only else None
+        return f"/feature/{quote(dictionary)}/{feature}"
+
+
+def chip(token: Token, links: Links, shade: str = "z", extra: str = "") -> Markup:
+    """A token as a chip, a link where there is a page for it; its text is escaped and isolated from what is around."""
+    from markupsafe import Markup
+
+    opening, closing = _chip(token, links.token(token))
+    return Markup(f"{opening}{shade}{extra}{closing}")
+
+
+@lru_cache(1 << 16)
+def _chip(token: Token, href: str | None) -> tuple[str, str]:
+    """The markup before and after a chip's classes."""
+    from markupsafe import escape
+
+    text = token.text
+    literal = text is None or any(mark in text for mark in MARKS.values()) or "⟨" in text
+    pieces = [token.shown] if literal else _MARKED.split(token.shown)
+    inner = "".join(f"<i>{escape(p)}</i>" if i % 2 else str(escape(p)) for i, p in enumerate(pieces))
+    title = f"token {token.id}" if text is None else f"{text!r}, token {token.id}"
+    spoken = "" if text is None else "".join(SPOKEN.get(c, c) for c in text)
+    label = f' aria-label="{escape(spoken)}"' if href and text is not None and spoken != text else ""
+    name = "a" if href else "span"
+    link = f' href="{href}"' if href else ""
+    closing = f'"{link}{label} title="{escape(_printable(title))}"><bdi dir="{token.direction}">{inner}</bdi></{name}>'
+    return f'<{name} class="tok ', closing
+
+
+def shade(score: float | None, largest: float) -> str:
+    """The class of a score's colour: p1 … p6 above zero, n1 … n6 below, z at zero or without a scale."""
+    if score is None or not math.isfinite(score) or score == 0 or not largest > 0:
+        return "z"
+    step = min(SHADES, max(1, math.ceil(SHADES * abs(score) / largest)))
+    return f"{'p' if score > 0 else 'n'}{step}"
+
+
+def score_bar(score: float, se: float | None, most: float) -> Markup:
+    """A bar of |score| ÷ most with a whisker of one standard error either side. Screen readers have the number."""
+    from markupsafe import Markup
+
+    if not (most > 0 and math.isfinite(score)):
+        return Markup("")
+    long = 100 * abs(score) / most
+    whisker = (
+        "" if not se else f'<path class="whisker" d="M{long - 100 * se / most:.1f} 4.5H{long + 100 * se / most:.1f}"/>'
+    )
+    kind = "p" if score >= 0 else "n"
+    return Markup(
+        '<svg viewBox="0 0 100 9" preserveAspectRatio="none" aria-hidden="true">'
+        f'<rect class="bar-{kind}" y="1" width="{long:.1f}" height="7"/>{whisker}</svg>'
+    )
+
+
+def largest(scores: Iterable[float | None]) -> float:
+    """The largest finite magnitude; 0 of none."""
+    return max((abs(s) for s in scores if s is not None and math.isfinite(s)), default=0.0)
+
+
+def number(value: float | int | None, digits: int = 3) -> str:
+    """A number with so many significant digits, "–" for None; whole numbers in full with thin spaces."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    if isinstance(value, int) or value == int(value) and abs(value) >= 10**digits:
+        return f"{int(value):,}".replace(",", "\u202f").replace("-", "\u2212")
+    if value == 0:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}".replace("-", "\u2212")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}".replace("-", "\u2212")
+
+
+def fixed(value: float, digits: int = 2) -> str:
+    """A score with so many decimals and a real minus sign."""
+    return f"{value:.{digits}f}".replace("-", "\u2212")
+
+
+@lru_cache(1024)
+def preset_name(label: str) -> str:
+    """A preset's label for people: "query_lens_value_approx~2" is "Query Lens, first order (2)"."""
+    name, _, copy = label.partition("~")
+    for stem, shown in NAMES.items():
+        if name.startswith(stem):
+            rest = [w for w in name.removeprefix(stem).split("_") if w and w not in ("key", "value")]
+            found = ", ".join([shown, *(VARIANTS.get(w, w) for w in rest)])
+            break
+    else:
+        found = name.replace("_", " ")
+    return f"{found} ({copy})" if copy else found
+
+
+def short(name: str) -> str:
+    """The last part of a path or of a hub id."""
+    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or name
+
+
+def running(tokens: Iterable[Token]) -> Markup:
+    """Tokens as running text on one line: line ends as marks, white space as the browser sets it."""
+    from markupsafe import Markup, escape
+
+    text = "".join(t.shown if t.text is None else t.text for t in tokens)
+    return Markup(str(escape(text)).replace("\n", "<i>⏎</i> "))
+
+
+def by_side(view: FeatureView) -> dict[str, list[SignatureView]]:
+    """A feature's signatures by side, the key first, Logit Lens before the others."""
+    found = {
+        side: sorted((s for s in view.signatures if s.side == side), key=lambda s: s.transition != "identity")
+        for side in ("key", "value")
+    }
+    return {side: signatures for side, signatures in found.items() if signatures}
+
+
+def chief(signatures: Sequence[SignatureView]) -> SignatureView:
+    """The signature that stands for a side."""
+    rank = {name: i for i, name in enumerate(PREFERRED)}
+    return min(signatures, key=lambda s: rank.get(s.preset.partition("~")[0], len(rank)))
+
+
+def feature_context(view: FeatureView) -> dict[str, Any]:
+    """What the parts of a feature's page need besides the view."""
+    tokens = [t for s in view.signatures for t in (*s.top, *s.bottom)]
+    shape = view.histogram
+    return {
+        "view": view,
+        "errors": any(t.se is not None for t in tokens),
+        "shared": any(t.shared for t in tokens),
+        "plot": None if shape is None else histogram(shape.edges, shape.counts),
+    }
+
+
+def query(parameters: Mapping[str, Any], **changes: Any) -> str:
+    """A query string of the parameters with changes; empty and None ones are left out."""
+    merged = {name: value for name, value in {**parameters, **changes}.items() if value not in (None, "")}
+    return f"?{urlencode(merged)}" if merged else ""
+
+
+def environment() -> jinja2.Environment:
+    """The templates' environment: autoescape for every file, errors for unknown names.
+
+    Raises:
+        ImportError: jinja2 is missing.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError("the pages need jinja2: pip install 'querylens-fast[serve]'") from error
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("querylens_fast.serve", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    made.filters |= {f.__name__: f for f in (number, fixed, preset_name, short, running, repr)}
+    made.globals |= {
+        "chip": chip,
+        "shade": shade,
+        "score_bar": score_bar,
+        "largest": largest,
+        "by_side": by_side,
+        "chief": chief,
+        "query": query,
+        "field_names": FIELD_NAMES,
+        "relation_names": RELATIONS,
+        "links": Links(),
+    }
+    return made
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

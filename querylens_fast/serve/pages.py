@@ -1,0 +1,339 @@
+"""The HTML pages: what queries answer, rendered by templates/. Every state of a page is in its address."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+from urllib.parse import quote
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, RedirectResponse
+
+from querylens_fast.queries.budget import Budget
+from querylens_fast.queries.results import Filter, Results
+from querylens_fast.queries.views import FIELDS, DictionaryInfo
+from querylens_fast.serve import try_it
+from querylens_fast.serve.markup import (
+    FIELD_NAMES,
+    Links,
+    by_side,
+    chief,
+    environment,
+    feature_context,
+    preset_name,
+    query,
+)
+from querylens_fast.serve.plots import LinePlot, line_plot
+
+PAGES = (("/", "Overview"), ("/search", "Search"), ("/compare", "Compare"), ("/try", "Try it"))
+SHORT = 10
+"""Tokens of each list on a feature page, unless all are asked for."""
+ROWS = 25
+"""Features on a page of results."""
+USUAL_COLUMNS = ("rel_var", "density")
+
+EXPLAINED = {
+    404: ("Not found", "Look for it by a token or a feature number in the box above."),
+    410: (
+        "The result has changed",
+        "Its file was replaced, shortened or removed while it was read. Load the page again; the overview shows what "
+        "is left.",
+    ),
+    422: ("This address cannot be answered", "Change the value that is named, or begin with an empty search."),
+    500: ("The server made a mistake", "Its log says which. Other pages may work."),
+    503: ("That took too long", "Ask for one dictionary, fewer filters or a shorter text."),
+}
+"""Title and advice of error pages, by status."""
+
+templates = cache(environment)
+
+
+router = APIRouter(default_response_class=HTMLResponse, include_in_schema=False)
+
+
+@router.get("/")
+def overview(request: Request) -> HTMLResponse:
+    """The dictionaries, their relative variance by layer, and runs that are not finished."""
+    results = _results(request)
+    found = results.dictionaries
+    scored = [d for d in found if d.mean_scores]
+    return _page(
+        request,
+        "overview",
+        dictionaries=found,
+        total=sum(d.n_features for d in found),
+        models=sorted({d.model for d in found}),
+        progress=results.progress,
+        skipped=results.skipped,
+        rel_var=_rel_var_plot(found),
+        scored=scored,
+        score_names=sorted({name for d in scored for name in d.mean_scores}),
+    )
+
+
+@router.get("/search")
+def search(request: Request) -> HTMLResponse:
+    """Features by token, text, number and filters, a page of the list at a time."""
+    results, known = _results(request), _results(request).dictionaries
+    names = ("q", "token", "exact", "dictionary", "side", "end", "preset", "layer", "order", "after")
+    asked = {
+        n: request.query_params.get(n, "") for n in (*names, *(f"{f}_{b}" for f in FIELDS for b in ("min", "max")))
+    }
+    text, token = asked["q"] or None, _whole(asked["token"], "token")
+    by_token = text is not None or token is not None
+    filters = _filters(asked)
+    order = asked["order"] if by_token or asked["order"].lstrip("-") != "score" else ""
+    page = results.search(
+        text if token is None else None,
+        token_id=token,
+        exact=asked["exact"] == "1",
+        filters=filters,
+        dictionary=asked["dictionary"] or None,
+        side=asked["side"] or None,
+        end=asked["end"] or "top",
+        preset=asked["preset"] or None,
+        layer=_whole(asked["layer"], "layer"),
+        order=order or None,
+        after=asked["after"] or None,
+        limit=ROWS,
+        budget=_budget(request),
+    )
+    fields = [f for f in FIELDS if any(f in d.fields for d in known)]
+    used = {f.field for f in filters} | {order.lstrip("-")}
+    return _page(
+        request,
+        "search",
+        asked=asked,
+        page=page,
+        by_token=by_token,
+        numbered=_numbered(known, asked),
+        columns=[f for f in fields if f in used or f in USUAL_COLUMNS],
+        filter_fields=fields,
+        filtered=bool(filters) or asked["layer"] != "" or asked["exact"] != "" or asked["preset"] != "",
+        dictionary_options=[("", "all"), *((d.slug, d.slug) for d in known)],
+        order_options=_orders(fields, by_token),
+        first="/search" + query(asked, after=None),
+        following="/search" + query(asked, after=page.next),
+    )
+
+
+@router.get("/feature/{dictionary}/{feature}")
+def feature(request: Request, dictionary: str, feature: str) -> HTMLResponse:
+    """All that is known of a feature."""
+    results = _results(request)
+    view = results.feature(dictionary, _number_of(feature, "feature"), budget=_budget(request))
+    everything = request.query_params.get("rows") == "all"
+    return _page(request, "feature", **feature_context(view), all=everything, limit=None if everything else SHORT)
+
+
+@router.get("/token/{token}")
+def token(request: Request, token: str) -> HTMLResponse:
+    """A token's features in every dictionary."""
+    return _page(
+        request, "token", view=_results(request).token(_number_of(token, "token"), limit=5, budget=_budget(request))
+    )
+
+
+@router.get("/random")
+def random(request: Request) -> RedirectResponse:
+    """To a feature drawn at random."""
+    slug, chosen = _results(request).random(request.query_params.get("dictionary") or None)
+    return RedirectResponse(f"/feature/{quote(slug)}/{chosen}", 303, {"Cache-Control": "no-store"})
+
+
+@router.get("/compare")
+def compare(request: Request) -> HTMLResponse:
+    """Two presets of a dictionary, or two dictionaries with their features matched."""
+    results, known = _results(request), _results(request).dictionaries
+    choices = [(d.slug, [(f"{d.slug}/{p.preset}", f"{d.slug} {_of_side(p)}") for p in d.presets]) for d in known]
+    asked = {n: request.query_params.get(n, "") for n in ("a", "b", "after")}
+    asked = {**asked, **_compared(known, asked["a"], asked["b"])}
+    first, second = (asked[n].partition("/") for n in ("a", "b"))
+    found = results.compare(
+        first[0],
+        second[0],
+        preset=first[2] or None,
+        other_preset=second[2] or None,
+        after=asked["after"] or None,
+        limit=ROWS,
+        budget=_budget(request),
+    )
+    return _page(
+        request,
+        "compare",
+        choices=choices,
+        asked=asked,
+        found=found,
+        first="/compare" + query(asked, after=None),
+        following="/compare" + query(asked, after=found.next),
+    )
+
+
+@router.get("/try")
+def try_page(request: Request) -> HTMLResponse:
+    """Which features fire at each token of a text; the text under a steered feature."""
+    tried: try_it.TryIt | None = request.app.state.try_it
+    asked = {n: request.query_params.get(n, "") for n in ("text", "prompt", "dictionary", "feature", "strength", "n")}
+    asked["n"] = asked["n"] or "20"
+    firing = steered = problem = None
+    slugs = [] if tried is None else list(tried.dictionaries)
+    if tried is not None and (asked["text"] or asked["prompt"]):
+        if asked["dictionary"] not in slugs:
+            raise LookupError(f"dictionary is {asked['dictionary']!r}; those that can be run: {', '.join(slugs)}")
+        try:
+            if asked["text"]:
+                firing = tried.firing(asked["dictionary"], asked["text"])
+            else:
+                chosen, n = _number_of(asked["feature"], "feature"), _number_of(asked["n"], "n")
+                strength = _bound(asked["strength"], "strength") or 0.0
+                steered = tried.steer(asked["dictionary"], chosen, strength, asked["prompt"], n)
+        except (ValueError, LookupError, try_it.Busy, try_it.TooLong) as error:
+            problem = str(error)
+    limits = {
+        "tokens": try_it.MAX_TOKENS,
+        "characters": try_it.MAX_CHARACTERS,
+        "new_tokens": try_it.MAX_NEW_TOKENS,
+    }
+    return _page(
+        request,
+        "try",
+        422 if problem else 200,
+        dictionaries=slugs,
+        asked=asked,
+        firing=firing,
+        steered=steered,
+        problem=problem,
+        limits=limits,
+        tokens_of={} if firing is None else _written(_results(request), firing),
+    )
+
+
+@router.get("/api/docs")
+def documentation(request: Request) -> HTMLResponse:
+    """The JSON API on one page."""
+    operations = [
+        (method.upper(), path, operation)
+        for path, methods in request.app.openapi()["paths"].items()
+        for method, operation in methods.items()
+    ]
+    return _page(request, "api", operations=operations)
+
+
+def error_page(request: Request, status: int, message: str) -> HTMLResponse:
+    """A page that says what is wrong and where to go on."""
+    title, advice = EXPLAINED.get(status, EXPLAINED[422 if status < 500 else 500])
+    suggestions = [("/", "Overview"), ("/search", "Search")]
+    slug = request.path_params.get("dictionary")
+    if slug is not None and status == 404:
+        known = _results(request).dictionaries
+        near = [d for d in known if d.slug == slug] or known[:5]
+        suggestions = [(f"/search?dictionary={quote(d.slug)}", f"Features of {d.slug}") for d in near] + suggestions
+    return _page(request, "error", status, title=title, message=message, advice=advice, suggestions=suggestions)
+
+
+def _page(request: Request, name: str, status: int = 200, **context: Any) -> HTMLResponse:
+    path = request.url.path
+    html = (
+        templates()
+        .get_template(f"{name}.html.j2")
+        .render(pages=PAGES, here=path, asked_query=dict(request.query_params), **context)
+    )
+    return HTMLResponse(html, status)
+
+
+def _results(request: Request) -> Results:
+    return request.app.state.results
+
+
+def _budget(request: Request) -> Budget:
+    return request.state.budget
+
+
+def _number_of(text: str, name: str) -> int:
+    """A number that stands in an address; anything else is an unknown page."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 12):
+        raise LookupError(f"{name} is {text[:80]!r}; expected a number")
+    return int(text)
+
+
+def _whole(text: str, name: str) -> int | None:
+    if text == "":
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= 12):
+        raise ValueError(f"{name} is {text[:80]!r}; expected a whole number")
+    return int(text)
+
+
+def _bound(text: str, name: str) -> float | None:
+    if text == "":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name} is {text[:80]!r}; expected a number") from None
+
+
+def _filters(asked: Mapping[str, str]) -> list[Filter]:
+    found = []
+    for field in FIELDS:
+        low, high = (_bound(asked[f"{field}_{b}"], f"{FIELD_NAMES[field]}, {b}") for b in ("min", "max"))
+        if (low, high) != (None, None):
+            found.append(Filter(field, -math.inf if low is None else low, math.inf if high is None else high))
+    return found
+
+
+def _numbered(known: Sequence[DictionaryInfo], asked: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Links to the features whose number was typed."""
+    text = asked["q"].strip()
+    if not (text.isascii() and text.isdigit() and len(text) <= 12):
+        return []
+    wanted = [d for d in known if asked["dictionary"] in ("", d.slug) and int(text) < d.n_features]
+    return [(str(Links().feature(d.slug, int(text))), f"Feature {int(text)} of {d.slug}") for d in wanted[:20]]
+
+
+def _orders(fields: Sequence[str], by_token: bool) -> list[tuple[str, str]]:
+    usual = "best score" if by_token else "number"
+    found = [("", usual), *([("feature", "number")] if by_token else [])]
+    for field in fields:
+        found += [
+            (field, f"{FIELD_NAMES[field]}, smallest first"),
+            (f"-{field}", f"{FIELD_NAMES[field]}, largest first"),
+        ]
+    return found
+
+
+def _of_side(preset: Any) -> str:
+    return f"{preset.side}: {preset_name(preset.preset)}"
+
+
+def _compared(known: Sequence[DictionaryInfo], first: str, second: str) -> dict[str, str]:
+    """The two sides of a comparison; by default two presets of the first dictionary's value side."""
+    usual = [f"{d.slug}/{p.preset}" for d in known[:1] for p in d.presets if p.side == d.presets[-1].side]
+    a = first or (usual[0] if usual else "")
+    return {"a": a, "b": second or (usual[-1] if usual else a)}
+
+
+def _rel_var_plot(found: Sequence[DictionaryInfo]) -> LinePlot | None:
+    """Mean rel_var by layer, a line for each kind of dictionary and preset; adaptive presets repeat the full one's."""
+    lines: dict[str, list[tuple[float, float, float | None]]] = {}
+    for d in found:
+        for p in d.presets:
+            if p.preset in d.rel_var and p.transition != "adaptive":
+                lines.setdefault(f"{d.kind}, {_of_side(p)}", []).append((d.layer, d.rel_var[p.preset], None))
+    return line_plot(lines, "layer", "mean relative variance")
+
+
+def _written(results: Results, firing: try_it.Firing) -> dict[int, Any]:
+    """First value tokens of the features that fire, where the results have them."""
+    found = {}
+    for one in firing.features:
+        try:
+            view = results.feature(firing.dictionary, one.feature)
+        except LookupError:
+            continue
+        values = by_side(view).get("value")
+        if values:
+            found[one.feature] = [t.token for t in chief(values).top[:6]]
+    return found
