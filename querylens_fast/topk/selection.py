@@ -63,25 +63,3 @@ def best_by_sort(scores: Tensor, k: int, *, largest: bool, ids: Tensor | None = 
     # torch sorts NaN above every number, so both sides sort upwards to have it last.
     order = torch.sort(-scores if largest else scores, dim=1, stable=True).indices[:, :k]
     return Side(scores.gather(1, order), order if ids is None else ids.gather(1, order))
-
-
-def best_of_candidates(scores: Tensor, ids: Tensor, k: int, *, largest: bool) -> Side:
-    """The k best of candidates whose ids are in no order: sorted, ties by the lower id, NaN last.
-
-    Args:
-        scores: [r, m].
-        ids: [r, m], distinct within a row.
-        k: at most m.
-        largest: the largest or the smallest.
-    """
-    values, places = scores.topk(min(k + 1, scores.shape[1]), dim=1, largest=largest)
-    # Rows with equals or NaN among the first k + 1 are sorted again, by id first.
-    plain = (values[:, 1:] < values[:, :-1]) if largest else (values[:, 1:] > values[:, :-1])
-    rows = (~(plain.all(1) & (values[:, -1] == values[:, -1]))).nonzero().squeeze(1)
-    found = Side(values[:, :k].contiguous(), ids.gather(1, places[:, :k]))
-    if rows.numel():
-        ordered, order = ids[rows].sort(dim=1)
-        found.scores[rows], found.ids[rows] = best_by_sort(
-            scores[rows].gather(1, order), k, largest=largest, ids=ordered
-        )
-    return found
