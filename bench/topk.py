@@ -153,6 +153,12 @@ def gpu_peers(F: Tensor, W: Tensor, k: int) -> dict[str, Callable[[], object]]:
     return found
 
 
+def true_scores(F: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """Up to 32 rows of F, and their scores [r, V] in float64."""
+    rows = torch.linspace(0, len(F) - 1, min(32, len(F)), device=F.device).long()
+    return rows, torch.cat([F[rows].double() @ part.double().T for part in W.split(1 << 15)], 1)
+
+
 def worst_error(found: TopK, rows: Tensor, S: Tensor, k: int) -> float:
     """Largest error of the scores of some rows, and of the true scores S [r, V] at their ids."""
     worst = 0.0
@@ -169,8 +175,7 @@ def worst_error(found: TopK, rows: Tensor, S: Tensor, k: int) -> float:
 
 def check(F: Tensor, W: Tensor, k: int, ours: TopK) -> dict[str, float]:
     """Errors on up to 32 rows against float64, ours and torch's; SystemExit when ours is over three times torch's."""
-    rows = torch.linspace(0, len(F) - 1, min(32, len(F)), device=F.device).long()
-    S = torch.cat([F[rows].double() @ part.double().T for part in W.split(1 << 15)], 1)
+    rows, S = true_scores(F, W)
     dtype = torch.promote_types(F.dtype, W.dtype)
     plain = torch_topk(F[rows].to(dtype), W.to(dtype), k)
     error, theirs = worst_error(ours, rows, S, k), worst_error(plain, torch.arange(len(rows), device=F.device), S, k)
