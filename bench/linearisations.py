@@ -4,7 +4,8 @@
 
 Both fit the same random model (d = 192, four layers, float32) on the same sample, both sides of the full order, taking
 turns in one process; their matrices are compared first. Peak memory is that of anonymous pages above what the process
-had before the fit, the result's own matrices taken off, to be held against ``max_memory_gib``.
+had before the fit, the result's own matrices taken off, to be held against ``max_memory_gib``; later fits of a process
+reuse what earlier ones left to it, so that it says something of the first model only (``--only``).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from served_results import N_FEATURES
 
 import querylens_fast as ql
@@ -18,6 +19,7 @@ from querylens_fast.queries.files import open_file
 from querylens_fast.queries.index import find_index
 from querylens_fast.queries.scan import Record, Scan
 from querylens_fast.queries.views import Row
+from querylens_fast.relations.tables import Block, rows, tabulate
 
 VALUE = "sae0.query_lens_value.parquet"
 
@@ -193,8 +195,6 @@ def test_an_index_says_what_the_file_says(
 ) -> None:
     monkeypatch.setattr(build, "SORTED_AT_ONCE", 50)
     other = ql.load_model(model.name, dtype=dtype)
-    import torch
-
     values = torch.randn(70, model.d_model, generator=torch.Generator().manual_seed(0))
     values[10:20] = values[0]  # equal scores
     dictionary = ql.directions(values, layer=1)
@@ -270,6 +270,21 @@ def test_files_that_come_change_and_go_are_noticed(copied: Path) -> None:
     assert found.dictionaries == ()
 
 
+def test_results_of_an_earlier_version_are_of_the_same_dictionary(copied: Path) -> None:
+    """Earlier versions recorded half of a dictionary's fingerprint."""
+    import pyarrow.parquet as pq
+
+    from querylens_fast.runs.sealed_parquet import write_sealed
+
+    before = {d.slug: len(d.presets) for d in ql.open_results(copied).dictionaries}
+    path = copied / "sae0.query_lens_key.parquet"
+    table = pq.read_table(path)
+    said = json.loads(table.schema.metadata[b"querylens_fast"])
+    said["dictionary_fingerprint"] = said["dictionary_fingerprint"][:32]
+    write_sealed(path, [table], table.schema.with_metadata({b"querylens_fast": json.dumps(said)}), {})
+    assert {d.slug: len(d.presets) for d in ql.open_results(copied).dictionaries} == before
+
+
 def test_a_named_file_that_goes_is_named(copied: Path) -> None:
     found = ql.open_results(copied / VALUE)
     assert found.feature("sae0", 1).signatures
@@ -280,8 +295,6 @@ def test_a_named_file_that_goes_is_named(copied: Path) -> None:
 
 def test_a_run_under_way_is_answered_from_its_parts(model: ql.Model, folder: Path, tmp_path: Path) -> None:
     identity, out = read_identity(folder / VALUE), tmp_path / VALUE
-    import torch
-
     values, keys = torch.randn(2, N_FEATURES, model.d_model, generator=torch.Generator().manual_seed(0))
     dictionary = ql.directions(values, keys=keys, layer=0, name="sae0")
     sink = open_sink(out, None, identity, resume=True, token_strings=True, model=model)
@@ -292,6 +305,51 @@ def test_a_run_under_way_is_answered_from_its_parts(model: ql.Model, folder: Pat
     assert (progress.done, progress.total, progress.running) == (30, N_FEATURES, False)
     assert found.feature("sae0", 29).next is None
     assert not found.unindexed()
+
+
+def test_samples_contexts_and_scores_are_found_by_their_dictionary(copied: Path) -> None:
+    identity = read_identity(copied / VALUE)
+    tokens = ql.Tokens(torch.arange(3, 23).view(2, 10), torch.ones(2, 10, dtype=torch.bool))
+    tokens.save(copied / "held-out.safetensors")
+    n = N_FEATURES
+    where = torch.stack([torch.zeros(n, dtype=torch.int64), torch.full((n,), -1)], 1)
+    said = {
+        key: identity[key] for key in ("model", "fingerprint", "dictionary", "dictionary_fingerprint", "kind", "layer")
+    }
+    sample = ql.FeatureSample(
+        {**said, "what": "feature sample", "tokens": "corpus", "tokens_digest": tokens.digest, "n_valid": 20},
+        torch.arange(n), torch.ones(n), torch.linspace(1, 2, n), torch.ones(n, dtype=torch.int64),
+        torch.tensor([[2.0, 0.0]] * n), where, torch.where(where < 0, -1, 4), torch.where(where < 0, -1, 7),
+        (torch.arange(n), torch.full((n,), 7), torch.full((n,), 3)),
+    )  # fmt: skip
+    sample.save(copied / "sample.parquet")
+    methods = ["query_lens_key"] * n + ["query_lens_value"] * n
+    table = rows(
+        2 * n, source="a label", source_layer=0, source_id=torch.arange(n).repeat(2), method=methods,
+        k=torch.full((2 * n,), 12), n_examples=torch.ones(2 * n, dtype=torch.int64),
+        **{name: torch.linspace(0, 1, 2 * n, dtype=torch.float64) for name in ("input_score", "output_score")},
+        string_coherence=None, embedding_coherence=None,
+    )  # fmt: skip
+    scored = {"what": "scores", "dictionaries": ["a label"], "fingerprints": [identity["dictionary_fingerprint"]]}
+    tabulate([Block(n, lambda: table)], scored, out=copied / "scores.parquet", progress=False)
+    found = ql.open_results(copied)
+    info = found.dictionaries[0]
+    assert info.sample == "corpus" and info.score_methods == ("query_lens_key", "query_lens_value")
+    assert set(info.fields) == {"rel_var", "stable_k", "input_score", "output_score", "density", "maximum"}
+    assert info.mean_scores["input_score query_lens_key"] == pytest.approx((n - 1) / (2 * n - 1) / 2)
+    view = found.feature("sae0", 5)
+    assert view.activity is not None and view.scores is not None
+    assert view.activity.density == 0.25 and [(t.id, c) for t, c in view.activity.tokens] == [(7, 3)]
+    [context] = view.activity.contexts
+    assert (context.token.id, context.before and [t.id for t in context.before]) == (7, [3, 4, 5, 6])
+    assert context.after and [t.id for t in context.after] == [8, 9, 10, 11, 12]
+    assert [(s.method, s.input_score, s.string_coherence) for s in view.scores] == [
+        ("query_lens_key", pytest.approx(5 / (2 * n - 1)), None),
+        ("query_lens_value", pytest.approx((n + 5) / (2 * n - 1)), None),
+    ]
+    [best] = found.search(order="-output_score", limit=1).rows
+    assert (best.feature, best.values["output_score"]) == (n - 1, 1.0)
+    assert best.values["density"] == pytest.approx((n - 1) / 20)
 
 
 def test_what_is_no_result_is_refused_by_name(model: ql.Model, folder: Path, tmp_path: Path) -> None:

@@ -130,7 +130,10 @@ def test_with_a_token_nothing_is_answered_without_it(folder: Path) -> None:
         assert client.get("/api/v1/random", headers={"host": "10.0.0.1"}).status_code == 200
 
 
-def test_other_machines_need_a_token() -> None:
+def test_other_machines_need_a_token(folder: Path) -> None:
+    for token in ("", "a b;c", "ä" * 8):
+        with pytest.raises(ValueError, match="letters, digits"):
+            create_app(ql.open_results(folder), token=token)
     with pytest.raises(ValueError, match="give a token"):
         listen("0.0.0.0", 0, None)
     with pytest.raises(ValueError, match="65535"):

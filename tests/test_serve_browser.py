@@ -184,6 +184,19 @@ def test_pages_fit_and_their_texts_have_contrast(tab: Open, width: int, scheme: 
         assert page.evaluate(LOW_CONTRAST) == [], name
 
 
+def test_axe_finds_nothing(tab: Open) -> None:
+    """axe-core's rules of accessibility hold on every page."""
+    axe = pytest.importorskip("axe_playwright_python", reason="needs the package axe-playwright-python")
+    script = (Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    page = tab("/")
+    for name, path in PAGES.items():
+        page.goto(path)
+        page.evaluate(script)
+        found = page.evaluate("axe.run()")
+        assert len(found["passes"]) > 10
+        assert [(v["id"], v["nodes"][0]["html"]) for v in found["violations"]] == [], name
+
+
 def test_markup_in_tokens_stays_text(tab: Open) -> None:
     page = tab(f"/token/{VOCABULARY.index('<script>alert(1)</script>')}")
     assert page.locator("h1 bdi").inner_text() == "<script>alert(1)</script>"

@@ -80,6 +80,7 @@ def _run(work: Callable[[], object], stdin: IO[bytes], output: IO[bytes], limit_
         faulthandler.dump_traceback_later(0.9 * limit_s, file=output)  # of a hang
         for stream, target in ((stdin, 0), (output, 1), (output, 2)):
             os.dup2(stream.fileno(), target)
+        sys.stdout, sys.stderr = (open(target, "w", closefd=False) for target in (1, 2))
         work()
         code = 0
     except SystemExit as stop:

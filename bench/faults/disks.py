@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from bench.faults.workload import Job, Workload, logged, resumed
 PAGE = 4096
 
 
-def run(workload: Workload, n_disks: int, seed: int = 0) -> dict[str, Any]:
+def run(workload: Workload, n_disks: int, seed: int = 0, jobs: Sequence[Job] | None = None) -> dict[str, Any]:
     """Fill ``n_disks`` disks (about), at sizes over the whole run of each job, and finish each: counts and problems."""
     found: dict[str, Any] = {"full disks": 0, "by": {}, "problems": []}
-    start, share = time.monotonic(), max(1, -(-n_disks // len(workload.jobs)))
-    for job in workload.jobs:
+    jobs = workload.jobs if jobs is None else jobs
+    start, share = time.monotonic(), max(1, -(-n_disks // len(jobs)))
+    for job in jobs:
         folder = workload.folder / "disk"
         kind = _tmpfs if _can_mount(folder) else _limit
         for size in _sizes(workload, job, share):

@@ -139,7 +139,7 @@ def _transports(folder: Path, names: dict[str, str]) -> Iterator[Found]:
     for i, (name, (changed, meta)) in enumerate(changes.items()):
         path = folder / f"{i}.safetensors"
         save_file(changed, str(path), metadata=meta or None)
-        mentions = "" if name in ("too large", "a resolver") else path.name
+        mentions = "" if name in ("too large", "a resolver", "another model") else path.name
         yield "transport", name, _carried(path, names), mentions
     for i, (name, content) in enumerate(safetensors_files("matrix.value.full").items()):
         path = folder / f"bytes{i}.safetensors"

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,15 @@ def at_size(work: Callable[[], object], size: int) -> Callable[[], object]:
     return child
 
 
-def run(workload: Workload, n_kills: int, seed: int = 0) -> dict[str, Any]:
+def run(workload: Workload, n_kills: int, seed: int = 0, jobs: Sequence[Job] | None = None) -> dict[str, Any]:
     """Kill ``n_kills`` runs (about) and finish each: counts and every problem."""
     generator = random.Random(seed)
-    share = max(3, n_kills // len(workload.jobs))
+    jobs = workload.jobs if jobs is None else jobs
+    share = max(3, n_kills // len(jobs))
     found: dict[str, Any] = {"kills": 0, "at file operations": 0, "in writes": 0, "at random": 0, "problems": []}
     lost = leftovers = 0
     start = time.monotonic()
-    for job in workload.jobs:
+    for job in jobs:
         for kind, kill in _plan(workload, job, share, generator):
             folder, log = _fresh(workload)
             out = folder / job.file

@@ -224,13 +224,18 @@ def report(
     loading: Flags = LOADING,
 ) -> None:
     """Scores of every method, figures and one HTML page, for a model's dictionaries."""
-    with reported_errors():
+    with reported_errors(), processes.joined() as group:
         quiet_loading()
+        loading |= {"device": group.device(loading["device"])}
         subject = _subject(model, dictionaries, tokens, loading)
         given = _options(methods, k, transport, prefixes, scoring, embedded=model is None)
-        found = ql.evaluation_report(*subject, out, prompt=prompt, **given)
-        _show_scores(found.scores)
-    say(f"{len(found.scores)} rows of scores; page: {(found.folder / 'report.html').resolve()}")
+        if group.leads:
+            found = ql.evaluation_report(*subject, out, prompt=prompt, **given)
+            _show_scores(found.scores)
+            say(f"{len(found.scores)} rows of scores; page: {(found.folder / 'report.html').resolve()}")
+        else:
+            ql.evaluate_signatures(*subject, out, **given)
+        group.wait("report")
 
 
 def _options(

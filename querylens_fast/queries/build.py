@@ -32,7 +32,7 @@ from querylens_fast.queries.index import (
     record_dtype,
     source_of,
 )
-from querylens_fast.queries.scan import flat, statistics_of, strings_in
+from querylens_fast.queries.scan import flat, statistics_of, strings_of
 from querylens_fast.runs.atomic_write import fsync_folder, write_whole
 from querylens_fast.runs.run_lock import held
 from querylens_fast.runs.sealed_parquet import opened
@@ -297,7 +297,7 @@ def _pieces(layout: Layout) -> dict[str, int]:
 
 def _posting_order(tokens: np.ndarray, rows: np.ndarray, scores: np.ndarray, end: str) -> np.ndarray:
     """The order by token, then score (top: the largest first), then row, of postings that are sorted by token."""
-    if scores.dtype == np.float32 and (np.diff(rows)[np.diff(tokens) == 0] > 0).all():
+    if scores.dtype == np.float32 and (np.diff(rows)[np.diff(tokens) == 0] >= 0).all():
         # One stable sort of integers: the token, then the bits of the score in an order that is that of the numbers.
         bits = scores.view(np.uint32)
         ascending = np.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))
@@ -319,13 +319,9 @@ def _choices(parquet: pq.ParquetFile) -> list[str]:
 
 def _text(parquet: pq.ParquetFile) -> dict[str, np.ndarray]:
     """The token strings, one after another, where each begins, and whose they are."""
-    found: dict[int, str] = {}
-    for end in ENDS:
-        columns = [f"{end}_ids", f"{end}_tokens"]
-        if not set(columns) <= set(parquet.schema_arrow.names):
-            return {}
-        for i in range(parquet.num_row_groups):
-            found |= strings_in(parquet.read_row_group(i, columns), end)
+    if "top_tokens" not in parquet.schema_arrow.names:
+        return {}
+    found = strings_of(parquet)
     ids = sorted(found)
     encoded = [found[i].encode("utf-8", "replace") for i in ids]
     return {

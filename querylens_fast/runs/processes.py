@@ -103,6 +103,7 @@ class _Joined(Ranks):
         self._store = dist.PrefixStore("querylens_fast", store)
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._stopped: RankStopped | None = None
+        self._unanswered = False
         self._steps: dict[str, int] = {}
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._keep_watch, name="sign of life", daemon=True)
@@ -260,8 +261,9 @@ class _Joined(Ranks):
 
         threading.Thread(target=ask, daemon=True).start()
         try:
-            found, error = answers.get(timeout=self.grace_s)
+            found, error = answers.get(timeout=0 if self._unanswered else self.grace_s)
         except queue.Empty:
+            self._unanswered = True  # nor will it answer what is asked next
             found, error = None, TimeoutError(f"for {self.grace_s:.0f} s")
         if error is not None:
             raise RankStopped(
