@@ -223,6 +223,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "attn_layer_indices": [1],
         },
     ),
+    "dbrx": (
+        "DbrxConfig",
+        {
+            "vocab_size": VOCAB,
+            "d_model": D_MODEL,
+            "n_heads": 4,
+            "n_layers": LAYERS,
+            "max_seq_len": 64,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
+            "ffn_config": {"hidden_size": D_MODEL, "ffn_hidden_size": 20, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ),
     "starcoder2": ("Starcoder2Config", COMMON),
     "persimmon": ("PersimmonConfig", without("num_key_value_heads") | {"num_attention_heads": 3}),
     "biogpt": ("BioGptConfig", without("num_key_value_heads")),
