@@ -11,7 +11,8 @@ feature the whole model is run for every KL evaluation, α by bisection on [1, 1
 by two sorts. Both find the same tokens (compared before timing).
 
 *adaptive*: output scores of the fixed transitions, of the adaptive preset and of the best fixed transition for each
-feature (the oracle), on features that the adaptive rule was chosen on and on others. ``share`` is the part of the oracle's gain over the best fixed transition that it takes.
+feature (the oracle), on features that the adaptive rule was chosen on and on others. ``share`` is the part of the
+oracle's gain over the best fixed transition that it takes on the others.
 
 *report*: seconds of `evaluation_report` with its defaults, in a new folder.
 """
