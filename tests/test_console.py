@@ -51,6 +51,9 @@ def failing(error: BaseException) -> typer.Typer:
     ("error", "code", "said"),
     [
         (ValueError("k is 0"), 2, "error: k is 0\n"),
+        (OverflowError("int too big to convert"), 2, "error: a number is too large: int too big to convert\n"),
+        (RuntimeError("Overflow when unpacking long"), 2, "error: a number is too large"),
+        (MemoryError(), 2, "error: there is not enough memory (none is left)"),
         (KeyError("W_dec"), 1, "error: KeyError: 'W_dec' (unexpected: "),
         (ValueError("named \x1b[31mred\x07"), 2, "error: named \\x1b[31mred\\x07\n"),
         (KeyboardInterrupt(), 130, "stopped; start the same command again"),
@@ -68,3 +71,8 @@ def test_debug_shows_the_traceback() -> None:
     finally:
         console.debug(False)
     assert "Traceback" not in runner.invoke(app, ["show", "missing.parquet", "3"]).stderr
+
+
+def test_a_device_that_is_none_is_named(tmp_path: Path) -> None:
+    done = runner.invoke(app, ["neighbours", "--device", "a\x1b[31m", "--out", str(tmp_path / "out.parquet")])
+    assert done.exit_code == 2 and "device is 'a\\x1b[31m'; expected cpu" in done.stderr

@@ -63,25 +63,32 @@ def measure(counts: dict[str, int], only: list[str], seed: int = 0) -> dict[str,
 
 
 def table(parts: dict[str, dict[str, Any]]) -> str:
-    """The counts of a record as the Markdown table of docs/faults.md."""
-    kills, disks, hostile = (parts[name] for name in ("kills", "disks", "hostile"))
-    both = [parts["products"][backend] for backend in ("torch", "triton")]
-    where = ", ".join(f"{kills[kind]} {kind}" for kind in ("at file operations", "in writes", "at random"))
-    kept = f"{kills['lost blocks']} blocks lost, {kills['leftovers']} files left over"
-    harm = ", ".join(f"{hostile[kind]} {name}" for kind, name in HARM.items())
-    most = f"at most {hostile['peak_mib']} MiB and {hostile['slowest_s']} s"
-    calls, wrong = sum(b["calls"] for b in both), sum(b["wrong"] for b in both)
-    rows = [
-        (f"{kills['kills']} kills ({where})", f"{kept}, {len(kills['problems'])} other results"),
-        (f"{disks['full disks']} full disks", f"{len(disks['problems'])} other results"),
-        (f"{parts['corruptions']['corruptions']} corruptions", f"{parts['corruptions']['silent']} not noticed"),
-        (
-            f"{hostile['hostile inputs']} hostile inputs",
-            f"{harm}; {most}",
-        ),
-        (f"{calls:,} random top-k calls ({both[0]['calls']:,} torch, {both[1]['calls']:,} Triton)", f"{wrong} wrong"),
-    ]
-    return "\n".join(["| tried | found |", "|---|---|", *(f"| {tried} | {found} |" for tried, found in rows)])
+    """The counts of a record as the Markdown table of docs/faults.md, a row for each part that it has."""
+    rows = [f"| {_tried(name, counts)} | {_found(name, counts)} |" for name, counts in parts.items()]
+    return "\n".join(["| tried | found |", "|---|---|", *rows])
+
+
+def _tried(name: str, counts: dict[str, Any]) -> str:
+    if name == "kills":
+        where = ", ".join(f"{counts[kind]} {kind}" for kind in ("at file operations", "in writes", "at random"))
+        return f"{counts['kills']} kills ({where})"
+    if name == "products":
+        calls = {backend: counts[backend]["calls"] for backend in ("torch", "triton")}
+        return f"{sum(calls.values()):,} random top-k calls ({calls['torch']:,} torch, {calls['triton']:,} Triton)"
+    what = {"disks": "full disks", "hostile": "hostile inputs"}.get(name, name)
+    return f"{counts[what]} {what}"
+
+
+def _found(name: str, counts: dict[str, Any]) -> str:
+    if name == "kills":
+        kept = f"{counts['lost blocks']} blocks lost, {counts['leftovers']} files left over"
+        return f"{kept}, {len(counts['problems'])} other results"
+    if name == "hostile":
+        harm = ", ".join(f"{counts[kind]} {said}" for kind, said in HARM.items())
+        return f"{harm}; at most {counts['peak_mib']} MiB and {counts['slowest_s']} s"
+    if name == "products":
+        return f"{sum(counts[backend]['wrong'] for backend in ('torch', 'triton'))} wrong"
+    return f"{len(counts['problems'])} " + ("other results" if name == "disks" else "not noticed")
 
 
 def main(arguments: list[str] | None = None) -> None:

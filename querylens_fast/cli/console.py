@@ -43,19 +43,30 @@ def reported_errors() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from stop
     except (typer.Exit, typer.Abort):
         raise
-    except Exception as error:
+    except Exception as raised:
+        error = _as_expected(raised)
         if _debug:
             traceback.print_exc()
         if not said_elsewhere(error):
             typer.secho(f"error: {described(error)}", fg="red", err=True)
             for note in getattr(error, "__notes__", []):
                 typer.secho(f"  {note}", err=True)
-        raise typer.Exit(2 if isinstance(error, EXPECTED) else 1) from error
+        raise typer.Exit(2 if isinstance(error, EXPECTED) else 1) from raised
+
+
+def _as_expected(error: Exception) -> Exception:
+    """What Python and torch raise for numbers and sizes beyond them, as an error of the package's kinds."""
+    said = str(error).lower()
+    if isinstance(error, MemoryError) or "allocate memory" in said:
+        return OSError(f"there is not enough memory ({str(error) or 'none is left'}); a number or a file is too large")
+    if isinstance(error, OverflowError) or isinstance(error, (RuntimeError, TypeError)) and "overflow" in said:
+        return ValueError(f"a number is too large: {error}")
+    return error
 
 
 def described(error: Exception) -> str:
     """An error as text without control characters, which a file's contents may bring along."""
-    text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in str(error))
+    text = printable(str(error))
     if isinstance(error, EXPECTED):
         return text
     return f"{type(error).__name__}: {text} (unexpected: querylens-fast --debug COMMAND … shows where)"
@@ -69,8 +80,13 @@ def wide_console(width: int) -> Any:
     return Console(width=None if known else width)
 
 
+def printable(text: str) -> str:
+    """Text with control characters and what is no UTF-8 as escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 def say(text: str) -> None:
-    typer.echo(text)
+    typer.echo(printable(text))
 
 
 def quiet_loading() -> None:

@@ -97,14 +97,16 @@ def continuation(
     """
     if n_tokens < 1:
         raise ValueError(f"n_tokens is {n_tokens}; expected at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}; expected 0 or more")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; expected a finite number of at least 0")
     generator = torch.Generator().manual_seed(seed)
     end = getattr(model.tokenizer, "eos_token_id", None)
     ids = ids.to(model.device)
     over = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(n_tokens):
         logits = next_logits(ids)
+        if not bool(torch.isfinite(logits).any(-1).all()) or bool(logits.isnan().any()):
+            raise ValueError(f"the logits after {ids.shape[1]} tokens are not finite; use a smaller strength")
         if temperature == 0:
             chosen = logits.argmax(-1)
         else:

@@ -20,8 +20,9 @@ from querylens_fast.queries.feature_view import feature_view
 from querylens_fast.queries.files import ResultFile, ResultGone, find_files, open_file
 from querylens_fast.queries.index import find_index
 from querylens_fast.queries.opened import Once, OpenDictionary, Rows
+from querylens_fast.queries.query import Filter, Query
 from querylens_fast.queries.scan import Scan
-from querylens_fast.queries.search import Filter, Lister, Query, Source, search
+from querylens_fast.queries.search import Lister, Source, search
 from querylens_fast.queries.views import (
     ENDS,
     SIDES,

@@ -128,9 +128,12 @@ class Scan:
         return values if self.places is None else values[self.places]
 
     def postings(
-        self, token_id: int, end: str, check: Callable[[], None] = lambda: None
+        self, token_id: int, end: str, check: Callable[[], None] = lambda: None, limit: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(Rows whose ``end`` holds the token, its scores), the most extreme score first; ``check`` may raise."""
+        """(Rows whose ``end`` holds the token, its scores), the most extreme score first, or the first ones of them.
+
+        ``check`` is called between row groups and may raise.
+        """
         rows: list[np.ndarray] = []
         scores: list[np.ndarray] = []
         for start, table in zip(self.starts, self._tables([f"{end}_ids", f"{end}_scores"]), strict=False):
@@ -146,7 +149,7 @@ class Scan:
             found = self._row_of[found]
             found, values = found[found >= 0], values[found >= 0]
         order = np.lexsort((found, -values if end == "top" else values))
-        return found[order], values[order]
+        return found[order][:limit], values[order][:limit]
 
     def strings(self) -> dict[int, str]:
         """Every token that the result holds the string of, by id."""

@@ -6,12 +6,8 @@ next begins behind that, however many rows there are and whatever was added mean
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,99 +15,11 @@ import numpy as np
 from querylens_fast.queries.budget import UNLIMITED, Budget
 from querylens_fast.queries.catalog import Member
 from querylens_fast.queries.opened import OpenDictionary
-from querylens_fast.queries.views import ENDS, FIELDS, MAX_LIMIT, ORDERS, SIDES, End, Page, Row, Side, Token
+from querylens_fast.queries.query import Cursor, Query
+from querylens_fast.queries.views import SIDES, End, Page, Row, Token
 
 N_TOKENS = 8
 """Tokens of each side in a row."""
-MAX_TEXT = 1000
-"""Characters of a text that is searched for."""
-
-
-@dataclass(frozen=True)
-class Filter:
-    """Keep features whose field lies in [low, high]; features without the field are left out."""
-
-    field: str
-    low: float = -math.inf
-    high: float = math.inf
-
-    def __post_init__(self) -> None:
-        if self.field not in FIELDS:
-            raise ValueError(f"filter is on {self.field!r}; expected one of {', '.join(FIELDS)}")
-        if math.isnan(self.low) or math.isnan(self.high):
-            raise ValueError(f"filter on {self.field} has bounds {self.low} and {self.high}; expected numbers")
-
-
-@dataclass(frozen=True)
-class Query:
-    """What is looked for. Without text and token_id: all features."""
-
-    text: str | None = None
-    token_id: int | None = None
-    exact: bool = False
-    side: Side | None = None
-    end: End = "top"
-    preset: str | None = None
-    dictionary: str | None = None
-    layer: int | None = None
-    filters: tuple[Filter, ...] = ()
-    order: str | None = None
-    after: str | None = None
-    limit: int = 50
-
-    def __post_init__(self) -> None:
-        for name, known in (("side", (*SIDES, None)), ("end", ENDS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, known))}")
-        if self.order is not None and self.order.removeprefix("-") not in ORDERS:
-            raise ValueError(
-                f"order is {self.order!r}; expected one of {', '.join(ORDERS)}, with - before it to reverse"
-            )
-        if self.order is not None and self.order.removeprefix("-") == "score" and not self.has_token:
-            raise ValueError("order is 'score'; without a token there is none: order by another field")
-        if not 1 <= self.limit <= MAX_LIMIT:
-            raise ValueError(f"limit is {self.limit}; expected 1 to {MAX_LIMIT}")
-        if self.text is not None and len(self.text) > MAX_TEXT:
-            raise ValueError(f"text has {len(self.text)} characters; expected at most {MAX_TEXT}")
-        if self.text is not None and self.token_id is not None:
-            raise ValueError("give text or token_id, not both")
-
-    @property
-    def has_token(self) -> bool:
-        return bool(self.text) or self.token_id is not None
-
-    @property
-    def ordering(self) -> tuple[str, bool]:
-        """(Field, largest first?). Scores: the most extreme first; otherwise the smallest, as without "-"."""
-        order = self.order or ("score" if self.has_token else "feature")
-        return order.removeprefix("-"), order.startswith("-")
-
-
-class Cursor(NamedTuple):
-    """Where a page ended."""
-
-    key: float
-    dictionary: str
-    preset: str
-    feature: int
-    token: int
-
-    def encoded(self) -> str:
-        return base64.urlsafe_b64encode(json.dumps(list(self)).encode()).decode().rstrip("=")
-
-    @classmethod
-    def decoded(cls, text: str) -> Cursor:
-        """Raises ValueError for a text that is none."""
-        try:
-            raw = json.loads(base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4)))
-            key, dictionary, preset, feature, token = raw
-            if not (isinstance(dictionary, str) and isinstance(preset, str)):
-                raise TypeError
-            if not abs(int(feature)) < 1 << 62 or not abs(int(token)) < 1 << 62 or math.isnan(float(key)):
-                raise TypeError
-            return cls(float(key), dictionary, preset, int(feature), int(token))
-        except (ValueError, TypeError, UnicodeError, OverflowError, RecursionError, binascii.Error) as error:
-            raise ValueError(f"after is {text[:80]!r}, which no page gave as its next") from error
 
 
 class Source(NamedTuple):
@@ -230,6 +138,7 @@ def _token_ids(dictionaries: Sequence[OpenDictionary], query: Query) -> dict[str
     return found
 
 
+@np.errstate(over="ignore", invalid="ignore")  # bounds are compared in the columns' own precision
 def _candidates(
     place: int, source: Source, token: int, query: Query, cursor: tuple[float, int, int, int] | None, budget: Budget
 ) -> list[tuple[float, int, int, int, float]]:
@@ -240,11 +149,16 @@ def _candidates(
     """
     found, member = source
     store = found if member is None else found.rows_of(member)
-    ordered = _in_order(source, token, query, budget)
+    first_page = cursor is None and not query.filters
+    ordered = _in_order(source, token, query, budget, query.limit + 1 if first_page else None)
     if ordered is None:
         return []
     rows, keys, scores = ordered
-    start = 0 if cursor is None else int(np.searchsorted(keys, cursor[0]))
+    start = 0 if cursor is None else _first_at(keys, cursor[0])
+    field, descending = query.ordering
+    for some in query.filters:
+        if some.field == field:
+            start = max(start, _first_at(keys, -some.high if descending else some.low))
     size, wanted = 4 * query.limit, query.limit + 1
     while True:
         budget.check()
@@ -262,9 +176,12 @@ def _candidates(
 
 
 def _in_order(
-    source: Source, token: int, query: Query, budget: Budget
+    source: Source, token: int, query: Query, budget: Budget, n: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """(Rows of the source's features, keys ascending, scores); equal keys by feature. None: the field is unknown."""
+    """(Rows of the source's features, keys ascending, scores); equal keys by feature. None: the field is unknown.
+
+    Where that costs less, only the first n of them.
+    """
     found, member = source
     field, descending = query.ordering
     if member is None or not query.has_token:
@@ -274,7 +191,8 @@ def _in_order(
             ordered = found.sorted_by(field, descending)
         return None if ordered is None else (*ordered, np.broadcast_to(0.0, len(ordered[0])))
     store = found.rows_of(member)
-    rows, scores = store.postings(token, query.end, budget.check)
+    by_score = field == "score" and not descending
+    rows, scores = store.postings(token, query.end, budget.check, n if by_score else None)
     if field == "score":
         keys = -scores if (query.end == "top") != descending else scores
     else:
@@ -284,11 +202,16 @@ def _in_order(
             return None
         values = values if field == "feature" else values[found.places(features)]
         keys = -values if descending else values
-    if field != "score" or descending:
+    if not by_score:
         order = np.lexsort((rows, keys))
         order = order[: len(order) - int(np.isnan(keys).sum())]
         rows, keys, scores = rows[order], keys[order], scores[order]
     return rows, keys, scores
+
+
+def _first_at(keys: np.ndarray, bound: float) -> int:
+    """The first place of a key that is not below the bound."""
+    return int(np.searchsorted(keys, np.asarray(bound).astype(keys.dtype)))
 
 
 def _by_feature(features: np.ndarray, descending: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -306,8 +229,7 @@ def _filtered(source: Source, features: np.ndarray, query: Query) -> np.ndarray:
         column = found.values(some.field, member)
         if column is None:
             return np.zeros(len(features), bool)
-        with np.errstate(over="ignore"):  # bounds are compared in the column's own precision
-            kept &= (column[at] >= some.low) & (column[at] <= some.high)
+        kept &= (column[at] >= some.low) & (column[at] <= some.high)
     return kept
 
 
