@@ -85,7 +85,7 @@ def _found(name: str, counts: dict[str, Any]) -> str:
         return f"{kept}, {len(counts['problems'])} other results"
     if name == "hostile":
         harm = ", ".join(f"{counts[kind]} {said}" for kind, said in HARM.items())
-        return f"{harm}; at most {counts['peak_mib']} MiB and {counts['slowest_s']} s"
+        return f"{harm}; at most {counts['slowest_s']} s each"
     if name == "products":
         return f"{sum(counts[backend]['wrong'] for backend in ('torch', 'triton'))} wrong"
     return f"{len(counts['problems'])} " + ("other results" if name == "disks" else "not noticed")
