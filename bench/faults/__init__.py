@@ -38,7 +38,6 @@ HARM = {
     "unexpected": "errors of no kind",
     "hang": "hangs",
     "crash": "crashes",
-    "memory": "over 1 GiB",
     "code run": "times code run",
     "secret told": "secrets told",
     "unnamed": "errors without the file's name",
