@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "topk": "streamed top-k against what one would write otherwise",
+    "signatures": "signatures of a block of features on a bfloat16 checkpoint of Gemma-2-2B's width",
     "lens": "transport and signatures of whole dictionaries against one walk for each feature",
     "reliability": "standard errors of scores against many disjoint samples: coverage, stable tokens, sample size",
     "faults": "kills, full disks, corruptions, hostile inputs, random top-k calls: what is lost, silent, run or wrong",

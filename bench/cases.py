@@ -34,6 +34,61 @@ CASES = {
 ODD = [(1, 1, 1, 1), (255, 507, 123, 25), (129, 768, 5003, 25), (33, 100, 50257, 256), (130, 2304, 30011, 64)]
 """n, d, V, k that fill no tile."""
 
+CHUNKED, FAISS, GEMM, NARROW_GEMM = "torch chunked + 2 x topk", "faiss.knn", "gemm alone", "gemm alone bf16"
+PLAIN, STATISTICS, HISTOGRAM = "ours, float32", "ours, statistics", "ours, 100-bin histogram"
+
+
+class Goal(NamedTuple):
+    """One of our times, at most so many times a peer's of the same run."""
+
+    task: str
+    peer: str
+    at_most: float
+
+
+class Measurement(NamedTuple):
+    """One case of `bench.topk`: the inputs, what is timed on them, and what is wanted of the times."""
+
+    case: Case
+    goals: tuple[Goal, ...] = ()
+    """Their tasks and peers are timed, beside "ours"."""
+    dtypes: tuple[str, str] = ("float32", "float32")
+    """Of F and W."""
+    kind: str = "gaussian"
+    also: tuple[str, ...] = ()
+    """Tasks without a goal."""
+
+
+def _on_cpu() -> dict[str, Measurement]:
+    """What is measured on a CPU: a 4,096-feature block of GPT-2 small, 2,048 of Gemma-2-2B."""
+    gpt2, gemma = Case("gpt2", 768, 50257, 4096), Case("gemma-2-2b", 2304, 256000, 2048)
+    narrow = ("bfloat16", "bfloat16")
+
+    def over_gemm(case: Case, k: int, bound: float, *more: Goal, dtypes: tuple[str, str] = ("float32", "float32"),
+                  also: tuple[str, ...] = ()) -> Measurement:  # fmt: skip
+        return Measurement(case._replace(k=k), (Goal("ours", NARROW_GEMM, bound), *more), dtypes, also=also)
+
+    peers = Goal("ours", CHUNKED, 1 / 4), Goal("ours", FAISS, 1 / 5.5)
+    passes = Goal(PLAIN, NARROW_GEMM, 2.4), Goal(STATISTICS, NARROW_GEMM, 2.9), Goal(HISTOGRAM, NARROW_GEMM, 4.5)
+    found = {
+        "gpt2": over_gemm(gpt2, 25, 1.35, *peers, also=(GEMM,)),
+        "gpt2-k10": over_gemm(gpt2, 10, 1.25),
+        "gpt2-k100": over_gemm(gpt2, 100, 2.0),
+        "gpt2-bf16": over_gemm(gpt2, 25, 1.25, dtypes=narrow),
+        "gpt2-mixed": over_gemm(gpt2, 25, 1.4, dtypes=("float32", "bfloat16")),
+        "gpt2-passes": Measurement(gpt2, passes),
+    }
+    kinds = {"sorted": 0.4, "equal": 0.65, "heavy-tailed": 0.3, "dead": 0.3, "one outlier": 0.35}
+    for kind, bound in kinds.items():
+        found[f"gpt2-{kind.replace(' ', '-')}"] = Measurement(gpt2, (Goal("ours", CHUNKED, bound),), kind=kind)
+    found["gemma-2-2b"] = over_gemm(gemma, 25, 1.2)
+    found["gemma-2-2b-k100"] = over_gemm(gemma, 100, 1.35)
+    found["gemma-2-2b-bf16"] = over_gemm(gemma, 25, 1.15, dtypes=narrow)
+    return found
+
+
+ON_CPU = _on_cpu()
+
 
 def _gpt2_small() -> Any:
     import transformers

@@ -99,7 +99,7 @@ def speed(example: Example, n: int, n_plain: int) -> list[dict[str, Any]]:
                 "overlap": sum(alike) / len(alike),
             }
         )
-        print(found[-1])
+        print(found[-1], flush=True)
     return found
 
 
@@ -122,7 +122,7 @@ def adaptive(example: Example, n: int) -> dict[str, Any]:
         for half, places in halves.items():
             means = {name: float(values[places].mean()) for name, values in scores.items()}
             found.append({"dictionary": Path(dictionary.name).name, "half": half, "n": n // 2, **means})
-            print(found[-1])
+            print(found[-1], flush=True)
     means = {
         name: sum(r[name] for r in found if r["half"] == "reported on") / len(example.dictionaries) for name in scores
     }

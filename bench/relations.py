@@ -24,7 +24,7 @@ import torch
 from bench.machine import machine
 from bench.record import RESULTS, save
 from bench.timing import measure
-from bench.topk import torch_topk, worst_error
+from bench.topk import torch_topk, true_scores, worst_error
 from querylens_fast.topk.api import streamed_topk
 
 DEFAULT_OUT = RESULTS / "cpu-relations.json"
@@ -99,7 +99,7 @@ def against_torch(folder: Path, rows: int, k: int, repeat: int) -> dict[str, Any
 
     F = load_file(str(folder / "early.safetensors"))["W_dec"][:rows]
     W = load_file(str(folder / "late.safetensors"))["W_enc"].T.contiguous()
-    worst = max(worst_error(streamed_topk(F, W, k), F, W, k))
+    worst = worst_error(streamed_topk(F, W, k), *true_scores(F, W), k)
     peers: dict[str, Callable[[], object]] = {
         "ours": lambda: streamed_topk(F, W, k),
         "torch chunked + 2 x topk": lambda: torch_topk(F, W, k),

@@ -49,6 +49,16 @@ def gpt2(gpt2_folder) -> ql.Model:
 
 
 @pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory):
+    """A folder with a tiny model ("model") and results of it ("results"), for the server's tests; not to be changed."""
+    from served_results import odd_model, write_results
+
+    root = tmp_path_factory.mktemp("served")
+    write_results(odd_model(save_tiny_model("gpt2", root / "model")), root / "results")
+    return root
+
+
+@pytest.fixture(scope="session")
 def sample() -> ql.Tokens:
     """Five sequences with padding at the end of one and in the middle of another."""
     ids = torch.randint(3, 61, (5, 7), generator=torch.Generator().manual_seed(5))

@@ -191,6 +191,8 @@ def test_calibration_reaches_its_targets() -> None:
     assert bool(((found.kl - 0.25).abs() <= KL_TOLERANCE)[:3].all())
     assert torch.allclose(kl(torch.arange(4), found.alphas), found.kl)
     assert found.alphas[3] == pytest.approx(1e3, rel=0.02) and found.kl[3] < 0.1  # cannot be reached
+    guessed = kl(torch.arange(3), found.start(0.5)[:3])
+    assert bool(((guessed - 0.5).abs() <= KL_TOLERANCE).all()), "the measured slope leads to the next target at once"
 
 
 def test_promoted_tokens_by_plain_ranks(example: Example, prefixes: torch.Tensor, promoted: Promoted) -> None:
@@ -326,11 +328,8 @@ def test_table_of_scores(
     for name in ("stored.parquet", "stored.jsonl"):
         stored = frame[frame.method == name].drop(columns="method").reset_index(drop=True)
         assert direct.equals(stored)
-    random = torch.randint(model.vocab_size, (4000, 25), generator=torch.Generator().manual_seed(9))
-    assert 0.03 < float((embedding_similarity(model, random) > coherent_from(model, 25)).double().mean()) < 0.07
-    assert (
-        frame.coherent == [row.embedding_coherence > coherent_from(model, row.k) for row in frame.itertuples()]
-    ).all()
+    limits = coherent_from(model, "value", (5, 25, 30))
+    assert (frame.coherent == [row.embedding_coherence > limits[row.k] for row in frame.itertuples()]).all()
     ids = ql.signatures(dictionary, model, preset="token_change", token_change_value=5.0, tokens=tokens.head(2), k=25,
                         features=FEATURES).top_ids  # fmt: skip
     own = frame[(frame.method == "token_change@5") & (frame.k == 25)]
@@ -342,6 +341,15 @@ def test_table_of_scores(
     row = next(m for m in means if m.method == "token_change@5" and m.k == 25 and m.dictionary == "sae")
     assert (row.mean, row.high - row.mean) == pytest.approx(by_hand)
     assert ql.read_table(tmp_path / "scores.parquet").pandas().equals(frame)
+
+
+@pytest.mark.parametrize("preset", ("logit_lens_value", "key_identity_embed_cosine_centered"))
+def test_few_random_directions_are_coherent(example: Example, preset: str) -> None:
+    directions = ql.directions(torch.randn(2000, 160, generator=torch.Generator().manual_seed(9)), layer=1)
+    found = ql.signatures(directions, example.model, preset=preset, k=25).top_ids
+    side = "key" if preset.startswith("key") else "value"
+    limit = coherent_from(example.model, side, [25])[25]
+    assert 0.03 < float((embedding_similarity(example.model, found) > limit).double().mean()) < 0.07
 
 
 def test_gains() -> None:

@@ -124,6 +124,30 @@ def test_a_graphs_feature_nodes_get_labels_outputs_and_inputs(model, dictionarie
         assert "top_logit_effects" not in node and not node.get("clerp")
 
 
+def test_results_are_shown_by_their_own_token_strings(model, dictionaries, tmp_path) -> None:
+    held = [ql.signatures(d, model, preset="logit_lens_value", k=3) for d in dictionaries]
+    jsonl, parquet = (
+        ql.signatures(d, model, preset="logit_lens_value", k=3, out=tmp_path / name, progress=False).path
+        for d, name in zip(dictionaries, ("a.jsonl", "b.parquet"), strict=True)
+    )
+    folders = [
+        ql.export_circuit_tracer(results, tmp_path / name, transcoder_id="set", **given)
+        for name, results, given in (
+            ("1", held, {}),
+            ("2", [jsonl, parquet], {}),
+            ("3", held, {"model": model}),
+        )
+    ]
+    files = [[(f / f"layer_{layer}.bin").read_bytes() for layer in range(2)] for f in folders]
+    assert files[0] == files[1] == files[2]
+    (tmp_path / "graph.json").write_text(json.dumps(graph_of([(1, 9)])))
+    ql.annotate_graph(tmp_path / "graph.json", values={1: parquet})
+    node = json.loads((tmp_path / "graph.json").read_text())["nodes"][0]
+    assert node["bottom_logit_effects"] == held[1].bottom_tokens[9]
+    with pytest.raises(ValueError, match="pass model="):
+        ql.export_circuit_tracer(dictionaries, tmp_path / "4", transcoder_id="set")
+
+
 def test_a_graph_that_is_none_is_left_alone(model, dictionaries, tmp_path) -> None:
     path = tmp_path / "graph.json"
     for text, message in (("[1]", "no attribution graph"), ("{", "not valid JSON")):

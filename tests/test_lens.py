@@ -20,6 +20,7 @@ from querylens_fast.analysis.configuration import KEYS, REFERENCE_NAMES
 from querylens_fast.cli import app
 from querylens_fast.lens.options import LensOptions, described
 from querylens_fast.lens.planning import plan
+from querylens_fast.lens.readouts import unit_rows
 
 K = 4
 OPTIONS = [f.name for f in dataclasses.fields(LensOptions)]
@@ -187,3 +188,9 @@ def test_a_bfloat16_model_is_read_out_in_bfloat16(preset: str) -> None:
     assert 0 < seen.elements < model.W_U.numel() / 2
     scores = lens.scores_at(None, torch.arange(50_000))
     assert torch.allclose(found.top_scores, scores.topk(K).values)
+
+
+def test_rows_of_any_length_become_unit_rows() -> None:
+    rows = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    for length in (1e-4, 1e19, 1e30):
+        assert torch.allclose(unit_rows(rows * length), unit_rows(rows), rtol=1e-5)

@@ -24,6 +24,8 @@ again = querylens_fast.streamed_topk(torch.randn(2, 16), torch.randn(40, 16), 3,
 import querylens_fast.analysis.run
 from pathlib import Path
 assert (Path(querylens_fast.__file__).parent / "analysis" / "configs" / "gpt2-small.yaml").is_file()
+pages = Path(querylens_fast.__file__).parent / "serve"
+assert (pages / "templates" / "base.html.j2").is_file() and (pages / "static" / "style.css").is_file()
 print(found.top_tokens[0], again.top_ids.shape)
 """
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import querylens_fast as ql
-from querylens_fast.relations.flow import feature_chains, feature_flow, neighbours, related, site
+from querylens_fast.relations.flow import cosine_topk, feature_chains, feature_flow, neighbours, related, site
 
 D = 12
 
@@ -110,6 +110,20 @@ def test_neighbours_leave_the_feature_out(stack: list[ql.Dictionary]) -> None:
     assert (close.score >= 0.4).all() and (close.source_id != close.target_id).all()
     keys = neighbours(stack[0], stack[2], k=50, side="key").pandas()
     assert len(keys) == 20 * 19
+
+
+@pytest.mark.parametrize("length", [1e-40, 1e-30, 1e-19, 1.0, 1e19, 1e30])
+def test_cosines_at_any_length(length: float) -> None:
+    """Lengths whose squares are no float32 change no cosine."""
+    generator = torch.Generator().manual_seed(0)
+    source, target = (torch.randn(n, 16, generator=generator) for n in (5, 40))
+    exact = torch.nn.functional.normalize(source.double()) @ torch.nn.functional.normalize(target.double()).T
+    rows = (target.double() * length).float()
+    for found in (cosine_topk(source, rows, 3), cosine_topk((source.double() * length).float(), target, 3)):
+        error = (exact.gather(1, found.top_ids) - found.top_scores).abs().max()
+        assert error < (1e-3 if length < 1e-38 else 1e-6)  # subnormal numbers have fewer digits
+    mixed = torch.cat([rows, torch.zeros(1, 16)])
+    assert cosine_topk(source, mixed, 41, bottom=True).top_scores.abs().max() < 1 + 1e-3
 
 
 def test_many_copies_of_one_feature() -> None:

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from served_results import N_FEATURES, VOCABULARY, odd_model, write_results
-from tiny_models import save_tiny_model
+from served_results import N_FEATURES, VOCABULARY
 
 from querylens_fast.queries.results import open_results
 from querylens_fast.serve.app import create_app, listen
@@ -51,14 +50,12 @@ PAGES = {
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(served: Path) -> Iterator[str]:
     """Where the pages are served."""
     import uvicorn
 
-    root = tmp_path_factory.mktemp("served")
-    write_results(odd_model(save_tiny_model("gpt2", root / "model")), root / "results")
     listening = listen("127.0.0.1", 0, None)
-    server = uvicorn.Server(uvicorn.Config(create_app(open_results(root / "results")), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(create_app(open_results(served / "results")), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -68,7 +65,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["playwright.Browser"]:
+def browser() -> Iterator["playwright.Browser"]:
     with playwright.sync_playwright() as driver:
         found = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield found
@@ -114,8 +111,7 @@ def test_search_feature_neighbour_and_back(tab: Open) -> None:
     page.locator("#known option").nth(1).wait_for(state="attached")
     offered = page.evaluate("[...document.getElementById('known').options].map(o => o.value)")
     assert offered == ["self", " self"]
-    page.keyboard.press("Escape")
-    page.locator("#find").press("Enter")
+    page.keyboard.press("Enter")
     page.wait_for_url("**/search?q=self")
     assert page.locator("h1").inner_text().startswith("Features with")
     page.locator("table.list tbody th a").first.click()
@@ -186,6 +182,19 @@ def test_pages_fit_and_their_texts_have_contrast(tab: Open, width: int, scheme: 
         page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
         assert overflow(page) <= 0, name
         assert page.evaluate(LOW_CONTRAST) == [], name
+
+
+def test_axe_finds_nothing(tab: Open) -> None:
+    """axe-core's rules of accessibility hold on every page."""
+    axe = pytest.importorskip("axe_playwright_python", reason="needs the package axe-playwright-python")
+    script = (Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    page = tab("/")
+    for name, path in PAGES.items():
+        page.goto(path)
+        page.evaluate(script)
+        found = page.evaluate("axe.run()")
+        assert len(found["passes"]) > 10
+        assert [(v["id"], v["nodes"][0]["html"]) for v in found["violations"]] == [], name
 
 
 def test_markup_in_tokens_stays_text(tab: Open) -> None:

@@ -3,30 +3,29 @@
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from served_results import N_FEATURES, VOCABULARY, odd_model, write_results
+import torch
+from served_results import N_FEATURES, VOCABULARY
 from starlette.testclient import TestClient
-from tiny_models import save_tiny_model
 from typer.testing import CliRunner
 
 import querylens_fast as ql
 from querylens_fast.queries.results import open_results
-from querylens_fast.serve import try_it
+from querylens_fast.queries.views import Activity, Context, Histogram, Link, Score
+from querylens_fast.runs.part_writer import PartWriter
+from querylens_fast.serve import static_report
 from querylens_fast.serve.app import create_app
-from querylens_fast.serve.markup import number, preset_name
-from querylens_fast.serve.plots import line_plot, nice_ticks
-
-STYLE = Path(ql.__file__).parent / "serve" / "static" / "style.css"
+from querylens_fast.serve.markup import environment
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("served")
-    write_results(odd_model(save_tiny_model("gpt2", root / "model")), root / "results")
-    return root / "results"
+def folder(served: Path) -> Path:
+    return served / "results"
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +119,9 @@ def test_a_search_finds_both_spellings_and_pages_hold_every_feature_once(client:
     assert '<bdi dir="ltr">self</bdi>' in first and "<i>·</i>self" in first
     exact = client.get("/search?q=self&exact=1&side=value").text
     assert "token 9" not in re.findall(r'title="([^"]*)"', exact.split("<h1>")[1].split("</h1>")[0])[0]
+    by_id = client.get("/search?token=20&side=key").text
+    assert 'name="token" value="20"' in by_id and "a/b?c#d</bdi>" in by_id.split("<h1>")[1].split("</h1>")[0]
+    assert "a/b?c#d</bdi>" not in client.get("/search?token=20&q=self").text.split("<h1>")[1].split("</h1>")[0]
     found: list[str] = []
     address: str | None = "/search?order=-rel_var"
     while address:
@@ -174,6 +176,10 @@ def test_overview_and_compare(client: TestClient) -> None:
     assert 'role="img" aria-label="Mean relative variance by layer"' in overview and "as a table" in overview
     presets = client.get("/compare").text
     assert "The same features under two presets" in presets
+    chosen = re.findall(r'<option value="([^"]+)" selected', presets)
+    assert chosen == ["sae0/logit_lens_value", "sae0/query_lens_value"]
+    top, both = (client.get(f"/token/9{ends}").text for ends in ("", "?ends=both"))
+    assert "features that read it least" in both and "least" not in top and 'href="/token/9?ends=both"' in top
     others = client.get("/compare?a=sae0/query_lens_value&b=sae1/query_lens_value").text
     assert "matched by the tokens they share" in others
     following = re.search(r'rel="next" href="([^"]+)"', others)
@@ -213,26 +219,92 @@ def test_a_mistake_ends_in_a_page_that_says_what_to_do(
     assert "This address cannot be answered" in client.post("/search").text
 
 
-def test_results_that_are_deleted_cut_replaced_or_written_while_served(folder: Path, tmp_path: Path) -> None:
+def test_results_that_are_cut_deleted_and_put_back_while_served(folder: Path, tmp_path: Path) -> None:
+    """Before the files are looked at again a page says that the result has changed; then the rest is shown."""
     for file in folder.glob("sae1.*"):
         shutil.copy(file, tmp_path)
     path = tmp_path / "sae1.query_lens_value.parquet"
     whole = path.read_bytes()
-    with TestClient(create_app(open_results(tmp_path)), base_url="http://127.0.0.1") as client:
-        assert client.get("/feature/sae1/3").status_code == 200
-        path.write_bytes(whole[: len(whole) // 2])
-        for address in ("/feature/sae1/3", "/", "/search?q=self", "/compare"):
-            answer = client.get(address)
-            assert answer.status_code in (200, 410) and "Traceback" not in answer.text, address
-            assert "Overview" in answer.text
-        path.unlink()
-        assert client.get("/").status_code in (200, 410)
-        assert client.get("/feature/sae1/3").status_code in (200, 410)
-        parts = tmp_path / "sae1.query_lens_value.parquet.parts"
-        assert not parts.exists()
+    results = open_results(tmp_path)
+    pages = ("/feature/sae1/3", "/", "/search?q=self", "/compare", "/token/9")
+    with TestClient(create_app(results), base_url="http://127.0.0.1") as client:
+        assert client.get("/feature/sae1/3").text.count("Query Lens</caption>") == 2
+        for change in (lambda: path.write_bytes(whole[: len(whole) // 2]), path.unlink):
+            change()
+            for answer in map(client.get, pages):
+                assert answer.status_code in (200, 410) and not Page(answer.text).open
+                assert answer.status_code == 200 or "The result has changed" in answer.text
+            results.refresh()
+            assert [client.get(address).status_code for address in pages] == [200] * len(pages)
+            assert client.get("/feature/sae1/3").text.count("Query Lens</caption>") == 1
+            assert ("1 file is not shown" in client.get("/").text) == path.exists()
         path.write_bytes(whole)
-        client.get("/")
-        assert "Query Lens" in client.get("/feature/sae1/3").text
+        results.refresh()
+        assert client.get("/feature/sae1/3").text.count("Query Lens</caption>") == 2
+
+
+def test_a_run_that_is_not_finished_is_on_the_overview(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "later.parquet"
+    shutil.copy(folder / "sae0.logit_lens_value.parquet", tmp_path)
+    model = ql.load_model(folder.parent / "model")
+    source = ql.directions(torch.randn(9, model.d_model), layer=2, name="later")
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        written = []
+
+        def stop(self: PartWriter, start: int, table: pa.Table) -> None:
+            written.append(start)
+            if len(written) == 3:
+                raise KeyboardInterrupt
+            write(self, start, table)
+
+        write = PartWriter.write
+        patch.setattr(PartWriter, "write", stop)
+        ql.signatures(source, model, preset="logit_lens_value", k=3, out=path, block_rows=2, progress=False)
+    with TestClient(create_app(open_results(tmp_path)), base_url="http://127.0.0.1") as client:
+        text = re.sub(r"<[^>]*>|\s+", " ", client.get("/").text)
+        assert re.search(r"Not finished: +logit_lens_value of later, [1-8] of 9 features", text)
+        ql.signatures(source, model, preset="logit_lens_value", k=3, out=path, block_rows=2, progress=False)
+        client.app.state.results.refresh()  # type: ignore[attr-defined]
+        assert "Not finished" not in client.get("/").text and client.get("/feature/later/8").status_code == 200
+
+
+def test_a_page_shows_activity_histogram_scores_and_features_elsewhere(folder: Path) -> None:
+    """What these results do not hold, put into a view of them."""
+    results = open_results(folder)
+    view = results.feature("sae1", 7)
+    tokens = [t.token for s in view.signatures for t in s.top]
+    contexts = tuple(
+        Context(2.0 - i / 10, i, 3, tokens[i], *((tuple(tokens[:4]), tuple(tokens[4:8])) if i % 2 else (None, None)))
+        for i in range(20)
+    )
+    full = replace(
+        view,
+        activity=Activity(
+            0.00012, 0.5, 2.0, 17, 9, tuple((t, 3) for t in tokens[:3]), contexts, "some/where/text.safetensors"
+        ),
+        scores=(
+            Score("query_lens_key", 25, 20, 0.41, None, 0.1, None),
+            Score("query_lens_key", 5, 20, 0.1, None, 0.1, None),
+        ),
+        histogram=Histogram(tuple(-2 + i / 10 for i in range(41)), tuple((i * 7) % 31 for i in range(40))),
+        links=(Link("downstream", None, "blocks.2.mlp.W_in", 2, 44, -0.25), Link("mlp", "sae0", "sae0", 0, 3, 0.5)),
+    )
+    text = static_report._page([full], 5, "All")
+    assert not Page(text).open
+    for words in (
+        "0.000120", "17 positions in 9 sequences of", "text.safetensors", "5 more", "Histogram of the logits", "0.410",
+        "input score, Query Lens", "features that read it", "blocks.2.mlp.W_in 44", "−0.250", "before: MLP",
+    ):  # fmt: skip
+        assert words in text, words
+    known = [
+        replace(d, mean_scores={"input_score query_lens_key": 0.3, "string_coherence x": 0.2})
+        for d in results.dictionaries
+    ]
+    overview = environment().get_template("overview.html.j2").render(
+        pages=(), here="/", dictionaries=known, total=1, models=["a/b"], progress=(), skipped=(), rel_var=None,
+        scored=known, score_names=["input_score query_lens_key", "string_coherence x"],
+    )  # fmt: skip
+    assert "input score, Query Lens key" in overview and "string coherence, x" in overview and "0.300" in overview
 
 
 def test_the_static_report_needs_nothing_else(folder: Path, tmp_path: Path) -> None:
@@ -252,100 +324,6 @@ def test_the_static_report_needs_nothing_else(folder: Path, tmp_path: Path) -> N
     for features, words in (("7", "say which: sae0, sae1"), ("sae1:x", "expected ids"), ("sae1:999", "999")):
         failed = CliRunner().invoke(app, ["report", str(folder), "--features", features, "--out", str(out)])
         assert failed.exit_code == 2 and words in failed.stderr
-
-
-def test_colours_can_be_read() -> None:
-    """Text has a contrast of at least 4.5 with what it stands on, in both schemes, on every shade."""
-    colours = dict(re.findall(r"--([\w-]+): light-dark\((#\w+, #\w+)\)", STYLE.read_text()))
-    shades = [f"{sign}{i}" for sign in "pn" for i in range(1, 7)]
-    grounds = ("paper", "card", "sunk")
-    pairs = [("ink", g) for g in (*grounds, "warn-back", *shades)] + [("soft", g) for g in grounds]
-    pairs += [("link", "paper"), ("link", "card"), ("warn", "warn-back")]
-    pairs += [(f"series-{i}", "card") for i in range(1, 7)] + [("soft", s) for s in shades if s[1] in "123"]
-    for scheme in (0, 1):
-        hexes = {name: both.split(", ")[scheme] for name, both in colours.items()}
-        for text, ground in pairs:
-            assert contrast(hexes[text], hexes[ground]) >= 4.5, (scheme, text, ground)
-        marks = "#3f4a58" if scheme == 0 else "#d3dbe5"  # of marks in strong chips
-        assert all(contrast(marks, hexes[s]) >= 4.5 for s in shades if s[1] in "456")
-        assert contrast("#ffffff" if scheme == 0 else "#10161e", hexes["link"]) >= 4.5  # of the main buttons
-
-
-def contrast(first: str, second: str) -> float:
-    """WCAG 2's contrast ratio."""
-    light = []
-    for colour in (first, second):
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-        light.append(sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True)) + 0.05)
-    return max(light) / min(light)
-
-
-def test_numbers_names_and_plots() -> None:
-    assert [number(x) for x in (None, float("nan"), 0.0, 0.25, 12.345, 1234567, 2.5e-7, -3)] == [
-        "–", "–", "0", "0.250", "12.3", "1\u202f234\u202f567", "2.50e−07", "−3",
-    ]  # fmt: skip
-    assert preset_name("query_lens_value_approx~2") == "Query Lens, first order (2)"
-    assert preset_name("value_identity_embed") == "value identity embed"
-    for low, high in ((0.0, 0.74), (-3.0, 8.0), (5.0, 5.0), (1e-9, 2e-9)):
-        ticks = nice_ticks(low, high)
-        assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8 and ticks == sorted(set(ticks))
-    assert line_plot({}, "x", "y") is None and line_plot({"a": [(0, float("nan"), None)]}, "x", "y") is None
-    plot = line_plot({"a": [(0, 0.2, 0.1), (3, 0.9, None)], "b": [(1, 0.5, None)]}, "x", "y")
-    assert plot is not None and all(0 <= m.y <= plot.bottom for line in plot.series for m in line.marks)
-
-
-@pytest.fixture(scope="module")
-def trying(folder: Path) -> Iterator[TestClient]:
-    """The embedded model beside other results: what is tried does not depend on them."""
-    from querylens_fast.demo import ASSETS
-
-    app = create_app(open_results(folder), model=ASSETS / "model", run={"sae1": ASSETS / "sae_layer1"})
-    with TestClient(app, base_url="http://127.0.0.1") as made:
-        yield made
-
-
-def test_a_text_is_tried(trying: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = trying.get("/try", params={"dictionary": "sae1", "text": "def parse(self):\n    return <b>"})
-    assert page.status_code == 200 and "Features at each token" in page.text and "<b>\n" not in page.text
-    tried: try_it.TryIt = trying.app.state.try_it  # type: ignore[attr-defined]
-    firing = tried.firing("sae1", "def parse(self")
-    acts = activations_of(tried, "def parse(self")
-    assert len(firing.tokens) == len(acts)
-    for token, own in zip(firing.tokens, acts, strict=True):
-        best = sorted(own.tolist(), reverse=True)[: len(token.features)]
-        assert [v for _, v in token.features] == pytest.approx(best)
-    assert max(f.maximum for f in firing.features) == pytest.approx(float(acts.max()))
-    steered = {"dictionary": "sae1", "prompt": "def f(", "feature": "656", "strength": "12", "n": "3"}
-    page = trying.get("/try", params=steered)
-    direct = ql.steer(tried.model, tried.dictionaries["sae1"], 656, 12.0, "def f(", n_tokens=3)
-    assert page.status_code == 200 and "With feature" in page.text
-    assert tried.steer("sae1", 656, 12.0, "def f(", 3) == direct
-    for change, words in (
-        ({"feature": "999999"}, "999999"),
-        ({"n": "61"}, "expected 1 to 60"),
-        ({"strength": "inf"}, "finite"),
-        ({"strength": "strong"}, "expected a number"),
-        ({"prompt": "x" * 2001}, "at most 2000"),
-        ({"prompt": "x y " * 400}, "expected 1 to 256"),
-    ):
-        answer = trying.get("/try", params=steered | change)
-        assert answer.status_code == 422 and words in answer.text and "Not computed" in answer.text
-    assert trying.get("/try?dictionary=sae0&text=x").status_code == 404
-    monkeypatch.setattr(try_it, "MAX_SECONDS", -1.0)
-    assert "took longer" in trying.get("/try", params=steered).text
-    monkeypatch.setattr(try_it, "MAX_SECONDS", 0.0)
-    with tried._lock:
-        assert "computing for another page" in trying.get("/try", params=steered).text
-
-
-def activations_of(tried: try_it.TryIt, text: str):
-    import torch
-
-    from querylens_fast.lens.ablations import activations
-
-    ids = torch.tensor([tried.model.tokenizer(text)["input_ids"]])
-    return activations(tried.model, tried.dictionaries["sae1"], ids)[0]
 
 
 def test_without_a_model_the_page_says_how(client: TestClient) -> None:

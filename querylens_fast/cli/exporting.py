@@ -32,7 +32,7 @@ def export(
     k: Annotated[int, typer.Option(help="Tokens on each side.")] = 10,
     unembedding: Annotated[str, typer.Option(help="Of dictionaries: raw or folded.")] = "raw",
     vectors: Annotated[bool, typer.Option(help="neuronpedia: write the features' vectors.")] = True,
-    neighbours: Annotated[int | None, typer.Option(help="Neighbours a feature: neuronpedia 10, delphi 250.")] = None,
+    neighbours: Annotated[int | None, typer.Option(help="Neighbours: neuronpedia 10, delphi 250; 0: none.")] = None,
     activations: Annotated[Path | None, typer.Option(help="neuronpedia: a feature list with texts.")] = None,
     sample: Annotated[Path | None, typer.Option(help="neuronpedia: a feature sample (.parquet).")] = None,
     rows_per_file: Annotated[int | None, typer.Option(help="Features a file.")] = None,
@@ -131,7 +131,7 @@ def _delphi(source: str, model: Any, out: Path, hookpoint: str, k: int, neighbou
     say(f"{len(written)} explanations: {(out / 'explanations').resolve()}")
     if Path(source).suffix in RESULTS:
         say("a result holds no vectors: for neighbours, export its dictionary")
-    else:
+    elif neighbours != 0:
         for method in ("encoder_similarity", "decoder_similarity"):
             path = write_neighbours(source, out / "neighbours", hookpoint, method, neighbours or 250)
             say(f"neighbours: {path.resolve()}")

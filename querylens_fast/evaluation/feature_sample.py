@@ -14,7 +14,7 @@ Memory: the activations of a few positions at a time, 24 bytes for each of the n
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from querylens_fast.dictionaries.load import load_dictionary
+from querylens_fast.evaluation.activity import Activity
 from querylens_fast.lens.ablations import activations_by_position
 from querylens_fast.models.load import as_model
-from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, as_tokens
 from querylens_fast.runs.atomic_write import whole
 from querylens_fast.runs.sealed_parquet import read_sealed, write_sealed
@@ -40,10 +40,8 @@ BYTES_AN_ACTIVATION = 24
 """Of an activation while it is counted: encoded, masked, compared, and its peaks' places."""
 MAX_SEQUENCES = 16
 """Run through the model together."""
-FEATURES_AT_ONCE = 1 << 15
-"""Features whose examples are sorted together."""
-PAIRS_AT_ONCE = 1 << 22
-"""(feature, token) pairs collected before they are added up."""
+ROW_GROUP = 1 << 12
+"""Features of a row group: one feature's examples are read without those of all."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class FeatureSample:
         table = self.table()
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial:
-            write_sealed(partial, [table], table.schema, {"compression": "zstd"})
+            write_sealed(partial, [table], table.schema, {"compression": "zstd"}, ROW_GROUP)
         return path
 
     def table(self) -> pa.Table:
@@ -186,7 +184,7 @@ def feature_sample(
     dictionary.check_model(model)
     if n_examples < 1:
         raise ValueError(f"n_examples is {n_examples}; expected at least 1")
-    counted = _Activity(dictionary.n_features, min(n_examples, len(tokens.ids)), model)
+    counted = Activity(dictionary.n_features, min(n_examples, len(tokens.ids)), model)
     length = tokens.ids.shape[1]
     held = max(1, int(max_memory_gib * (1 << 30)) // (BYTES_AN_ACTIVATION * dictionary.n_features))
     rows, positions = min(max(1, held // length), MAX_SEQUENCES), min(held, length)
@@ -213,7 +211,7 @@ def feature_sample(
         "n_sequences": len(tokens.ids),
         "n_examples": n_examples,
     }
-    found = counted.finish(metadata, tokens.ids)
+    found = FeatureSample(metadata, **counted.finish(tokens.ids))
     if not bool(found.n_active.any()):
         raise ValueError(
             f"no feature of {dictionary.name!r} is active anywhere in {tokens.source}: is the dictionary of this "
@@ -222,91 +220,6 @@ def feature_sample(
     if out is not None:
         found.save(out)
     return found
-
-
-class _Activity:
-    """Sums over the sequences seen so far, and the m strongest sequences of each of n features."""
-
-    def __init__(self, n: int, m: int, model: Model) -> None:
-        self.m, self.vocab_size = m, model.vocab_size
-        device = model.device
-        self.n_active = torch.zeros(n, dtype=torch.int64, device=device)
-        self.total = torch.zeros(n, dtype=torch.float64, device=device)
-        self.n_sequences = torch.zeros(n, dtype=torch.int64, device=device)
-        self.values = torch.zeros(n, m, device=device)
-        self.where = torch.zeros(n, m, dtype=torch.int64, device=device)
-        """Where each example peaks: sequence · S + position."""
-        self.keys = torch.zeros(0, dtype=torch.int64)
-        self.counts = torch.zeros(0, dtype=torch.int64)
-        self.waiting: list[Tensor] = []
-
-    def add(self, parts: Iterator[Tensor], ids: Tensor, first: int) -> None:
-        """Count the activations of sequences ``first``, first + 1, … with token ids [B, S].
-
-        Args:
-            parts: The activations at the positions, a few at a time in order: [B, P, n] each.
-            ids: The token ids.
-            first: The first sequence's place in the sample.
-        """
-        n, start = len(self.n_active), 0
-        peaks = torch.zeros(len(ids), n, device=ids.device)
-        places = torch.zeros(len(ids), n, dtype=torch.int64, device=ids.device)
-        for acts in parts:
-            active = acts > 0
-            self.n_active += active.sum((0, 1))
-            self.total += acts.clamp_min(0).sum((0, 1), dtype=torch.float64)
-            own = acts.max(dim=1)
-            higher = own.values > peaks
-            peaks, places = torch.where(higher, own.values, peaks), torch.where(higher, own.indices + start, places)
-            batch, position, feature = active.nonzero(as_tuple=True)
-            self.waiting.append((feature * self.vocab_size + ids[batch, start + position]).cpu())
-            start += acts.shape[1]
-            if sum(map(len, self.waiting)) > PAIRS_AT_ONCE:
-                self._add_up()
-        self.n_sequences += (peaks > 0).sum(0)
-        sequences = torch.arange(first, first + len(ids), device=ids.device)[:, None]
-        places += sequences * ids.shape[1]
-        for some in range(0, n, FEATURES_AT_ONCE):
-            self._keep_strongest(slice(some, some + FEATURES_AT_ONCE), peaks, places)
-
-    def _keep_strongest(self, some: slice, peaks: Tensor, places: Tensor) -> None:
-        """Merge the peaks [B, n] of new sequences into the examples of some features."""
-        values = torch.cat([self.values[some], peaks[:, some].mT], 1)
-        where = torch.cat([self.where[some], places[:, some].mT], 1)
-        # A stable sort: of equal peaks the earlier sequence is kept.
-        order = values.argsort(dim=1, descending=True, stable=True)[:, : self.m]
-        self.values[some], self.where[some] = values.gather(1, order), where.gather(1, order)
-
-    def _add_up(self) -> None:
-        """Add the collected (feature, token) pairs to their counts."""
-        new, counts = torch.cat(self.waiting).unique(return_counts=True)
-        keys, place = torch.cat([self.keys, new]).unique(return_inverse=True)
-        total = torch.zeros(len(keys), dtype=torch.int64)
-        self.counts = total.index_add_(0, place, torch.cat([self.counts, counts]))
-        self.keys, self.waiting = keys, []
-
-    def finish(self, metadata: dict[str, Any], ids: Tensor) -> FeatureSample:
-        """The sample, of token ids [N, S]."""
-        if self.waiting:
-            self._add_up()
-        features = self.keys // self.vocab_size
-        order = self.counts.argsort(descending=True, stable=True)
-        order = order[features[order].argsort(stable=True)]
-        pairs = features[order], self.keys[order] % self.vocab_size, self.counts[order]
-        values, where = self.values.cpu(), self.where.cpu()
-        missing = values <= 0
-        found = where // ids.shape[1], where % ids.shape[1], ids.flatten()[where]
-        mean = self.total / self.n_active.clamp_min(1)
-        return FeatureSample(
-            metadata,
-            self.n_active.cpu(),
-            mean.float().cpu(),
-            values[:, 0],
-            self.n_sequences.cpu(),
-            values,
-            *(x.masked_fill(missing, -1) for x in found),
-            pairs,
-        )
 
 
 def load_feature_sample(path: str | Path) -> FeatureSample:

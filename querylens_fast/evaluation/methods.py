@@ -22,7 +22,7 @@ from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens
 from querylens_fast.runs.run_record import agree
 from querylens_fast.transport.fit import fit_transport
-from querylens_fast.transport.jacobians import Order
+from querylens_fast.transport.jacobians import Order, Side
 from querylens_fast.transport.transport import ORDERS, Transport
 
 
@@ -62,6 +62,16 @@ class Method:
         if self.path is None:
             return True
         return agree(read_identity(self.path).get("dictionary_fingerprint"), dictionary.fingerprint)
+
+    @property
+    def side(self) -> Side:
+        """Whether its tokens are read out by the embedding ("key") or by the unembedding or logits ("value")."""
+        preset = self.preset
+        if self.path is not None:
+            identity = read_identity(self.path)
+            preset = find_preset([identity[name] for name in ("feature_vector", "stream_transition", "readout")])
+        assert preset is not None
+        return "key" if (preset.readout or "").startswith("embed") else "value"
 
     def sizes(self, ks: Sequence[int]) -> list[int]:
         """Those of the signature sizes that the method has: a file's own k is its largest.

@@ -3,7 +3,7 @@
     input score     I(T) = share of a feature's maximally activating tokens (repetitions counted) that are in T, §5.1
     output score    O(T) = |S ∩ T| / |S|, S the tokens that rise most under steering, §5.2 (`output_score`)
     coherence       how alike the tokens of T are (`similarity`): exact and offline, and no judgement of meaning
-    coherent        embedding coherence above that of 95 % of random lists of k tokens of the vocabulary
+    coherent        embedding coherence above that of 95 % of random directions' top tokens, read out on the same side
 
 T is the k top tokens of a method. Means and comparisons of these rows: `means`.
 """
@@ -23,7 +23,7 @@ from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.evaluation.feature_sample import FeatureSample
 from querylens_fast.evaluation.methods import Context, Method
 from querylens_fast.evaluation.output_score import Promoted, output_scores
-from querylens_fast.lens.similarity import embedding_similarity, string_similarity
+from querylens_fast.lens.similarity import embedding_similarity, string_similarity, vocabulary_centre
 from querylens_fast.models.model import Model
 from querylens_fast.relations.tables import (
     Block,
@@ -34,6 +34,9 @@ from querylens_fast.relations.tables import (
     rows,
     tabulate,
 )
+from querylens_fast.transport.growth import top_tokens
+from querylens_fast.transport.jacobians import Side
+from querylens_fast.transport.transport import SIDES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,8 +44,8 @@ if TYPE_CHECKING:
 SCORES = ("input_score", "output_score", "string_coherence", "embedding_coherence")
 FEATURES_AT_ONCE = {True: 64, False: 4096}
 """Features of a block, by whether the method runs the model for each."""
-RANDOM_LISTS, CHANCE = 1000, 0.05
-"""Lists that "coherent" compares with, and the share of them that may pass for it."""
+DIRECTIONS, CHANCE = 1000, 0.05
+"""Random directions that "coherent" compares with, and the share of them that may pass for it."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def score_methods(
     if not pairs:
         raise ValueError("none of the result files is of one of these dictionaries")
     ks = sorted(set(ks))
-    limits = {k: coherent_from(context.model, k) for k in ks if coherence and k > 1}
+    limits = {side: coherent_from(context.model, side, ks) if coherence else {} for side in SIDES}
     blocks = [
         Block(len(ids), partial(_rows, case, context, method, ids, method.sizes(ks), limits))
         for case, method in pairs
@@ -138,10 +141,17 @@ def score_methods(
     return tabulate(blocks, metadata, out=out, resume=resume, progress=progress, unit="feature×method")
 
 
-def coherent_from(model: Model, k: int) -> float:
-    """The embedding coherence that 5 % of random lists of k tokens of the vocabulary exceed (seeded)."""
-    lists = torch.randint(model.vocab_size, (RANDOM_LISTS, k), generator=torch.Generator().manual_seed(0))
-    return float(embedding_similarity(model, lists).quantile(1 - CHANCE))
+@torch.no_grad()
+def coherent_from(model: Model, side: Side, ks: Sequence[int]) -> dict[int, float]:
+    """k → the embedding coherence that 5 % of random directions' k top tokens exceed, for k above 1 (seeded).
+
+    The tokens nearest to any direction are more alike than tokens drawn at random, so those are what to compare with:
+    unembedded on the value side, by centered cosine with the embeddings on the key side.
+    """
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(DIRECTIONS, model.d_model, generator=generator).to(model.device, model.dtype)
+    lists = top_tokens(model, directions, side, vocabulary_centre(model), min(max(ks), model.vocab_size)).cpu()
+    return {k: float(embedding_similarity(model, lists[:, :k]).quantile(1 - CHANCE)) for k in ks if k > 1}
 
 
 def _places(case: Case, context: Context, method: Method) -> tuple[Tensor, ...]:
@@ -154,9 +164,14 @@ def _places(case: Case, context: Context, method: Method) -> tuple[Tensor, ...]:
 
 
 def _rows(
-    case: Case, context: Context, method: Method, places: Tensor, ks: Sequence[int], limits: Mapping[int, float]
+    case: Case,
+    context: Context,
+    method: Method,
+    places: Tensor,
+    ks: Sequence[int],
+    limits: Mapping[Side, Mapping[int, float]],
 ) -> pa.Table:
-    """The rows of the features at some places, for each k; ``limits``: `coherent_from` of each k."""
+    """The rows of the features at some places, for each k; ``limits``: `coherent_from` of each side."""
     features = case.features[places]
     ids = method.token_ids(context, case.dictionary, features, max(ks))
     promoted = None if case.promoted is None else case.promoted.at(places)
@@ -171,7 +186,7 @@ def _rows(
             k=k,
             n_examples=(activating >= 0).sum(1),
         )
-        columns = _scores(context.model, ids[:, :k], activating, promoted, limits.get(k))
+        columns = _scores(context.model, ids[:, :k], activating, promoted, limits[method.side].get(k))
         for name, column in columns.items():
             about = about.append_column(name, column)
         parts.append(about)

@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 
 from querylens_fast.integrations.columns import tokens_and_scores
 from querylens_fast.integrations.folder import GZIP_LEVEL, claimed, gzipped, json_bytes, write_bytes
+from querylens_fast.integrations.result_rows import held_strings
 from querylens_fast.integrations.sources import Source, blocks_of, open_source
 from querylens_fast.integrations.tokens import token_strings
 from querylens_fast.models.load import as_model
@@ -55,7 +56,7 @@ def export_circuit_tracer(
     folder: str | Path,
     *,
     transcoder_id: str,
-    model: Any,
+    model: Any = None,
     k: int = 10,
     unit_norm: bool = False,
     unembedding: str = "raw",
@@ -69,7 +70,7 @@ def export_circuit_tracer(
             are read out as dashboards do): by layer number, or a sequence for layers 0, 1, …
         folder: Where index.json.gz is written, usually ``{transcoders}/features``.
         transcoder_id: Name of the set, kept in every record.
-        model: Its model, for token strings.
+        model: Its model. Results can do without: their own token strings are shown then.
         k: Tokens on each side.
         unit_norm: Of dictionaries: read decoder rows at unit length.
         unembedding: "raw" or "folded".
@@ -84,9 +85,10 @@ def export_circuit_tracer(
             dictionary's features in order; nothing has been written then.
         FileExistsError: The folder holds another export.
     """
-    model = as_model(model)
-    strings = token_strings(model, token_style)
-    layers = _layers(results_by_layer, model, k=k, unit_norm=unit_norm, unembedding=unembedding)
+    given = dict(results_by_layer) if isinstance(results_by_layer, Mapping) else dict(enumerate(results_by_layer))
+    model = None if model is None else as_model(model)
+    layers = _layers(given, model, k=k, unit_norm=unit_norm, unembedding=unembedding)
+    strings = _strings(given.values(), model, token_style)
     identity = {
         "format": FORMAT,
         "transcoder_id": transcoder_id,
@@ -109,8 +111,16 @@ def export_circuit_tracer(
     return target
 
 
-def _layers(results_by_layer: Any, model: Model, **options: Any) -> list[Source]:
-    given = dict(results_by_layer) if isinstance(results_by_layer, Mapping) else dict(enumerate(results_by_layer))
+def _strings(results: Iterable[Any], model: Model | None, style: str) -> list[str]:
+    """Token strings by id: the model's, or those that the results hold."""
+    if model is not None:
+        return token_strings(model, style)
+    if style != "decoded":
+        raise ValueError(f"token_style is {style!r}, but results hold decoded tokens: pass model=")
+    return held_strings(results)
+
+
+def _layers(given: dict[int, Any], model: Model | None, **options: Any) -> list[Source]:
     if sorted(given) != list(range(len(given))) or not given:
         raise ValueError(
             f"results_by_layer has layers {sorted(given)}; the frontend counts a set's layers from 0, so all of 0 to "
@@ -180,7 +190,7 @@ def annotate_graph(
     *,
     values: Mapping[int, Any] | None = None,
     keys: Mapping[int, Any] | None = None,
-    model: Any,
+    model: Any = None,
     k: int = 10,
     label_tokens: int = 3,
     overwrite: bool = False,
@@ -193,7 +203,7 @@ def annotate_graph(
         path: The graph's JSON file.
         values: By layer, results of a value-side preset (query_lens_value, …) or dictionaries.
         keys: By layer, results of a key-side preset, shown as inputs.
-        model: Their model, for token strings.
+        model: Their model. Results can do without: their own token strings are shown then.
         k: Tokens on each side.
         label_tokens: Tokens in the label, from the values or, without them, the keys.
         overwrite: Replace labels that nodes have already.
@@ -207,9 +217,9 @@ def annotate_graph(
     """
     if not values and not keys:
         raise ValueError("neither values= nor keys= is given: pass results by layer")
-    path, model = Path(path), as_model(model)
+    path, model = Path(path), None if model is None else as_model(model)
     graph = _read_graph(path)
-    strings = token_strings(model, token_style)
+    strings = _strings([*(values or {}).values(), *(keys or {}).values()], model, token_style)
     nodes = {_place_of(node): None for node in graph["nodes"] if _is_feature(node)}
     found = {
         side: _tokens_of(results or {}, list(nodes), model, strings, k)
@@ -273,7 +283,7 @@ def _place_of(node: dict[str, Any]) -> tuple[int, int]:
 
 
 def _tokens_of(
-    results: Mapping[int, Any], places: Sequence[tuple[int, int]], model: Model, strings: Sequence[str], k: int
+    results: Mapping[int, Any], places: Sequence[tuple[int, int]], model: Model | None, strings: Sequence[str], k: int
 ) -> dict[tuple[int, int], tuple[list[str], list[str]]]:
     """(top tokens, bottom tokens) of the places that the results hold."""
     found = {}

@@ -12,7 +12,7 @@ set, so the ranks of the set's tokens are enough.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,9 +34,11 @@ __all__ = [
 ]
 
 ROWS_AT_ONCE = 256
-"""Rows of scores that are held, or sorted, at a time."""
+"""Rows of scores that are sorted at a time."""
+TILE = (512, 2048)
+"""Rows and columns of scores whose moments are taken at a time: what stays in the cache."""
 CACHED_ROWS = 8
-"""Rows whose moments are taken at a time: what stays in the cache."""
+"""Rows of a whole projection whose moments are taken at a time."""
 
 
 class Projection:
@@ -67,13 +69,25 @@ class Projection:
         rows = self.W_dec[features] @ self.W.mT
         return rows if self.scale is None else rows * self.scale
 
-    def blocks(self) -> Iterator[Tensor]:
-        """Rows in order, [r, V] float32 or wider each, in memory that the next ones overwrite."""
+    def moments(self) -> Tensor:
+        """`get_stats_df`'s columns [4, F] in float64, from tiles of scores that stay in the cache.
+
+        W is centered once, so scores come about their row's mean, which W's center gives.
+        """
         W_dec, W = (at_least_float32(x) for x in (self.W_dec, self.W))
-        held = W_dec.new_empty(min(ROWS_AT_ONCE, len(W_dec)), len(W))
-        for rows in W_dec.split(ROWS_AT_ONCE):
-            found = product(rows, W.to(rows), held[: len(rows)])
-            yield found if self.scale is None else found.mul_(self.scale)
+        W = W if self.scale is None else W * self.scale[:, None]
+        center = W.mean(0, dtype=torch.float64)
+        W = W - center.to(W)
+        scores, squares = (W.new_empty(TILE[0] * TILE[1]) for _ in range(2))
+        parts = []
+        for rows in W_dec.to(W).split(TILE[0]):
+            sums = torch.zeros(4, len(rows), dtype=torch.float64, device=W.device)
+            for columns in W.split(TILE[1]):
+                shape = len(rows), len(columns)
+                tile, room = (x[: shape[0] * shape[1]].view(shape) for x in (scores, squares))
+                sums += _power_sums(product(rows, columns, tile), room)
+            parts.append(_moments(rows.double() @ center, sums / len(W)))
+        return torch.cat(parts, 1)
 
 
 @torch.no_grad()
@@ -85,26 +99,39 @@ def get_stats_df(projection: Tensor | Projection) -> pd.DataFrame:
     """
     import pandas as pd
 
-    blocks = projection.blocks() if isinstance(projection, Projection) else projection.split(ROWS_AT_ONCE)
     with full_float32(projection.W.device if isinstance(projection, Projection) else projection.device):
-        parts = [_moments(rows) for block in blocks for rows in at_least_float32(block).split(CACHED_ROWS)]
-    numbers = torch.cat(parts, 1).float().cpu().numpy()
+        found = projection.moments() if isinstance(projection, Projection) else _moments_of_rows(projection)
     names = ("mean", "std", "skewness", "kurtosis")
-    return pd.DataFrame({"feature": range(len(projection)), **dict(zip(names, numbers, strict=True))})
+    columns = zip(names, found.float().cpu().numpy(), strict=True)
+    return pd.DataFrame({"feature": range(len(projection)), **dict(columns)})
 
 
-def _moments(rows: Tensor) -> Tensor:
-    """Mean, standard deviation, skewness and kurtosis [4, r] of rows [r, V]: population moments, in float64."""
-    mean = rows.mean(1, keepdim=True)
-    centered = rows - mean
-    squares = centered.square()
-    V = rows.shape[1]
-    products = torch.linalg.vecdot(centered, squares), torch.linalg.vecdot(squares, squares)
-    sums = centered.sum(1), squares.sum(1), *products
-    first, second, third, fourth = (x.double() / V for x in sums)
+def _moments_of_rows(projection: Tensor) -> Tensor:
+    """Moments [4, F] of rows [F, V] that are held already, a few at a time."""
+    parts = []
+    for rows in projection.detach().split(CACHED_ROWS):
+        rows = at_least_float32(rows)
+        mean = rows.mean(1, keepdim=True)
+        centered = rows - mean
+        sums = _power_sums(centered, torch.empty_like(centered))
+        parts.append(_moments(mean[:, 0].double(), sums / rows.shape[1]))
+    return torch.cat(parts, 1)
+
+
+def _power_sums(scores: Tensor, room: Tensor) -> Tensor:
+    """Sums of the first four powers of rows of scores [r, c], as [4, r] float64; ``room`` is overwritten."""
+    squares = torch.mul(scores, scores, out=room)
+    second, fourth = (torch.linalg.vector_norm(x, dim=1).double().square() for x in (scores, squares))
+    return torch.stack([scores.sum(1).double(), second, squares.mul_(scores).sum(1).double(), fourth])
+
+
+def _moments(shift: Tensor, powers: Tensor) -> Tensor:
+    """Mean, standard deviation, skewness and kurtosis [4, r] from mean powers [4, r] about a shift [r]."""
+    first, second, third, fourth = powers
     variance = (second - first**2).clamp_min(0)
-    third, fourth = third - 3 * first * second + 2 * first**3, fourth - 4 * first * third + 6 * first**2 * second
-    return torch.stack([mean[:, 0].double() + first, variance.sqrt(), third / variance**1.5, fourth / variance**2])
+    fourth = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
+    third = third - 3 * first * second + 2 * first**3
+    return torch.stack([shift + first, variance.sqrt(), third / variance**1.5, fourth / variance**2])
 
 
 def get_W_U_W_dec_stats_df(

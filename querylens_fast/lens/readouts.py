@@ -184,7 +184,10 @@ def find_readout(
 def unit_rows(vectors: Tensor) -> Tensor:
     """Vectors [n, D] over their length, in float32 or wider; over 1e-8 where they are shorter, as sae-lens does."""
     wide = at_least_float32(vectors)
-    return wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(MIN_LENGTH)
+    length = torch.linalg.vector_norm(
+        wide, dim=1, keepdim=True, dtype=torch.float64
+    )  # float32 squares overflow at 2e19
+    return wide / length.clamp_min(MIN_LENGTH).to(wide.dtype)
 
 
 def _wide(x: Tensor | None) -> Tensor | None:

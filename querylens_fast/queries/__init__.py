@@ -9,7 +9,7 @@
 
 from querylens_fast.queries.budget import Budget, QueryStopped
 from querylens_fast.queries.files import ResultGone
+from querylens_fast.queries.query import Filter
 from querylens_fast.queries.results import Results, open_results
-from querylens_fast.queries.search import Filter
 
 __all__ = ["Budget", "Filter", "QueryStopped", "ResultGone", "Results", "open_results"]

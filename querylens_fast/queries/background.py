@@ -53,7 +53,8 @@ class Indexer:
         new = [path for path, stamp in wanted.items() if (path, stamp) not in self._tried]
         self._tried |= {(path, wanted[path]) for path in new}
         if new and not self._stop.is_set():
-            command = [sys.executable, "-m", "querylens_fast.queries.build", *map(str, new)]
+            code = "import sys; from querylens_fast.queries.build import main; main(sys.argv[1:])"
+            command = [sys.executable, "-c", code, *map(str, new)]
             package = str(Path(__file__).parents[2])
             paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths})

@@ -1,7 +1,4 @@
 """Making the index of a result (`queries.index`), in memory that does not grow with it.
-
-    python -m querylens_fast.queries.build RESULT…        (what the server starts in the background)
-
 Three passes: count how often each token occurs; write every row and put its tokens at their places; sort each token's
 postings by score, a range of tokens at a time. The pieces lie in ``<index>.parts`` with a note of how far they are, so
 a build that was killed goes on from there; the index appears under its name when it is whole.
@@ -15,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -36,7 +32,7 @@ from querylens_fast.queries.index import (
     record_dtype,
     source_of,
 )
-from querylens_fast.queries.scan import flat, statistics_of, strings_in
+from querylens_fast.queries.scan import flat, statistics_of, strings_of
 from querylens_fast.runs.atomic_write import fsync_folder, write_whole
 from querylens_fast.runs.run_lock import held
 from querylens_fast.runs.sealed_parquet import opened
@@ -301,7 +297,7 @@ def _pieces(layout: Layout) -> dict[str, int]:
 
 def _posting_order(tokens: np.ndarray, rows: np.ndarray, scores: np.ndarray, end: str) -> np.ndarray:
     """The order by token, then score (top: the largest first), then row, of postings that are sorted by token."""
-    if scores.dtype == np.float32 and (np.diff(rows)[np.diff(tokens) == 0] > 0).all():
+    if scores.dtype == np.float32 and (np.diff(rows)[np.diff(tokens) == 0] >= 0).all():
         # One stable sort of integers: the token, then the bits of the score in an order that is that of the numbers.
         bits = scores.view(np.uint32)
         ascending = np.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))
@@ -323,13 +319,9 @@ def _choices(parquet: pq.ParquetFile) -> list[str]:
 
 def _text(parquet: pq.ParquetFile) -> dict[str, np.ndarray]:
     """The token strings, one after another, where each begins, and whose they are."""
-    found: dict[int, str] = {}
-    for end in ENDS:
-        columns = [f"{end}_ids", f"{end}_tokens"]
-        if not set(columns) <= set(parquet.schema_arrow.names):
-            return {}
-        for i in range(parquet.num_row_groups):
-            found |= strings_in(parquet.read_row_group(i, columns), end)
+    if "top_tokens" not in parquet.schema_arrow.names:
+        return {}
+    found = strings_of(parquet)
     ids = sorted(found)
     encoded = [found[i].encode("utf-8", "replace") for i in ids]
     return {
@@ -354,7 +346,3 @@ def main(paths: Sequence[str]) -> None:
             build_index(open_file(Path(path)), check)
         except (ValueError, OSError) as error:
             logger.warning("no index of %s: %s", path, error)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -10,6 +10,7 @@ from typing import Any
 
 from querylens_fast.queries.files import RELATIONS, SAMPLE, SCORES, SIGNATURES, ResultFile
 from querylens_fast.queries.views import Side
+from querylens_fast.runs.run_record import agree
 
 PREFERRED = (
     *("query_lens_value", "query_lens_key", "query_lens_value_adaptive"),
@@ -118,7 +119,7 @@ def _entry(entries: dict[tuple[Any, ...], Entry], identity: dict[str, Any]) -> E
     layer, name = int(identity["layer"]), str(identity["dictionary"])
     for entry in entries.values():
         known = fingerprint is not None and entry.fingerprint is not None
-        same = entry.fingerprint == fingerprint if known else entry.name == name
+        same = _agree(entry.fingerprint, fingerprint) if known else entry.name == name
         if same and entry.layer == layer and entry.kind == identity["kind"]:
             entry.fingerprint = entry.fingerprint or fingerprint
             return entry
@@ -133,7 +134,7 @@ def _give_scores(file: ResultFile, entries: Sequence[Entry]) -> None:
     said = file.identity
     for label, fingerprint in zip(said["dictionaries"], said["fingerprints"], strict=True):
         for entry in entries:
-            if entry.fingerprint == fingerprint:
+            if _agree(entry.fingerprint, fingerprint):
                 entry.scores.append((file, label))
 
 
@@ -144,7 +145,12 @@ def _is_source(identity: dict[str, Any], entry: Entry) -> bool:
         prints = prints[:1]
     if prints is None:
         prints = [identity.get("dictionary_fingerprint")]
-    return entry.fingerprint is not None and entry.fingerprint in prints
+    return any(_agree(entry.fingerprint, fingerprint) for fingerprint in prints)
+
+
+def _agree(first: str | None, second: str | None) -> bool:
+    """Are these fingerprints of one dictionary? Either may be the shorter one that earlier versions recorded."""
+    return first is not None and second is not None and (agree(first, second) or agree(second, first))
 
 
 def _slugs(names: Sequence[str], layers: Sequence[int]) -> list[str]:

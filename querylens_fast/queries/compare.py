@@ -9,7 +9,7 @@ import numpy as np
 from querylens_fast.queries.budget import Budget
 from querylens_fast.queries.catalog import Member
 from querylens_fast.queries.opened import OpenDictionary
-from querylens_fast.queries.search import Cursor
+from querylens_fast.queries.query import Cursor
 from querylens_fast.queries.side_tables import LinkTable
 from querylens_fast.queries.views import MAX_LIMIT, SIDES, Comparison, Pair
 

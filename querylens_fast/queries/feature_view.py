@@ -114,11 +114,12 @@ def _activity(found: OpenDictionary, feature: int) -> Activity | None:
     if sample is None or not 0 <= feature < len(sample.features):
         return None
     words = found.vocabulary
+    examples, tokens = sample.lists_of(feature)
     numbers = {name: column[feature].item() for name, column in sample.numbers.items()}
     return Activity(
         **numbers,
-        tokens=tuple((words.token(token), count) for token, count in sample.tokens_of(feature)),
-        contexts=tuple(_contexts(found, sample.examples_of(feature))),
+        tokens=tuple((words.token(token), count) for token, count in tokens),
+        contexts=tuple(_contexts(found, examples)),
         sample=str(sample.metadata.get("tokens")),
     )
 
@@ -139,7 +140,7 @@ def _scores(found: OpenDictionary, feature: int) -> tuple[Score, ...] | None:
         return None
     return tuple(
         Score(
-            str(table.method[i]),
+            table.names[table.codes[i]],
             int(table.k[i]),
             int(table.n_examples[i]),
             *(_finite(table.numbers[name][i : i + 1])[0] for name in table.NUMBERS),

@@ -20,6 +20,8 @@ from querylens_fast.runs.sealed_parquet import SEAL_KEY, opened, read_identity
 PARTS = ".parts"
 SIGNATURES, SAMPLE, SCORES = "signatures", "feature sample", "scores"
 RELATIONS = ("neighbours", "feature flow", "downstream", "upstream")
+MAX_ROWS = 1 << 21
+"""Rows of a table of scores or relations, which are held in memory, at most."""
 MAX_FILES = 10_000
 """Files of a folder, at most."""
 
@@ -137,7 +139,10 @@ def open_file(path: Path) -> ResultFile:
     with opened(path, rewritten=True) as file:
         seal = (file.metadata.metadata or {}).get(SEAL_KEY, b"").decode() or None
         n_rows = file.metadata.num_rows
-    return ResultFile(path, _kind_of(path, identity), identity, stamp, seal, n_rows)
+    kind = _kind_of(path, identity)
+    if kind in (SCORES, *RELATIONS) and n_rows > MAX_ROWS:
+        raise ValueError(f"{str(path)!r} is a table of {n_rows:,} rows; tables of {kind} are served up to {MAX_ROWS:,}")
+    return ResultFile(path, kind, identity, stamp, seal, n_rows)
 
 
 @contextmanager

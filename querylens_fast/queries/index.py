@@ -57,7 +57,7 @@ def source_of(file: ResultFile) -> dict[str, Any]:
 
 def find_index(file: ResultFile, layer: int | None = None) -> Index | None:
     """The index of a finished result, or None where there is none of this very result."""
-    if not file.finished:
+    if not file.finished or not hasattr(os, "pread"):  # Windows has none
         return None
     for path in index_paths(file):
         if path == index_paths(file)[1] and not is_own(path.parent):
@@ -195,15 +195,18 @@ class Index:
         return self._array(f"column:{name}", self.first, self.first + self.n)
 
     def postings(
-        self, token_id: int, end: str, check: Callable[[], None] = lambda: None
+        self, token_id: int, end: str, check: Callable[[], None] = lambda: None, limit: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(Rows whose ``end`` holds the token, its scores), the most extreme score first."""
+        """(Rows whose ``end`` holds the token, its scores), the most extreme score first, or the first ones of them."""
         starts = self._starts[end]
         if not 0 <= token_id < len(starts) - 1:
             return np.zeros(0, np.int64), np.zeros(0)
         first, stop = int(starts[token_id]), int(starts[token_id + 1])
+        several_layers = self.n != self.header["features"]["shape"][0]
+        if limit is not None and not several_layers:
+            stop = min(stop, first + limit)
         rows, scores = (self._array(f"{end}_{what}", first, stop) for what in ("rows", "scores"))
-        if self.n != self.header["features"]["shape"][0]:
+        if several_layers:
             own = (rows >= self.first) & (rows < self.first + self.n)
             rows, scores = rows[own] - self.first, scores[own]
         return rows, scores

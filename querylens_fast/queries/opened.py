@@ -38,7 +38,9 @@ class Rows(Protocol):
 
     def column(self, name: str) -> np.ndarray: ...
 
-    def postings(self, token_id: int, end: str, check: Callable[[], None] = ...) -> tuple[np.ndarray, np.ndarray]: ...
+    def postings(
+        self, token_id: int, end: str, check: Callable[[], None] = ..., limit: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]: ...
 
     def strings(self) -> dict[int, str]: ...
 
@@ -76,17 +78,35 @@ class OpenDictionary:
         self, entry: Entry, once: Once, rows_of: Callable[[Member], Rows], vocabulary: Callable[[str], Vocabulary]
     ) -> None:
         """Take its entry in the catalog, where to keep what is read, and how results and vocabularies are opened."""
-        self.entry, self.rows_of, self._vocabulary, self._shared = entry, rows_of, vocabulary, once
+        self.entry, self._rows_of, self._vocabulary, self._shared = entry, rows_of, vocabulary, once
         self.key = tuple((file.path, file.stamp) for file in entry.files)
         """What is kept is kept as long as these files are the same."""
+        self._local: dict[Any, Any] = {}
 
     def once(self, what: Any, make: Callable[[], T]) -> T:
         """Something that is read or computed when it is first asked for."""
-        return self._shared.get((self.key, what), make)
+        found = self._local.get(what)
+        if found is None:
+            found = self._local[what] = self._shared.get((self.key, what), make)
+        return found
+
+    def rows_of(self, member: Member) -> Rows:
+        """The rows of a result, opened once."""
+        found = self._local.get(member.label)
+        if found is None:
+            found = self._local[member.label] = self._rows_of(member)
+        return found
+
+    def look_again(self) -> None:
+        """Take the results' rows anew: they may have an index now."""
+        self._local = {}
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return self._vocabulary(self.entry.model_fingerprint)
+        found = self._local.get("vocabulary")
+        if found is None:
+            found = self._local["vocabulary"] = self._vocabulary(self.entry.model_fingerprint)
+        return found
 
     @property
     def features(self) -> np.ndarray:
@@ -100,6 +120,13 @@ class OpenDictionary:
         first = found[0]
         same = all(len(f) == len(first) and (f is first or np.array_equal(f, first)) for f in found)
         return np.unique(first) if same else np.unique(np.concatenate(found))
+
+    def places(self, features: np.ndarray) -> np.ndarray:
+        """Where features that are there stand in `features`."""
+        known = self.features
+        if known[-1] - known[0] == len(known) - 1:
+            return features - known[0]
+        return np.searchsorted(known, features)
 
     def row_of(self, member: Member, feature: int) -> int | None:
         """The row of a feature in a result."""
@@ -150,10 +177,21 @@ class OpenDictionary:
         else of the preferred key (input) or value (output) preset, at the largest k.
         """
         source = self._source_of(name, member)
+        return None if source is None else self.once((name, source[1]), lambda: self._column(name, source))
+
+    def sorted_by(self, name: str, descending: bool) -> tuple[np.ndarray, np.ndarray] | None:
+        """(Places in `features` by a field, of equal ones the first first; their keys, ascending), without NaN."""
+        source = self._source_of(name, None)
         if source is None:
             return None
-        key = (name, *source[1:])
-        return self.once(key, lambda: self._column(name, source))
+
+        def ordered() -> tuple[np.ndarray, np.ndarray]:
+            values = self._column(name, source)
+            keys = -values if descending else values
+            order = np.argsort(keys, kind="stable")[: int((~np.isnan(keys)).sum())]
+            return order.astype(np.int32), keys[order]
+
+        return self.once(("sorted", name, descending), ordered)
 
     def mean(self, name: str, member: Member) -> float | None:
         """The mean of a statistic over a result's features, without those that are not finite."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +20,9 @@ from querylens_fast.queries.feature_view import feature_view
 from querylens_fast.queries.files import ResultFile, ResultGone, find_files, open_file
 from querylens_fast.queries.index import find_index
 from querylens_fast.queries.opened import Once, OpenDictionary, Rows
+from querylens_fast.queries.query import Filter, Query
 from querylens_fast.queries.scan import Scan
-from querylens_fast.queries.search import Filter, Query, Source, row_of, search
+from querylens_fast.queries.search import Lister, Source, search
 from querylens_fast.queries.views import (
     ENDS,
     SIDES,
@@ -38,7 +39,6 @@ from querylens_fast.queries.views import (
 )
 from querylens_fast.queries.vocabulary import Vocabulary
 
-logger = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
 """Between looks at the files."""
 
@@ -85,10 +85,12 @@ class Results:
             found = find_index(member.file, member.layer if member.several_layers else None)
             if found is not None:
                 self._once.put(self._key(member), found)
+        for some in self._dictionaries:
+            some.look_again()
 
     def unindexed(self) -> list[Member]:
         """Finished results that are read without an index."""
-        members = [m for d in self._dictionaries for m in d.entry.members]
+        members = [m for d in self._dictionaries for m in d.entry.members] if hasattr(os, "pread") else []
         return [m for m in members if m.file.finished and not self.rows_of(m).indexed]
 
     def build_indexes(self, *, check: Callable[[], None] = lambda: None) -> None:
@@ -189,6 +191,15 @@ class Results:
         vocabularies = {d.entry.model_fingerprint: d for d in self._fresh() if d.entry.members}
         found = dict.fromkeys(t for d in vocabularies.values() for t in d.vocabulary.like(text[:1000], limit))
         return tuple(found)[:limit]
+
+    def fingerprints(self, dictionary: str) -> tuple[str | None, str]:
+        """(Dictionary's, model's) fingerprint of the results; the dictionary's is None where no result names it.
+
+        Raises:
+            LookupError: No such dictionary.
+        """
+        entry = self._find(dictionary).entry
+        return entry.fingerprint, entry.model_fingerprint
 
     def random(self, dictionary: str | None = None, *, seed: int | None = None) -> tuple[str, int]:
         """(Slug, feature) of a feature drawn from the results, or from one dictionary's.
@@ -300,9 +311,9 @@ class Results:
 def _group(found: OpenDictionary, member: Member, token_id: int, end: Any, limit: int, budget: Budget) -> TokenGroup:
     store = found.rows_of(member)
     rows, scores = store.postings(token_id, end, budget.check)
-    source = Source(found, member)
+    lister = Lister(Source(found, member), end)
     shown = [
-        row_of(source, int(store.features[row]), token_id, end, float(score))
+        lister.row(int(store.features[row]), token_id, float(score))
         for row, score in zip(rows[:limit], scores[:limit], strict=True)
     ]
     entry = found.entry

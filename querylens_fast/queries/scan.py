@@ -7,7 +7,7 @@ Memory: the feature ids, and the row group that was read last.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +19,7 @@ from querylens_fast.runs.sealed_parquet import opened
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 LISTS = ("top_ids", "top_scores", "bottom_ids", "bottom_scores", "top_se")
 TERMS = ("layer_indices", "layer_energy_scores", "layer_top_ids", "layer_bottom_ids")
@@ -71,15 +72,17 @@ class Scan:
                 sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
                 self.chunks += [Chunk(path, i, n) for i, n in enumerate(sizes)]
                 self.columns = tuple(parquet.schema_arrow.names)
-                table = parquet.read(["feature", "layer"])
+                table = parquet.read(["feature"] if layer is None else ["feature", "layer"])
             ids.append(table["feature"].to_numpy().astype(np.int64))
-            layers.append(table["layer"].to_numpy())
+            layers.append(table[-1].to_numpy())
         all_ids = np.concatenate(ids) if ids else np.zeros(0, np.int64)
         of_layer = np.concatenate(layers) if layers else np.zeros(0, np.int32)
-        places = np.arange(len(all_ids)) if layer is None else np.flatnonzero(of_layer == layer)
-        self.places = places[np.argsort(all_ids[places], kind="stable")]
-        """Where in the file each row is, [n]."""
-        self.features = all_ids[self.places]
+        self.places: np.ndarray | None = None
+        """Where in the file each row is, [n]; None: there is one layer, sorted by feature."""
+        if layer is not None or (np.diff(all_ids) < 0).any():
+            places = np.arange(len(all_ids)) if layer is None else np.flatnonzero(of_layer == layer)
+            self.places = places[np.argsort(all_ids[places], kind="stable")]
+        self.features = all_ids if self.places is None else all_ids[self.places]
         self.starts = np.cumsum([0, *(c.rows for c in self.chunks)])
         self._lock = threading.Lock()
         self._last: tuple[int, pa.Table] | None = None
@@ -103,7 +106,7 @@ class Scan:
     def record(self, row: int) -> Record:
         """The row's signature."""
         wanted = [name for name in (*LISTS, *TERMS, "transition") if name in self.columns]
-        place = int(self.places[row])
+        place = row if self.places is None else int(self.places[row])
         chunk = int(np.searchsorted(self.starts, place, side="right")) - 1
         with self._lock:
             if self._last is None or self._last[0] != chunk:
@@ -121,51 +124,63 @@ class Scan:
         for path in dict.fromkeys(c.path for c in self.chunks):
             with reading(path), opened(path) as parquet:
                 parts.append(parquet.read([name])[name].to_numpy())
-        return np.concatenate(parts)[self.places] if parts else np.zeros(0)
+        values = np.concatenate(parts) if parts else np.zeros(0)
+        return values if self.places is None else values[self.places]
 
     def postings(
-        self, token_id: int, end: str, check: Callable[[], None] = lambda: None
+        self, token_id: int, end: str, check: Callable[[], None] = lambda: None, limit: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(Rows whose ``end`` holds the token, its scores), the most extreme score first; ``check`` may raise."""
+        """(Rows whose ``end`` holds the token, its scores), the most extreme score first, or the first ones of them.
+
+        ``check`` is called between row groups and may raise.
+        """
         rows: list[np.ndarray] = []
         scores: list[np.ndarray] = []
-        for start, chunk in zip(self.starts, self.chunks, strict=False):
+        for start, table in zip(self.starts, self._tables([f"{end}_ids", f"{end}_scores"]), strict=False):
             check()
-            table = self._read(chunk, [f"{end}_ids", f"{end}_scores"])
             ids = table[f"{end}_ids"].combine_chunks()
             at = np.flatnonzero(flat(ids) == token_id)
             rows.append(start + np.searchsorted(ids.offsets.to_numpy(), at, side="right") - 1)
             scores.append(flat(table[f"{end}_scores"].combine_chunks())[at])
         if not rows:
             return np.zeros(0, np.int64), np.zeros(0)
-        found, values = self._row_of[np.concatenate(rows)], np.concatenate(scores)
-        kept = found >= 0
-        found, values = found[kept], values[kept]
+        found, values = np.concatenate(rows), np.concatenate(scores)
+        if self._row_of is not None:
+            found = self._row_of[found]
+            found, values = found[found >= 0], values[found >= 0]
         order = np.lexsort((found, -values if end == "top" else values))
-        return found[order], values[order]
+        return found[order][:limit], values[order][:limit]
 
     def strings(self) -> dict[int, str]:
         """Every token that the result holds the string of, by id."""
+        if "top_tokens" not in self.columns:
+            return {}
         found: dict[int, str] = {}
-        for end in ("top", "bottom"):
-            if f"{end}_tokens" not in self.columns:
-                return {}
-            for chunk in self.chunks:
-                table = self._read(chunk, [f"{end}_ids", f"{end}_tokens"])
-                found |= strings_in(table, end)
+        encoded = [f"{end}_tokens.list.element" for end in ("top", "bottom")]
+        for path in dict.fromkeys(chunk.path for chunk in self.chunks):
+            with reading(path), opened(path, read_dictionary=encoded) as parquet:
+                found |= strings_of(parquet)
         return found
 
     @cached_property
-    def _row_of(self) -> np.ndarray:
-        """The row of each place in the file, −1 for other layers' places."""
+    def _row_of(self) -> np.ndarray | None:
+        """The row of each place in the file, −1 for other layers' places; None: they are the same."""
+        if self.places is None:
+            return None
         found = np.full(int(self.starts[-1]), -1)
         found[self.places] = np.arange(len(self.places))
         return found
 
     def _read(self, chunk: Chunk, columns: Sequence[str]) -> pa.Table:
-        encoded = [f"{name}.list.element" for name in columns if name.endswith("_tokens")] or None
-        with reading(chunk.path), opened(chunk.path, read_dictionary=encoded) as parquet:
+        with reading(chunk.path), opened(chunk.path) as parquet:
             return parquet.read_row_group(chunk.group, list(columns))
+
+    def _tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Columns of every row group, in their order."""
+        for path in dict.fromkeys(chunk.path for chunk in self.chunks):
+            with reading(path), opened(path) as parquet:
+                for i in range(parquet.num_row_groups):
+                    yield parquet.read_row_group(i, list(columns))
 
 
 def statistics_of(columns: Iterable[str]) -> tuple[str, ...]:
@@ -178,8 +193,22 @@ def flat(lists: Any) -> np.ndarray:
     return lists.flatten().to_numpy(zero_copy_only=False)
 
 
-def strings_in(table: pa.Table, end: str) -> dict[int, str]:
-    """Token strings by id in a row group's columns of one end."""
-    ids, first = np.unique(flat(table[f"{end}_ids"].combine_chunks()), return_index=True)
-    texts = table[f"{end}_tokens"].combine_chunks().flatten().take(first)
-    return dict(zip(ids.tolist(), texts.to_pylist(), strict=True))
+def strings_of(parquet: pq.ParquetFile) -> dict[int, str]:
+    """Token strings by id, from a file whose columns of strings are read as dictionaries.
+
+    Strings are read of those row groups only that hold an id which was not seen before.
+    """
+    found: dict[int, str] = {}
+    seen = np.zeros(1 << 18, bool)
+    for i in range(parquet.num_row_groups):
+        for end in ("top", "bottom"):
+            ids = flat(parquet.read_row_group(i, [f"{end}_ids"])[f"{end}_ids"].combine_chunks())
+            if len(ids) and ids.max() >= len(seen):
+                seen = np.pad(seen, (0, int(ids.max()) + 1 - len(seen)))
+            places = np.flatnonzero(~seen[ids])
+            if len(places):
+                new, first = np.unique(ids[places], return_index=True)
+                texts = parquet.read_row_group(i, [f"{end}_tokens"])[f"{end}_tokens"].combine_chunks().flatten()
+                found.update(zip(new.tolist(), texts.take(places[first]).to_pylist(), strict=True))
+                seen[new] = True
+    return found

@@ -6,12 +6,8 @@ next begins behind that, however many rows there are and whatever was added mean
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,110 +15,11 @@ import numpy as np
 from querylens_fast.queries.budget import UNLIMITED, Budget
 from querylens_fast.queries.catalog import Member
 from querylens_fast.queries.opened import OpenDictionary
-from querylens_fast.queries.views import ENDS, FIELDS, MAX_LIMIT, ORDERS, SIDES, End, Page, Row, Side, Token
+from querylens_fast.queries.query import Cursor, Query
+from querylens_fast.queries.views import SIDES, End, Page, Row, Token
 
 N_TOKENS = 8
 """Tokens of each side in a row."""
-MAX_TEXT = 1000
-"""Characters of a text that is searched for."""
-
-
-@dataclass(frozen=True)
-class Filter:
-    """Keep features whose field lies in [low, high]; features without the field are left out."""
-
-    field: str
-    low: float = -math.inf
-    high: float = math.inf
-
-    def __post_init__(self) -> None:
-        if self.field not in FIELDS:
-            raise ValueError(f"filter is on {self.field!r}; expected one of {', '.join(FIELDS)}")
-        if math.isnan(self.low) or math.isnan(self.high):
-            raise ValueError(f"filter on {self.field} has bounds {self.low} and {self.high}; expected numbers")
-
-
-@dataclass(frozen=True)
-class Query:
-    """What is looked for. Without text and token_id: all features."""
-
-    text: str | None = None
-    token_id: int | None = None
-    exact: bool = False
-    side: Side | None = None
-    end: End = "top"
-    preset: str | None = None
-    dictionary: str | None = None
-    layer: int | None = None
-    filters: tuple[Filter, ...] = ()
-    order: str | None = None
-    after: str | None = None
-    limit: int = 50
-
-    def __post_init__(self) -> None:
-        for name, known in (("side", (*SIDES, None)), ("end", ENDS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, known))}")
-        if self.order is not None and self.order.removeprefix("-") not in ORDERS:
-            raise ValueError(
-                f"order is {self.order!r}; expected one of {', '.join(ORDERS)}, with - before it to reverse"
-            )
-        if self.order is not None and self.order.removeprefix("-") == "score" and not self.has_token:
-            raise ValueError("order is 'score'; without a token there is none: order by another field")
-        if not 1 <= self.limit <= MAX_LIMIT:
-            raise ValueError(f"limit is {self.limit}; expected 1 to {MAX_LIMIT}")
-        if self.text is not None and len(self.text) > MAX_TEXT:
-            raise ValueError(f"text has {len(self.text)} characters; expected at most {MAX_TEXT}")
-        if self.text is not None and self.token_id is not None:
-            raise ValueError("give text or token_id, not both")
-
-    @property
-    def has_token(self) -> bool:
-        return bool(self.text) or self.token_id is not None
-
-    @property
-    def ordering(self) -> tuple[str, bool]:
-        """(Field, largest first?). Scores: the most extreme first; otherwise the smallest, as without "-"."""
-        order = self.order or ("score" if self.has_token else "feature")
-        return order.removeprefix("-"), order.startswith("-")
-
-
-class Cursor(NamedTuple):
-    """Where a page ended."""
-
-    key: float
-    dictionary: str
-    preset: str
-    feature: int
-    token: int
-
-    def encoded(self) -> str:
-        return base64.urlsafe_b64encode(json.dumps(list(self)).encode()).decode().rstrip("=")
-
-    @classmethod
-    def decoded(cls, text: str) -> Cursor:
-        """Raises ValueError for a text that is none."""
-        try:
-            raw = json.loads(base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4)))
-            key, dictionary, preset, feature, token = raw
-            if not (isinstance(dictionary, str) and isinstance(preset, str)):
-                raise TypeError
-            if not abs(int(feature)) < 1 << 62 or not abs(int(token)) < 1 << 62 or math.isnan(float(key)):
-                raise TypeError
-            return cls(float(key), dictionary, preset, int(feature), int(token))
-        except (ValueError, TypeError, UnicodeError, OverflowError, RecursionError, binascii.Error) as error:
-            raise ValueError(f"after is {text[:80]!r}, which no page gave as its next") from error
-
-
-class Found(NamedTuple):
-    """Candidates of one result, in no order; arrays of one length."""
-
-    place: int
-    """Of the result among those searched: ties go by it."""
-    keys: np.ndarray
-    features: np.ndarray
-    tokens: np.ndarray
-    scores: np.ndarray
 
 
 class Source(NamedTuple):
@@ -146,46 +43,56 @@ def search(dictionaries: Sequence[OpenDictionary], query: Query, budget: Budget 
     kept = []
     for place, source in enumerate(sources):
         budget.check()
-        wanted = ids.get(source.dictionary.entry.model_fingerprint, [])
-        found = _candidates(place, source, wanted, query, budget)
-        if found is not None:
-            kept.append(_first(_behind(found, cursor), query.limit + 1))
-    chosen = _merged(kept, query.limit + 1)
+        wanted = ids.get(source.dictionary.entry.model_fingerprint, []) if query.has_token else [0]
+        kept += [_candidates(place, source, i, query, cursor, budget) for i in wanted]
+    chosen = sorted(row for rows in kept for row in rows)[: query.limit + 1]
     more, chosen = len(chosen) > query.limit, chosen[: query.limit]
+    listed: dict[int, Lister] = {}
     rows = []
-    for place, _, feature, token, score in chosen:
+    for _, place, feature, token, score in chosen:
         budget.check()
-        rows.append(row_of(sources[place], feature, token if query.has_token else None, query.end, score))
+        lister = listed.get(place) or listed.setdefault(place, Lister(sources[place], query.end))
+        rows.append(lister.row(feature, token if query.has_token else None, score))
     last = None
     if more:
-        place, key, feature, token, _ = chosen[-1]
+        key, place, feature, token, _ = chosen[-1]
         last = Cursor(key, *_name(sources[place]), feature, token).encoded()
     return Page(tuple(rows), last, *_tokens_named(sources, ids, query))
 
 
-def row_of(source: Source, feature: int, token: int | None, end: End, score: float | None) -> Row:
-    """A feature in a list, with the first tokens of both sides."""
-    found, member = source
-    entry, words = found.entry, found.vocabulary
-    tops: dict[str, tuple[Token, ...]] = {}
-    for side in SIDES:
-        preferred = entry.preferred(side)
-        record = None if preferred is None else found.record(preferred, feature)
-        tops[side] = () if record is None else tuple(words.token(int(i)) for i in record.top_ids[:N_TOKENS])
-    row = int(np.searchsorted(found.features, feature))
-    values = {}
-    for name in found.fields(member):
-        column = found.values(name, member)
-        if column is not None and math.isfinite(value := float(column[row])):
-            values[name] = value
-    given: dict[str, Any] = {}
-    if member is not None and token is not None:
-        record = found.record(member, feature)
-        ids = () if record is None else record.top_ids if end == "top" else record.bottom_ids
-        rank = int(np.flatnonzero(np.asarray(ids) == token)[0])
-        given = {"preset": member.label, "side": member.side, "end": end, "score": score, "rank": rank}
-        given["token"] = words.token(token)
-    return Row(entry.slug, entry.layer, feature, tops["key"], tops["value"], values=values, **given)
+class Lister:
+    """Makes rows of one source."""
+
+    def __init__(self, source: Source, end: End) -> None:
+        """Look up what all rows need."""
+        self.dictionary, self.member = source
+        self.end: End = end
+        entry = self.dictionary.entry
+        self.tops = [(side, entry.preferred(side)) for side in SIDES]
+        columns = {name: self.dictionary.values(name, self.member) for name in self.dictionary.fields(self.member)}
+        self.columns = {name: column for name, column in columns.items() if column is not None}
+
+    def row(self, feature: int, token: int | None, score: float | None) -> Row:
+        """A feature in a list, with the first tokens of both sides."""
+        found, member, words = self.dictionary, self.member, self.dictionary.vocabulary
+        tops: dict[str, tuple[Token, ...]] = {}
+        records = {}
+        for side, preferred in self.tops:
+            if preferred is not None:
+                records[preferred.label] = record = found.record(preferred, feature)
+                if record is not None:
+                    tops[side] = tuple(map(words.token, record.top_ids[:N_TOKENS].tolist()))
+        place = int(found.places(np.array([feature]))[0])
+        values = {name: float(column[place]) for name, column in self.columns.items()}
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        given: dict[str, Any] = {}
+        if member is not None and token is not None:
+            record = records[member.label] if member.label in records else found.record(member, feature)
+            ids = [] if record is None else (record.top_ids if self.end == "top" else record.bottom_ids).tolist()
+            given = {"preset": member.label, "side": member.side, "end": self.end, "score": score}
+            given |= {"rank": ids.index(token), "token": words.token(token)}
+        entry = found.entry
+        return Row(entry.slug, entry.layer, feature, tops.get("key", ()), tops.get("value", ()), values=values, **given)
 
 
 def _sources(dictionaries: Sequence[OpenDictionary], query: Query) -> Iterator[Source]:
@@ -231,79 +138,113 @@ def _token_ids(dictionaries: Sequence[OpenDictionary], query: Query) -> dict[str
     return found
 
 
-def _candidates(place: int, source: Source, token_ids: Sequence[int], query: Query, budget: Budget) -> Found | None:
-    """All rows of a source that the query wants, with their keys; None where it has none."""
+@np.errstate(over="ignore", invalid="ignore")  # bounds are compared in the columns' own precision
+def _candidates(
+    place: int, source: Source, token: int, query: Query, cursor: tuple[float, int, int, int] | None, budget: Budget
+) -> list[tuple[float, int, int, int, float]]:
+    """The first rows of a source that the query wants: (key, source, feature, token, score).
+
+    They are looked at in their order, a growing number at a time, until there are enough: of a token that half a
+    million signatures hold, as of all features, a page costs what it shows.
+    """
+    found, member = source
+    store = found if member is None else found.rows_of(member)
+    first_page = cursor is None and not query.filters
+    ordered = _in_order(source, token, query, budget, query.limit + 1 if first_page else None)
+    if ordered is None:
+        return []
+    rows, keys, scores = ordered
+    start = 0 if cursor is None else _first_at(keys, cursor[0])
+    field, descending = query.ordering
+    for some in query.filters:
+        if some.field == field:
+            start = max(start, _first_at(keys, -some.high if descending else some.low))
+    size, wanted = 4 * query.limit, query.limit + 1
+    while True:
+        budget.check()
+        here = slice(start, start + size)
+        features = store.features[rows[here]]
+        kept = _filtered(source, features, query)
+        if cursor is not None:
+            kept &= _behind(cursor, place, keys[here], features, token)
+        at = np.flatnonzero(kept)[:wanted]
+        if len(at) == wanted or here.stop >= len(rows):
+            break
+        size *= 4
+    columns = keys[here][at].tolist(), features[at].tolist(), scores[here][at].tolist()
+    return [(float(key), place, feature, token, score) for key, feature, score in zip(*columns, strict=True)]
+
+
+def _in_order(
+    source: Source, token: int, query: Query, budget: Budget, n: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """(Rows of the source's features, keys ascending, scores); equal keys by feature. None: the field is unknown.
+
+    Where that costs less, only the first n of them.
+    """
     found, member = source
     field, descending = query.ordering
-    if query.has_token:
-        assert member is not None
-        store = found.rows_of(member)
-        parts = [store.postings(i, query.end, budget.check) for i in token_ids]
-        if not any(len(rows) for rows, _ in parts):
-            return None
-        features = store.features[np.concatenate([rows for rows, _ in parts])]
-        scores = np.concatenate([scores for _, scores in parts])
-        tokens = np.repeat(np.asarray(token_ids, np.int64), [len(rows) for rows, _ in parts])
-        at: Any = np.searchsorted(found.features, features)
+    if member is None or not query.has_token:
+        if field == "feature":
+            ordered = found.once(("listed", descending), lambda: _by_feature(found.features, descending))
+        else:
+            ordered = found.sorted_by(field, descending)
+        return None if ordered is None else (*ordered, np.broadcast_to(0.0, len(ordered[0])))
+    store = found.rows_of(member)
+    by_score = field == "score" and not descending
+    rows, scores = store.postings(token, query.end, budget.check, n if by_score else None)
+    if field == "score":
+        keys = -scores if (query.end == "top") != descending else scores
     else:
-        features, at = found.features, slice(None)
-        scores, tokens = np.zeros(1), np.zeros(1, np.int64)
+        features = store.features[rows]
+        values = features if field == "feature" else found.values(field, member)
+        if values is None:
+            return None
+        values = values if field == "feature" else values[found.places(features)]
+        keys = -values if descending else values
+    if not by_score:
+        order = np.lexsort((rows, keys))
+        order = order[: len(order) - int(np.isnan(keys).sum())]
+        rows, keys, scores = rows[order], keys[order], scores[order]
+    return rows, keys, scores
+
+
+def _first_at(keys: np.ndarray, bound: float) -> int:
+    """The first place of a key that is not below the bound."""
+    return int(np.searchsorted(keys, np.asarray(bound).astype(keys.dtype)))
+
+
+def _by_feature(features: np.ndarray, descending: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(Places, keys) of all features in their order."""
+    places = np.arange(len(features), dtype=np.int32)
+    return (places[::-1], -features[::-1]) if descending else (places, features)
+
+
+def _filtered(source: Source, features: np.ndarray, query: Query) -> np.ndarray:
+    """Which of the features the filters keep."""
+    found, member = source
     kept = np.ones(len(features), bool)
+    at = found.places(features) if query.filters else None
     for some in query.filters:
         column = found.values(some.field, member)
         if column is None:
-            return None
+            return np.zeros(len(features), bool)
         kept &= (column[at] >= some.low) & (column[at] <= some.high)
-    if field == "score":
-        keys = -scores if (query.end == "top") != descending else scores
-    elif field == "feature":
-        keys = -features if descending else features
-    else:
-        column = found.values(field, member)
-        if column is None:
-            return None
-        keys = -column[at] if descending else column[at]
-        kept &= ~np.isnan(keys)
-    scores, tokens = np.broadcast_to(scores, kept.shape), np.broadcast_to(tokens, kept.shape)
-    if kept.all():
-        return Found(place, keys, features, tokens, scores)
-    return Found(place, keys[kept], features[kept], tokens[kept], scores[kept])
+    return kept
 
 
-def _behind(found: Found, cursor: tuple[float, int, int, int] | None) -> Found:
-    """The candidates behind a place in the list."""
-    if cursor is None:
-        return found
-    key, place, feature, token = cursor
-    kept = found.keys > key
-    ties = np.flatnonzero(found.keys == key)
-    if found.place > place:
-        kept[ties] = True
-    elif found.place == place:
-        own, tokens = found.features[ties], found.tokens[ties]
-        kept[ties] = (own > feature) | ((own == feature) & (tokens > token))
-    return Found(found.place, *(column[kept] for column in found[1:]))
-
-
-def _first(found: Found, n: int) -> Found:
-    """The first n candidates, and those that tie with the last of them."""
-    if len(found.keys) <= n:
-        return found
-    last = np.partition(found.keys, n - 1)[n - 1]
-    kept = np.flatnonzero(found.keys <= last)
-    order = np.lexsort((found.tokens[kept], found.features[kept], found.keys[kept]))[:n]
-    return Found(found.place, *(column[kept[order]] for column in found[1:]))
-
-
-def _merged(parts: Sequence[Found], n: int) -> list[tuple[int, float, int, int, float]]:
-    """The first n of all sources: (source, key, feature, token, score)."""
-    rows = [
-        (key, part.place, feature, token, score)
-        for part in parts
-        for key, feature, token, score in zip(*(column.tolist() for column in part[1:]), strict=True)
-    ]
-    rows.sort()
-    return [(place, float(key), feature, token, score) for key, place, feature, token, score in rows[:n]]
+def _behind(
+    cursor: tuple[float, int, int, int], place: int, keys: np.ndarray, features: np.ndarray, token: int
+) -> np.ndarray:
+    """Which rows of a source come behind a place in the list."""
+    key, source, feature, last_token = cursor
+    behind = keys > key
+    if place > source:
+        return behind | (keys == key)
+    if place == source:
+        later = features > feature if token <= last_token else features >= feature
+        return behind | ((keys == key) & later)
+    return behind
 
 
 def _position(cursor: Cursor, sources: Sequence[Source]) -> tuple[float, int, int, int]:

@@ -1,14 +1,17 @@
-"""What is known of features beside their signatures: feature samples, scores, relations; read once, by feature."""
+"""What is known of features beside their signatures: feature samples, scores, relations.
+
+Numbers are held in memory; a sample's examples and tokens are read by row group.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from querylens_fast.queries.files import ResultFile, reading
-from querylens_fast.queries.scan import flat
 from querylens_fast.runs.sealed_parquet import opened
 
 if TYPE_CHECKING:
@@ -23,24 +26,32 @@ class SampleTable:
 
     NUMBERS = ("density", "mean", "maximum", "n_active", "n_sequences")
     EXAMPLES = ("example_values", "example_sequences", "example_positions", "example_tokens")
+    TOKENS = ("token_ids", "token_counts")
 
     def __init__(self, file: ResultFile) -> None:
         """Read the sample. Raises ResultGone where the file has changed."""
-        self.metadata = file.identity
-        table = _read(file, ["feature", *self.NUMBERS, *self.EXAMPLES, "token_ids", "token_counts"])
+        self.path, self.metadata = file.path, file.identity
+        table = _read(file, ["feature", *self.NUMBERS])
         self.features = table["feature"].to_numpy()
         self.numbers = {name: table[name].to_numpy() for name in self.NUMBERS}
-        self.examples = [_Lists(table[name]) for name in self.EXAMPLES]
-        self.tokens = [_Lists(table[name]) for name in ("token_ids", "token_counts")]
+        with reading(self.path), opened(self.path) as parquet:
+            sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+        self._starts = np.cumsum([0, *sizes])
+        self._lock = threading.Lock()
+        self._last: tuple[int, pa.Table] | None = None
 
-    def examples_of(self, row: int) -> list[tuple[float, int, int, int]]:
-        """(Value, sequence, position, token id) of each example, the strongest first."""
-        return list(zip(*(column[row].tolist() for column in self.examples), strict=True))
-
-    def tokens_of(self, row: int) -> list[tuple[int, int]]:
-        """(Token id, count) of the tokens at which the feature is active, the most frequent first."""
-        ids, counts = (column[row][:N_TOKENS].tolist() for column in self.tokens)
-        return list(zip(ids, counts, strict=True))
+    def lists_of(self, row: int) -> tuple[list[tuple[float, int, int, int]], list[tuple[int, int]]]:
+        """(Value, sequence, position, token id) of each example, the strongest first, and (token id, count) of the
+        tokens at which the feature is active, the most frequent first; both from the row's row group.
+        """
+        group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        with self._lock:
+            if self._last is None or self._last[0] != group:
+                with reading(self.path), opened(self.path) as parquet:
+                    self._last = group, parquet.read_row_group(group, [*self.EXAMPLES, *self.TOKENS])
+            found = self._last[1].slice(row - int(self._starts[group]), 1).to_pylist()[0]
+        examples = list(zip(*(found[name] for name in self.EXAMPLES), strict=True))
+        return examples, list(zip(*(found[name][:N_TOKENS] for name in self.TOKENS), strict=True))
 
 
 class ScoreTable:
@@ -57,20 +68,17 @@ class ScoreTable:
         self.features = table["source_id"].to_numpy()
         order = np.argsort(self.features, kind="stable")
         self.features = self.features[order]
-        self.method = table["method"].cast("string").to_numpy()[order]
+        self.names, self.codes = _coded(table["method"], order)
+        self.methods = tuple(self.names[code] for code in dict.fromkeys(self.codes.tolist()))
         self.k, self.n_examples = (table[name].to_numpy()[order] for name in ("k", "n_examples"))
         self.numbers = {name: table[name].cast("float64").to_numpy()[order] for name in self.NUMBERS}
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.method))
 
     def rows_of(self, feature: int) -> range:
         return _rows_of(self.features, feature)
 
     def column(self, name: str, method: str) -> tuple[np.ndarray, np.ndarray]:
         """(Feature ids, scores) of a method at the largest k; NaN for features without the score."""
-        own = self.method == method
+        own = self.codes == self.names.index(method)
         own &= self.k == (self.k[own].max() if own.any() else 0)
         return self.features[own], self.numbers[name][own]
 
@@ -125,18 +133,6 @@ class LinkTable:
             target, relation = self.target[self.target_codes[i]], self.relation[self.relation_codes[i]]
             found.append((relation, target, None if layer < 0 else layer, int(self.target_id[i]), float(self.score[i])))
         return found
-
-
-class _Lists:
-    """A column of lists, in two arrays."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        array = column.combine_chunks()
-        self.values = flat(array)
-        self.starts = np.cumsum([0, *np.diff(array.offsets.to_numpy())])
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.values[self.starts[row] : self.starts[row + 1]]
 
 
 def _read(file: ResultFile, columns: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:

@@ -133,7 +133,7 @@ class Link:
     """A related feature, from a table of relations among the results."""
 
     relation: str
-    """"neighbours", "previous residual", "next residual", "attention", "mlp", "downstream", "upstream", …"""
+    """"itself" (neighbours in the same dictionary), "previous residual", "attention", "mlp", "downstream", …"""
     dictionary: str | None
     """Slug of the dictionary the feature is in; None where that is not among the results (or no dictionary)."""
     name: str

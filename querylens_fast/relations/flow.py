@@ -195,14 +195,27 @@ def feature_chains(
 def cosine_topk(source: Tensor, target: Tensor, k: int, *, bottom: bool = False, backend: str = "auto") -> TopK:
     """The k largest (and smallest) cosines of each row of source [n, D] with the rows of target [V, D].
 
-    Computed in float32 or wider. A row of zeros has cosine 0 with everything.
+    Computed in float32 or wider, at any length of the rows. A row of zeros has cosine 0 with everything.
     """
-    target = at_least_float32(target)
-    source = at_least_float32(source).to(target)
+    target = _of_moderate_length(at_least_float32(target))
+    source = _of_moderate_length(at_least_float32(source).to(target))
     lengths = torch.linalg.vector_norm(target, dim=1)
     scale = torch.where(lengths > 0, 1 / lengths, lengths)
     unit = torch.nn.functional.normalize(source, dim=1, eps=torch.finfo(source.dtype).tiny)
     return streamed_topk(unit, target, k, scale=scale, bottom=bottom, backend=backend)
+
+
+def _of_moderate_length(rows: Tensor) -> Tensor:
+    """rows [n, D], multiplied by a power of two where their squares would overflow or vanish in float32."""
+    if not rows.numel():
+        return rows
+    peak = torch.maximum(rows.amax(1), -rows.amin(1))
+    extreme = (peak > 0) & ((peak < 1e-15) | (peak > 1e15)) & peak.isfinite()
+    if not bool(extreme.any()):
+        return rows
+    exponent = torch.where(extreme, -torch.frexp(peak).exponent, 0)[:, None]
+    half = exponent // 2  # 2 ** 148, for the smallest of float32, is no float32
+    return torch.ldexp(torch.ldexp(rows, half), exponent - half)
 
 
 def related(dictionaries: Sequence[Dictionary]) -> list[tuple[Dictionary, str, Dictionary]]:

@@ -16,8 +16,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
 from querylens_fast.queries.budget import Budget
+from querylens_fast.queries.query import MAX_TEXT, Filter
 from querylens_fast.queries.results import Results
-from querylens_fast.queries.search import MAX_TEXT, Filter
 from querylens_fast.queries.views import (
     FIELDS,
     MAX_LIMIT,

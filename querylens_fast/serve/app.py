@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import socket
 import sys
@@ -26,9 +25,8 @@ from querylens_fast.serve import api, pages
 from querylens_fast.serve.security import Guard, is_local
 from querylens_fast.serve.try_it import TryIt
 
-logger = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
-THREADS = 8
+THREADS = 4
 """Requests that compute at a time."""
 QUERY_SECONDS = 10.0
 STATUS = {QueryStopped: 503, ResultGone: 410, LookupError: 404, ValueError: 422}
@@ -57,7 +55,7 @@ def create_app(
         index: Make missing indexes beside the results, in a process of their own, while the application runs.
 
     Raises:
-        ValueError: A model without dictionaries to run, dictionaries that are not its own.
+        ValueError: A token that a cookie cannot hold, or dictionaries to run that are not the model's.
     """
     app = FastAPI(
         title="querylens-fast",
@@ -69,13 +67,14 @@ def create_app(
         lifespan=_running,
         middleware=[Middleware(Guard, token=token, hosts=hosts, seconds=query_seconds)],
     )
+    Guard(app, token=token, hosts=hosts, seconds=query_seconds)  # says now what is wrong with the token
     app.state.results, app.state.indexer = results, Indexer(results) if index else None
     for kind in (*STATUS, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _problem)
     app.include_router(api.router)
     app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=STATIC))
-    app.state.try_it = None if model is None else TryIt(model, run or {})
+    app.state.try_it = None if model is None else TryIt(model, run or {}, results)
     return app
 
 

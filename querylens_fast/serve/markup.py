@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode
 
 from querylens_fast.queries.catalog import PREFERRED
 from querylens_fast.queries.display import MARKS
-from querylens_fast.queries.views import FeatureView, SignatureView, Token
+from querylens_fast.queries.views import FeatureView, ScoredToken, SignatureView, Token
 from querylens_fast.serve.plots import histogram
 
 if TYPE_CHECKING:
@@ -73,12 +73,23 @@ class Links:
         return f"/feature/{quote(dictionary)}/{feature}"
 
 
-def chip(token: Token, links: Links, shade: str = "z", extra: str = "") -> Markup:
+def chip(token: Token, links: Links, shade: str = "z") -> Markup:
     """A token as a chip, a link where there is a page for it; its text is escaped and isolated from what is around."""
     from markupsafe import Markup
 
     opening, closing = _chip(token, links.token(token))
-    return Markup(f"{opening}{shade}{extra}{closing}")
+    return Markup(f"{opening}{shade}{closing}")
+
+
+def chips(tokens: Iterable[Token], links: Links, here: Collection[int] = ()) -> Markup:
+    """A row of chips without scores; those whose ids are in ``here`` are outlined."""
+    from markupsafe import Markup
+
+    pieces = ['<span class="chips">']
+    for token in tokens:
+        opening, closing = _chip(token, links.token(token))
+        pieces += opening, "z here" if token.id in here else "z", closing
+    return Markup("".join([*pieces, "</span>"]))
 
 
 @lru_cache(1 << 16)
@@ -107,21 +118,46 @@ def shade(score: float | None, largest: float) -> str:
     return f"{'p' if score > 0 else 'n'}{step}"
 
 
+def signature_rows(tokens: Iterable[ScoredToken], most: float, links: Links) -> Markup:
+    """Table rows of a signature: rank, chip, whether it is shared, bar and score. Written here for speed."""
+    from markupsafe import Markup
+
+    rows = []
+    for rank, t in enumerate(tokens, 1):
+        opening, closing = _chip(t.token, links.token(t.token))
+        error = "" if t.se is None else f" <small>±{fixed(t.se)}</small>"
+        title = "" if t.se is None else f' title="± {number(t.se, 2)}"'
+        rows.append(
+            f'<tr><td class="rank">{rank}</td><td class="token">{opening}{shade(t.score, most)}{closing}</td>'
+            f'<td class="same">{_shared(t.shared)}</td><td class="track">{score_bar(t.score, t.se, most)}</td>'
+            f'<td class="num score"{title}>{fixed(t.score)}{error}</td></tr>'
+        )
+    return Markup("\n".join(rows))
+
+
 def score_bar(score: float, se: float | None, most: float) -> Markup:
     """A bar of |score| ÷ most with a whisker of one standard error either side. Screen readers have the number."""
     from markupsafe import Markup
 
     if not (most > 0 and math.isfinite(score)):
         return Markup("")
-    long = 100 * abs(score) / most
-    whisker = (
-        "" if not se else f'<path class="whisker" d="M{long - 100 * se / most:.1f} 4.5H{long + 100 * se / most:.1f}"/>'
-    )
+    long, error = 100 * abs(score) / most, 100 * (se or 0.0) / most
+    whisker = f'<path class="whisker" d="M{long - error:.1f} 4.5H{long + error:.1f}"/>' if error else ""
     kind = "p" if score >= 0 else "n"
     return Markup(
         '<svg viewBox="0 0 100 9" preserveAspectRatio="none" aria-hidden="true">'
         f'<rect class="bar-{kind}" y="1" width="{long:.1f}" height="7"/>{whisker}</svg>'
     )
+
+
+@lru_cache(1024)
+def _shared(presets: tuple[str, ...]) -> str:
+    from markupsafe import escape
+
+    if not presets:
+        return ""
+    names = escape(", ".join(map(preset_name, presets)))
+    return f'<span title="also in {names}">∩<span class="unseen"> shared</span></span>'
 
 
 def largest(scores: Iterable[float | None]) -> float:
@@ -228,8 +264,10 @@ def environment() -> jinja2.Environment:
     made.filters |= {f.__name__: f for f in (number, fixed, preset_name, short, running, repr)}
     made.globals |= {
         "chip": chip,
+        "chips": chips,
         "shade": shade,
         "score_bar": score_bar,
+        "signature_rows": signature_rows,
         "largest": largest,
         "by_side": by_side,
         "chief": chief,

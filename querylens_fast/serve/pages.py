@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse
 
 from querylens_fast.queries.budget import Budget
+from querylens_fast.queries.catalog import PREFERRED
 from querylens_fast.queries.results import Filter, Results
 from querylens_fast.queries.views import FIELDS, DictionaryInfo
 from querylens_fast.serve import try_it
@@ -81,12 +82,14 @@ def search(request: Request) -> HTMLResponse:
     asked = {
         n: request.query_params.get(n, "") for n in (*names, *(f"{f}_{b}" for f in FIELDS for b in ("min", "max")))
     }
-    text, token = asked["q"] or None, _whole(asked["token"], "token")
+    text = asked["q"] or None
+    asked["token"] = "" if text else asked["token"]  # a form that was filled in keeps the token it began with
+    token = _whole(asked["token"], "token")
     by_token = text is not None or token is not None
     filters = _filters(asked)
     order = asked["order"] if by_token or asked["order"].lstrip("-") != "score" else ""
     page = results.search(
-        text if token is None else None,
+        text,
         token_id=token,
         exact=asked["exact"] == "1",
         filters=filters,
@@ -130,10 +133,11 @@ def feature(request: Request, dictionary: str, feature: str) -> HTMLResponse:
 
 @router.get("/token/{token}")
 def token(request: Request, token: str) -> HTMLResponse:
-    """A token's features in every dictionary."""
-    return _page(
-        request, "token", view=_results(request).token(_number_of(token, "token"), limit=5, budget=_budget(request))
-    )
+    """A token's features in every dictionary; those that have it among their lowest tokens when asked for."""
+    view = _results(request).token(_number_of(token, "token"), limit=5, budget=_budget(request))
+    top = tuple(group for group in view.groups if group.end == "top")
+    groups = view.groups if request.query_params.get("ends") == "both" or not top else top
+    return _page(request, "token", view=view, groups=groups)
 
 
 @router.get("/random")
@@ -309,10 +313,14 @@ def _of_side(preset: Any) -> str:
 
 
 def _compared(known: Sequence[DictionaryInfo], first: str, second: str) -> dict[str, str]:
-    """The two sides of a comparison; by default two presets of the first dictionary's value side."""
-    usual = [f"{d.slug}/{p.preset}" for d in known[:1] for p in d.presets if p.side == d.presets[-1].side]
-    a = first or (usual[0] if usual else "")
-    return {"a": a, "b": second or (usual[-1] if usual else a)}
+    """The two sides of a comparison; by default Logit Lens and the preferred preset of the first dictionary."""
+    rank = {name: i for i, name in enumerate(PREFERRED)}
+    usual = [(d, sorted(d.presets, key=lambda p: rank.get(p.name, len(rank)))) for d in known[:1] if d.presets]
+    for d, presets in usual:
+        own = [p for p in presets if p.side == presets[0].side]
+        plain = next((p for p in own if p.transition == "identity"), own[-1])
+        first, second = first or f"{d.slug}/{plain.preset}", second or f"{d.slug}/{own[0].preset}"
+    return {"a": first, "b": second}
 
 
 def _rel_var_plot(found: Sequence[DictionaryInfo]) -> LinePlot | None:

@@ -16,7 +16,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
-import logging
+import re
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from http.cookies import CookieError, SimpleCookie
@@ -30,11 +30,9 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-logger = logging.getLogger(__name__)
-
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 MAX_BODY = 1 << 16
-MAX_ADDRESS = 8192
+MAX_ADDRESS = 1 << 15
 """Bytes of a path and its query."""
 MAX_AT_A_TIME = 128
 COOKIE = "querylens_token"
@@ -76,7 +74,12 @@ class Guard:
             hosts: Names that the Host header may have, besides those of this machine. With a token numeric addresses
                 are taken, too.
             seconds: Time for one answer.
+
+        Raises:
+            ValueError: A token that is empty or has characters which a cookie cannot hold.
         """
+        if token is not None and not re.fullmatch(r"[A-Za-z0-9._~-]{4,200}", token):
+            raise ValueError("token has to be 4 to 200 letters, digits, '.', '_', '~' or '-', as it goes into a cookie")
         self.app, self.token, self.seconds = app, token, seconds
         self.hosts = {*LOCAL_NAMES, *(name.lower() for name in hosts)}
         self.at_a_time = 0
@@ -119,7 +122,8 @@ class Guard:
             return 421, f"Host is {headers.get(b'host', '')[:80]!r}, which is not a name of this server"
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_ADDRESS:
             return 414, f"the address is longer than {MAX_ADDRESS} bytes"
-        if int(headers.get(b"content-length", "0") or 0) > MAX_BODY:
+        length = headers.get(b"content-length", "")
+        if len(length) > 12 or (length.isdigit() and int(length) > MAX_BODY):
             return 413, f"the request's body is larger than {MAX_BODY} bytes"
         if scope["method"] not in ("GET", "HEAD"):
             origin = headers.get(b"origin")

@@ -21,9 +21,12 @@ from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.evaluation.generation import NextLogits, SteeredText, continuation, plain_logits, steered_logits
 from querylens_fast.lens.ablations import activations
+from querylens_fast.models.fingerprint import earlier_fingerprints, frame_fingerprint
 from querylens_fast.models.load import as_model, load_model
 from querylens_fast.queries.display import direction, shown
+from querylens_fast.queries.results import Results
 from querylens_fast.queries.views import Token
+from querylens_fast.runs.run_record import agree
 
 MAX_CHARACTERS = 2000
 MAX_TOKENS = 256
@@ -74,15 +77,16 @@ class Firing:
 class TryIt:
     """A model and dictionaries that can be run, by their names in the results."""
 
-    def __init__(self, model: Any, dictionaries: Mapping[str, Any]) -> None:
+    def __init__(self, model: Any, dictionaries: Mapping[str, Any], results: Results) -> None:
         """Load them.
 
         Args:
             model: As in `signatures`, or where to load one from; with a tokenizer.
             dictionaries: As in `signatures`, by slug.
+            results: What the pages show; the model and the dictionaries have to be those of the results.
 
         Raises:
-            ValueError: No tokenizer, or a dictionary of another model or one that cannot be run.
+            ValueError: No tokenizer, a dictionary that cannot be run, or another model or dictionary than the results'.
         """
         self.model = load_model(model) if isinstance(model, (str, Path)) else as_model(model)
         if self.model.tokenizer is None:
@@ -91,9 +95,25 @@ class TryIt:
         for slug, source in dictionaries.items():
             dictionary = load_dictionary(source)
             dictionary.check_model(self.model)
+            self._check(slug, dictionary, results)
             activations(self.model, dictionary, torch.zeros(1, 1, dtype=torch.int64, device=self.model.device))
             self.dictionaries[slug] = dictionary
         self._lock = threading.Lock()
+
+    def _check(self, slug: str, dictionary: Dictionary, results: Results) -> None:
+        try:
+            wanted, model = results.fingerprints(slug)
+        except LookupError as error:
+            raise ValueError(f"{error}; a dictionary to run needs the name of one of them") from error
+        if wanted is not None and not agree(wanted, dictionary.fingerprint):
+            raise ValueError(
+                f"{dictionary.name!r} is not the dictionary that the results of {slug!r} were computed from"
+            )
+        own = frame_fingerprint(self.model) if model.startswith("frame:") else self.model.fingerprint
+        if own != model and model not in earlier_fingerprints(self.model):
+            raise ValueError(
+                f"model {self.model.name!r} is not the model that the results of {slug!r} were computed with"
+            )
 
     def firing(self, slug: str, text: str, k: int = 5) -> Firing:
         """The k most active features at each token of a text, and the most active ones of all of it.

@@ -15,8 +15,8 @@ numbers exist the NaNs follow them, lower id first.
 
 Precision. ``"exact"``: float64 inputs are scored in float64; float32, float16 and bfloat16 inputs are multiplied
 exactly and summed in float32 (never TF32). Candidates may come from a bfloat16 pass where one is faster, but every row
-of the result is proved against the bound on that pass's error, or scored again in float32 (`certified`). ``"float32"``
-is the same answer by one plain pass. ``"bf16"`` rounds F and W to bfloat16 and takes that product's own scores: nothing
+of the result is proved against the bound on that pass's error, or scored again in float32. ``"float32"`` is the same
+answer by one plain pass. ``"bf16"`` rounds F and W to bfloat16 and takes that product's own scores: nothing
 is proved, ids may differ where scores are closer than its rounding, and equals across the k-th place are cut anyhow.
 
 Backends. ``"torch"`` runs everywhere. ``"triton"`` is the fused kernel of csrc_triton: a GPU, or the CPU when Triton's

@@ -180,8 +180,8 @@ class _Pass:
         columns = torch.cat([proposals[largest].columns() for largest in sides])
         # In the order of columns, as rows of W lie in memory; then by line.
         _, order = torch.sort(columns * (len(sides) * n) + lines)
-        lines, columns = lines[order], columns[order]
-        rows = lines % n
+        lines, columns = lines.index_select(0, order), columns.index_select(0, order)
+        rows = torch.where(lines < n, lines, lines - n)
         scores = pair_scores(request.F[batch], request.W, rows, columns, request.epilogue.of_rows(batch))
         tops = lines < n if sides[0] else torch.zeros_like(lines, dtype=torch.bool)
         best = best_of_pairs(lines, columns, scores, len(sides) * n, request.k, tops)

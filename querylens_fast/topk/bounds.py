@@ -36,15 +36,12 @@ class Bound(NamedTuple):
     """What rows of F are rounded to."""
     depth: int
     """Rounded additions of a sum, at most, on either side together; a multiple where hardware truncates."""
-    unit: float = 0.0
-    """Relative rounding of F by the processor itself: 2^-10 for TF32."""
     folded: float = 0.0
     """Relative rounding of offset and bias where they are folded into the product."""
 
     def rows(self, F: Tensor, epilogue: Epilogue) -> Tensor:
         """Bounds [r], or [T, r] with tiles, for rows of F [r, d] and the epilogue of these rows."""
         norms, errors = norms_of(F, self.dtype)
-        errors = errors + self.unit * norms
         seen = norms + errors
         terms = torch.full_like(norms, self.bias)
         if epilogue.offset is not None:
@@ -89,23 +86,3 @@ def largest_terms(epilogue: Epilogue) -> tuple[float, float]:
     bias = epilogue.bias
     scale = largest(None if epilogue.scale is None else epilogue.scale.abs(), 1.0)
     return scale, largest(None if bias is None else bias[bias.isfinite()].abs(), 0.0)
-
-
-def measure(W: Tensor, epilogue: Epilogue, dtype: torch.dtype, *, tf32: bool = False) -> Bound:
-    """The bound of a fast pass in dtype, or in TF32, whose epilogue is applied in float32: W [V, d] is read once."""
-    unit = 2.0**-10 if tf32 else 0.0
-    norm = rounding = torch.zeros((), device=W.device)
-    step = max(1, (1 << 22) // max(1, W.shape[1]))
-    for start in range(0, len(W), step):
-        rows = slice(start, start + step)
-        norms, errors = norms_of(W[rows], dtype)
-        errors = errors + unit * norms
-        if epilogue.scale is not None:
-            scale = epilogue.scale[rows].abs().to(norms)
-            norms, errors = norms * scale, errors * scale
-        norm, rounding = torch.maximum(norm, norms.amax()), torch.maximum(rounding, errors.amax())
-    scale, bias = largest_terms(epilogue)
-    # Twice the depth, as tensor cores truncate where float32 rounds; some for the epilogue.
-    depth = 4 * (W.shape[1] + 8) + 8
-    norm, rounding = norm.nan_to_num(nan=math.inf, posinf=math.inf), rounding.nan_to_num(nan=math.inf, posinf=math.inf)
-    return Bound(norm, rounding, scale, bias, dtype, depth, unit)

@@ -24,7 +24,7 @@ MAX_APART = 16
 """Rows of W, at most, that are kept out of the product and scored exactly for every row of F."""
 EXTRA = 32
 """Columns that a folded epilogue adds, most of them zeros: libraries like multiples of 32."""
-STEP_ELEMENTS = 1 << 21
+STEP_ELEMENTS = 1 << 19
 """Elements of W that are rounded and measured at a time: what stays in the cache."""
 
 

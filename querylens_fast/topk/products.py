@@ -63,31 +63,45 @@ def _onednn(F: Tensor, W: Tensor) -> Tensor:
 @cache
 def onednn_is_faster() -> bool:
     """Whether oneDNN's float32 product beats torch.mm here (and is float32): measured once in a process."""
+    if not onednn_is_float32():
+        return False
+    F, W = (_normal(n, 512) for n in (256, 2048))
+    with torch.no_grad(), full_float32(F.device):
+        ours, theirs = _shortest(lambda: _onednn(F, W), lambda: torch.mm(F, W.T))
+        return ours < 0.9 * theirs
+
+
+@cache
+def onednn_is_float32() -> bool:
+    """Whether oneDNN is there and multiplies float32 as it is: tried once in a process."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    generator = torch.Generator().manual_seed(0)
-    F, W = (torch.randn(n, 512, generator=generator, device="cpu") for n in (256, 2048))
+    F, W = _normal(8, 512), _normal(2048, 512)
     with torch.no_grad(), full_float32(F.device):
         # float32 is off by some 1e-5 here, operands rounded to TF32 or bfloat16 by 1e-2 and more.
-        exact = F[:8].double() @ W.double().T
-        error = float((_onednn(F, W)[:8].double() - exact).abs().max())
-        return error < 1e-3 and _shortest(lambda: _onednn(F, W)) < 0.9 * _shortest(lambda: torch.mm(F, W.T))
+        return float((_onednn(F, W).double() - F.double() @ W.double().T).abs().max()) < 1e-3
 
 
 @cache
 def faster_in_bfloat16() -> bool:
-    """Whether products are at least 1.5 times as fast in bfloat16 as the best in float32: measured once."""
-    F, W = torch.ones(256, 512, device="cpu"), torch.ones(4096, 512, device="cpu")
-    narrow_F, narrow_W, out = F.to(NARROW), W.to(NARROW), torch.empty(256, 4096, device="cpu")
+    """Whether products are at least 1.25 times as fast in bfloat16 as the best in float32: measured once."""
+    F, W, out = _normal(256, 512), _normal(4096, 512), torch.empty(256, 4096, device="cpu")
+    narrow_F, narrow_W = F.to(NARROW), W.to(NARROW)
     with torch.no_grad(), full_float32(F.device):
-        narrow = _shortest(lambda: torch.mm(narrow_F, narrow_W.T))
-        return 1.5 * narrow < _shortest(lambda: product(F, W, out))
+        narrow, wide = _shortest(lambda: torch.mm(narrow_F, narrow_W.T), lambda: product(F, W, out))
+        return 1.25 * narrow < wide
 
 
-def _shortest(run: Callable[[], object]) -> float:
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), device="cpu")
+
+
+def _shortest(*runs: Callable[[], object]) -> list[float]:
+    """Shortest time of each of some runs, which take turns: other work on the machine slows all of them."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(8):
+        for run, passed in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            passed.append(time.perf_counter() - start)
+    return [min(passed) for passed in times]

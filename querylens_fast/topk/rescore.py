@@ -16,7 +16,9 @@ from querylens_fast.topk.products import full_float32
 from querylens_fast.topk.request import Epilogue, accumulation_dtype
 
 BLOCK_ELEMENTS = 1 << 22
-"""Elements of W, or gathered, at a time."""
+"""Elements gathered at a time."""
+WIDENED_ELEMENTS = 1 << 20
+"""Elements of W that are widened at a time: what stays in the cache."""
 
 
 def pair_scores(F: Tensor, W: Tensor, rows: Tensor, columns: Tensor, epilogue: Epilogue) -> Tensor:
@@ -25,7 +27,7 @@ def pair_scores(F: Tensor, W: Tensor, rows: Tensor, columns: Tensor, epilogue: E
     with torch.no_grad(), full_float32(F.device):
         wide = F.to(dtype)
         dots = torch.empty(len(rows), dtype=dtype, device=F.device)
-        step = len(W) if W.dtype == dtype and W.is_contiguous() else max(1, BLOCK_ELEMENTS // W.shape[1])
+        step = len(W) if W.dtype == dtype and W.is_contiguous() else max(1, WIDENED_ELEMENTS // W.shape[1])
         edges = torch.arange(0, len(W) + step, step, device=F.device)
         bounds = torch.searchsorted(columns, edges).tolist()
         for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):

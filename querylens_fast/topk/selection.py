@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from querylens_fast.topk.panel import keys_of
+from querylens_fast.topk.keys import keys_of
 from querylens_fast.topk.request import Side
 
 
@@ -45,15 +45,17 @@ def best_of_pairs(lines: Tensor, columns: Tensor, scores: Tensor, n_lines: int, 
         order = torch.sort((lines << 32) | (last.max - keys.long()), stable=True).indices
     else:
         order = torch.sort(-1 - keys, stable=True).indices
-        order = order[torch.sort(lines[order], stable=True).indices]
+        order = order.index_select(0, torch.sort(lines.index_select(0, order), stable=True).indices)
     counts = torch.bincount(lines, minlength=n_lines)
     enough = counts >= k
     if not len(order):
         empty = scores.new_zeros(n_lines, k)
         return Best(empty, empty.long(), enough)
     places = (counts.cumsum(0) - counts)[:, None] + torch.arange(k, device=lines.device)
-    found = order[places.clamp_max(len(order) - 1)]
-    return Best(scores[found], columns[found], enough)
+    # index_select is several times as fast as indexing.
+    found = order.index_select(0, places.clamp_max(len(order) - 1).flatten())
+    best = (x.index_select(0, found).view(n_lines, k) for x in (scores, columns))
+    return Best(*best, enough)
 
 
 def best_by_sort(scores: Tensor, k: int, *, largest: bool, ids: Tensor | None = None) -> Side:
@@ -61,25 +63,3 @@ def best_by_sort(scores: Tensor, k: int, *, largest: bool, ids: Tensor | None = 
     # torch sorts NaN above every number, so both sides sort upwards to have it last.
     order = torch.sort(-scores if largest else scores, dim=1, stable=True).indices[:, :k]
     return Side(scores.gather(1, order), order if ids is None else ids.gather(1, order))
-
-
-def best_of_candidates(scores: Tensor, ids: Tensor, k: int, *, largest: bool) -> Side:
-    """The k best of candidates whose ids are in no order: sorted, ties by the lower id, NaN last.
-
-    Args:
-        scores: [r, m].
-        ids: [r, m], distinct within a row.
-        k: at most m.
-        largest: the largest or the smallest.
-    """
-    values, places = scores.topk(min(k + 1, scores.shape[1]), dim=1, largest=largest)
-    # Rows with equals or NaN among the first k + 1 are sorted again, by id first.
-    plain = (values[:, 1:] < values[:, :-1]) if largest else (values[:, 1:] > values[:, :-1])
-    rows = (~(plain.all(1) & (values[:, -1] == values[:, -1]))).nonzero().squeeze(1)
-    found = Side(values[:, :k].contiguous(), ids.gather(1, places[:, :k]))
-    if rows.numel():
-        ordered, order = ids[rows].sort(dim=1)
-        found.scores[rows], found.ids[rows] = best_by_sort(
-            scores[rows].gather(1, order), k, largest=largest, ids=ordered
-        )
-    return found

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from querylens_fast.topk.panel import GROUP, TILE_COLUMNS, Candidates, Panel
+from querylens_fast.topk.panel import GROUP, MIN_TILE, TILE_COLUMNS, Candidates, Panel
 from querylens_fast.topk.products import full_float32, product
 from querylens_fast.topk.request import Epilogue as Epilogue
 from querylens_fast.topk.request import Outcome, Request, Side
@@ -69,8 +69,11 @@ class Plan(NamedTuple):
         return [slice(a, min(a + self.rows, n)) for a in range(0, n, self.rows)]
 
     def panels(self, V: int) -> list[slice]:
-        """Slices of V columns, nearly equal."""
+        """Slices of V columns, nearly equal, of whole tiles where that fits."""
         width = math.ceil(V / math.ceil(V / self.columns))
+        whole = TILE_COLUMNS * math.ceil(width / TILE_COLUMNS)
+        if whole <= self.columns and not 0 < V % whole < MIN_TILE:
+            width = whole
         return [slice(a, min(a + width, V)) for a in range(0, V, width)]
 
 
@@ -121,7 +124,7 @@ class _Line:
     def best(self, rows: slice, request: Request, largest: bool) -> Side:
         lines, columns, gains = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
         order = torch.sort(columns).indices
-        lines, columns, gains = lines[order], columns[order], gains[order]
+        lines, columns, gains = (x.index_select(0, order) for x in (lines, columns, gains))
         best = best_of_pairs(lines, columns, gains if largest else -gains, rows.stop - rows.start, request.k, largest)
         return Side(best.scores, best.columns)
 

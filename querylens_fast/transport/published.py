@@ -60,16 +60,15 @@ def published_lens(name: str) -> Path:
     if entry is None:
         known = ", ".join(sorted(key for key, e in registry.items() if isinstance(e, dict)))
         raise FileNotFoundError(f"transport {name!r} is no file and no published Jacobian lens; known are {known}")
-    found = _fetched(entry, {"revision": registry["revision"]}) if "revision" in registry else None
-    if isinstance(found, Path):
-        return found
-    if found is not None:
+    pinned = registry.get("revision")
+    found = _fetched(entry, pinned)
+    if isinstance(found, Exception) and pinned is not None:
         logger.warning(
             "the Jacobian lens of %r cannot be had at the commit that transformer-lens pins (%s): trying the newest",
             name,
             type(found).__name__,
         )
-    found = _fetched(entry, {})
+        found = _fetched(entry, None)
     if isinstance(found, Path):
         return found
     first = (str(found).splitlines() or [""])[0]
@@ -79,12 +78,12 @@ def published_lens(name: str) -> Path:
     ) from found
 
 
-def _fetched(entry: dict[str, Any], at: dict[str, str]) -> Path | Exception:
+def _fetched(entry: dict[str, Any], revision: str | None) -> Path | Exception:
     """The file in the Hub's cache, fetched where it is not there yet, or why it cannot be."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(entry["repo_id"], entry["filename"], **at))
+        return Path(hf_hub_download(entry["repo_id"], entry["filename"], revision=revision))
     except Exception as error:
         return error
 

@@ -1,0 +1,51 @@
+"""What pages are drawn with: colours, numbers, names and plots."""
+
+import re
+from pathlib import Path
+
+import querylens_fast as ql
+from querylens_fast.serve.markup import number, preset_name
+from querylens_fast.serve.plots import line_plot, nice_ticks
+
+STYLE = Path(ql.__file__).parent / "serve" / "static" / "style.css"
+
+
+def test_colours_can_be_read() -> None:
+    """Text has a contrast of at least 4.5 with what it stands on, in both schemes, on every shade."""
+    colours = dict(re.findall(r"--([\w-]+): light-dark\((#\w+, #\w+)\)", STYLE.read_text()))
+    shades = [f"{sign}{i}" for sign in "pn" for i in range(1, 7)]
+    grounds = ("paper", "card", "sunk")
+    pairs = [("ink", g) for g in (*grounds, "warn-back", *shades)] + [("soft", g) for g in grounds]
+    pairs += [("link", "paper"), ("link", "card"), ("warn", "warn-back")]
+    pairs += [(f"series-{i}", "card") for i in range(1, 7)] + [("soft", s) for s in shades if s[1] in "123"]
+    for scheme in (0, 1):
+        hexes = {name: both.split(", ")[scheme] for name, both in colours.items()}
+        for text, ground in pairs:
+            assert contrast(hexes[text], hexes[ground]) >= 4.5, (scheme, text, ground)
+        marks = "#3f4a58" if scheme == 0 else "#d3dbe5"  # of marks in strong chips
+        assert all(contrast(marks, hexes[s]) >= 4.5 for s in shades if s[1] in "456")
+        assert contrast("#ffffff" if scheme == 0 else "#10161e", hexes["link"]) >= 4.5  # of the main buttons
+
+
+def contrast(first: str, second: str) -> float:
+    """WCAG 2's contrast ratio."""
+    light = []
+    for colour in (first, second):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        light.append(sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True)) + 0.05)
+    return max(light) / min(light)
+
+
+def test_numbers_names_and_plots() -> None:
+    assert [number(x) for x in (None, float("nan"), 0.0, 0.25, 12.345, 1234567, 2.5e-7, -3)] == [
+        "–", "–", "0", "0.250", "12.3", "1\u202f234\u202f567", "2.50e−07", "−3",
+    ]  # fmt: skip
+    assert preset_name("query_lens_value_approx~2") == "Query Lens, first order (2)"
+    assert preset_name("value_identity_embed") == "value identity embed"
+    for low, high in ((0.0, 0.74), (-3.0, 8.0), (5.0, 5.0), (1e-9, 2e-9)):
+        ticks = nice_ticks(low, high)
+        assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8 and ticks == sorted(set(ticks))
+    assert line_plot({}, "x", "y") is None and line_plot({"a": [(0, float("nan"), None)]}, "x", "y") is None
+    plot = line_plot({"a": [(0, 0.2, 0.1), (3, 0.9, None)], "b": [(1, 0.5, None)]}, "x", "y")
+    assert plot is not None and all(0 <= m.y <= plot.bottom for line in plot.series for m in line.marks)
