@@ -38,7 +38,6 @@ HARM = {
     "unexpected": "errors of no kind",
     "hang": "hangs",
     "crash": "crashes",
-    "memory": "over 1 GiB",
     "code run": "times code run",
     "secret told": "secrets told",
     "unnamed": "errors without the file's name",
@@ -85,7 +84,7 @@ def _found(name: str, counts: dict[str, Any]) -> str:
         return f"{kept}, {len(counts['problems'])} other results"
     if name == "hostile":
         harm = ", ".join(f"{counts[kind]} {said}" for kind, said in HARM.items())
-        return f"{harm}; at most {counts['peak_mib']} MiB and {counts['slowest_s']} s"
+        return f"{harm}; at most {counts['slowest_s']} s each"
     if name == "products":
         return f"{sum(counts[backend]['wrong'] for backend in ('torch', 'triton'))} wrong"
     return f"{len(counts['problems'])} " + ("other results" if name == "disks" else "not noticed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import mmap
 import os
 import signal
 import sys
@@ -51,9 +52,11 @@ def in_child(
         stdin.write(answers.encode())
         stdin.seek(0)
         sys.stdout.flush(), sys.stderr.flush()
-        before, start = _resident_kib(), time.monotonic()
+        start, begun = time.monotonic(), mmap.mmap(-1, 8)
         child = os.fork()
         if child == 0:
+            # Not the parent's: pages of mapped files are not copied by a fork.
+            begun[:8] = _peak_kib().to_bytes(8, "little")
             _run(work, stdin, output, limit_s)
         code, usage, hung = None, None, False
         while code is None:
@@ -69,7 +72,7 @@ def in_child(
         seconds = time.monotonic() - start
         output.seek(0)
         text = output.read().decode("utf-8", "replace")
-    grown = 0.0 if usage is None else max(0, usage.ru_maxrss - before) / 1024
+    grown = 0.0 if usage is None else max(0, usage.ru_maxrss - int.from_bytes(begun[:8], "little")) / 1024
     return Outcome(code, text, seconds, grown, hung)
 
 
@@ -94,6 +97,6 @@ def _run(work: Callable[[], object], stdin: IO[bytes], output: IO[bytes], limit_
             os._exit(code)
 
 
-def _resident_kib() -> int:
+def _peak_kib() -> int:
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
