@@ -95,8 +95,11 @@ def prepare(
         usual_bias = float(sizes.max())
         # A few huge numbers would leave the others no units.
         fixed = fixed and usual_bias <= 4096 * max(float(sizes.median()), float(norms.max()))
-    longest = (float(norms.max()) * 1.001 + 1e-37) * 2.0**exponent
-    bounds = Columns(longest, error, exponent, 1.0 if scale is None else float(scale.abs().max()), usual_bias)
+    largest_scale = 1.0 if scale is None else float(scale.abs().max())
+    # Squares of numbers below 2^-75 vanish in float32, so a norm may be short by so much.
+    vanished = math.sqrt(W.shape[1]) * 2.0**-63 * largest_scale
+    longest = (float(norms.max()) * 1.001 + vanished) * 2.0**exponent
+    bounds = Columns(longest, error, exponent, largest_scale, usual_bias)
     mean = None
     if statistics:
         means = [1.0 if scale is None else float(scale.mean()), 0.0 if bias is None else float(bias.mean())]
@@ -132,4 +135,5 @@ def _narrow(
         narrow[rows, :d] = part
         lost = torch.linalg.vector_norm(part - narrow[rows, :d].float(), dim=1)
         error = torch.maximum(error, (lost if scale is None else lost * scale[rows].abs().nan_to_num(0, 0)).amax())
-    return narrow, float(error) * 1.001, exponent
+    largest = 1.0 if scale is None else float(scale.abs().nan_to_num(0, 0).max())
+    return narrow, float(error) * 1.001 + largest * math.sqrt(d) * 2.0**-63, exponent

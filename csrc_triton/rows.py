@@ -169,7 +169,8 @@ def rows_of(
     dtype = torch.float16 if scaled else F.dtype
     narrow = torch.empty(n, padded, dtype=dtype, device=F.device) if copy else F
     unit, factor, per_score, error, shift = torch.empty(5, n, dtype=torch.float32, device=F.device).unbind()
-    depth = triton.cdiv(d, 128) + 40
+    # Exact scores: 128 lanes by fma, then their sum in any order (`csrc_triton.finish`).
+    depth = triton.cdiv(d, 128) + 128
     with torch.cuda.device_of(F):
         _rows_kernel[(n,)](
             F,
