@@ -42,9 +42,11 @@ def cuda_resources(cubin: bytes) -> dict[str, Any]:
 
         found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage")))
         shape = machine_code.shape(machine_code.sass(dump("--dump-sass")))
+    # A stack that no instruction touches is no spill.
+    stack = int(found["STACK"]) + int(found["LOCAL"])
     return {
         "registers": int(found["REG"]),
-        "spills": int(found["STACK"]) + int(found["LOCAL"]),
+        "spills": stack if shape.local_memory_instructions else 0,
         **shape._asdict(),
     }
 
