@@ -96,7 +96,7 @@ def problems(path: Path) -> list[str]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest(rest: IO[bytes], begun: bytes) -> str:
