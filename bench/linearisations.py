@@ -27,14 +27,14 @@ from bench.million import anonymous_mib, peak_memory
 from bench.record import RESULTS, save
 
 D_MODEL, LAYERS, VOCAB, SEQUENCES, LENGTH, MAX_GIB = 192, 4, 1000, 8, 32, 0.5
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": D_MODEL,
     "intermediate_size": 4 * D_MODEL,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
 }
-GROUPED = {**SHAPE, "num_key_value_heads": 2, "head_dim": 48}
+GROUPED: dict[str, Any] = {**SHAPE, "num_key_value_heads": 2, "head_dim": 48}
 MODELS = {
     "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCAB, n_embd=D_MODEL, n_layer=LAYERS, n_head=4),
     "gpt_neox (parallel)": lambda: transformers.GPTNeoXConfig(**SHAPE),

@@ -185,7 +185,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench unproved", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench unproved", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, default=256, help="rows of F for each case")
     parser.add_argument("--columns", type=int, default=1 << 17, help="rows of W")
     parser.add_argument("--d", type=int, action="append", help=f"default: {', '.join(map(str, DEPTHS))}")

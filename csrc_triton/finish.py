@@ -178,7 +178,7 @@ def _finish_kernel(
     proved = proved & (crowded <= 8 + k // 4)
     # Four times the room is the caller's next try.
     more = (wanted > SLOTS) & (wanted <= 4 * SLOTS) & (kth_rank != _NOTHING)
-    tl.store(flags + here, tl.where(proved, (crowded > 0).to(tl.int32), tl.where(more, 2, 4)))
+    tl.store(flags + here, tl.where(proved, (crowded > 0).to(tl.int32), tl.where(more, 2, 4)))  # type: ignore
 
 
 @triton.jit
@@ -268,9 +268,9 @@ def _open_kernel(
                 )
                 rank = _rank(found, columns, there, flip)
                 # What is known already must not come twice.
-                twice = tl.sum((rank[:, None] == best[None, :]).to(tl.int32), axis=1) > 0
+                twice = tl.sum((rank[:, None] == best[None, :]).to(tl.int32), axis=1) > 0  # type: ignore
                 rank = tl.where(twice, _NOTHING, rank)
-                if tl.max(rank, axis=0) > tl.min(tl.where(slots < k, best, 9223372036854775807), axis=0):
+                if tl.max(rank, axis=0) > tl.min(tl.where(slots < k, best, 9223372036854775807), axis=0):  # type: ignore
                     best = _merge(best, rank, scores, ids, k, flip, SLOTS)
         tl.store(flags + here, 3)
 

@@ -53,14 +53,17 @@ def variants(target: str) -> list[Variant]:
     found += [_winners(dtype, True, True, statistics=True) for dtype in POINTERS]
     for (block, many), fixed in product(((256, False), (MAX_BLOCK, False), (MAX_BLOCK, True)), (True, False)):
         found.append(_select(target, block, many, fixed))
-    for dtypes in ((torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float32, torch.bfloat16)):
+    for dtypes in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)):
         for terms, apart in product((False, True), repeat=2):
             found.append(_finish(dtypes, 64, terms=terms, apart=apart))
         found.append(_open(dtypes, 64))
     for slots in (32, 128, 256, 512, finish.MAX_SLOTS):
-        found += [_finish((torch.float32,) * 2, slots, terms=True, apart=True), _open((torch.float32,) * 2, slots)]
-    found.append(_finish((torch.bfloat16,) * 2, 128, terms=True, apart=False, fixed=False))
-    found.append(_open((torch.bfloat16,) * 2, 128, fixed=False))
+        found += [
+            _finish((torch.float32, torch.float32), slots, terms=True, apart=True),
+            _open((torch.float32, torch.float32), slots),
+        ]
+    found.append(_finish((torch.bfloat16, torch.bfloat16), 128, terms=True, apart=False, fixed=False))
+    found.append(_open((torch.bfloat16, torch.bfloat16), 128, fixed=False))
     for dtype, scaled in product((torch.float32, torch.bfloat16), (True, False)):
         found += [_rows(dtype, scaled=scaled, shift=shift) for shift in (False, True)]
     totals = {"sums": "*fp32", "totals": "*fp64"}

@@ -91,7 +91,7 @@ def _found(name: str, counts: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench faults", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench faults", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="a little of each")
     parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts; the record keeps the others")
     parser.add_argument("--seed", type=int, default=0)

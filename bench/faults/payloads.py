@@ -40,7 +40,7 @@ def rebuilt(size: tuple[int, ...], numel: int, offset: int = 0, stride: tuple[in
 
     class Tensor:
         def __reduce__(self) -> Any:
-            return torch._utils._rebuild_tensor_v2, (Storage(), offset, size, stride, False, OrderedDict())
+            return torch._utils._rebuild_tensor_v2, (Storage(), offset, size, stride, False, OrderedDict())  # type: ignore
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj: Any) -> Any:

@@ -81,7 +81,7 @@ def wrong(seed: int, backend: str, device: str) -> str | None:
 
     kind, (F, W), given = problem(seed)
     there = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
-    found = streamed_topk(F.to(device), W.to(device), backend=backend, **there)
+    found = streamed_topk(F.to(device), W.to(device), backend=backend, **there)  # type: ignore
     S = F.double() @ W.double().T
     S = S if given["offset"] is None else S + given["offset"].double()[:, None]
     S = S if given["scale"] is None else S * given["scale"].double()
@@ -96,9 +96,9 @@ def wrong(seed: int, backend: str, device: str) -> str | None:
         last = torch.sort(S.isnan().gather(1, order).byte(), dim=1, stable=True).indices
         order = order.gather(1, last)
         expected = S.gather(1, order[:, : given["k"]])
-        if not torch.allclose(scores.cpu().double(), expected, rtol=0, atol=0, equal_nan=True):
+        if not torch.allclose(scores.cpu().double(), expected, rtol=0, atol=0, equal_nan=True):  # type: ignore
             return f"seed {seed} ({kind}): other scores"
-        if not torch.equal(ids.cpu(), order[:, : given["k"]]):
+        if not torch.equal(ids.cpu(), order[:, : given["k"]]):  # type: ignore
             return f"seed {seed} ({kind}): other ids"
     return None
 

@@ -55,11 +55,12 @@ def run(
     ] = None,
 ) -> None:
     """One preset over a list of features or whole dictionaries, configured as HYU-NLP/query-lens is; resumable."""
-    with reported_errors():
+    with reported_errors(), ranks.joined() as group:
         from querylens_fast.analysis.run import run as run_config
 
         path = run_config(config_name, overrides or [], config_path)
-    say(f"results: {Path(path).resolve()}")
+    if group.leads:
+        say(f"results: {Path(path).resolve()}")
 
 
 @with_flags

@@ -116,7 +116,9 @@ def score_methods(
     if not pairs:
         raise ValueError("none of the result files is of one of these dictionaries")
     ks = sorted(set(ks))
-    limits = {side: coherent_from(context.model, side, ks) if coherence else {} for side in SIDES}
+    limits: dict[Side, dict[int, float]] = {
+        side: coherent_from(context.model, side, ks) if coherence else {} for side in SIDES
+    }
     blocks = [
         Block(len(ids), partial(_rows, case, context, method, ids, method.sizes(ks), limits))
         for case, method in pairs

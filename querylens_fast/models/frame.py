@@ -144,7 +144,7 @@ def position_limit(source: nn.Module) -> int | None:
             elif isinstance(table, Tensor) and table.ndim == 2:
                 found.append(len(table))
         if hasattr(module, "build_mpt_alibi_tensor"):  # made once for this length
-            found.append(source.config.max_seq_len)
+            found.append(source.config.max_seq_len)  # type: ignore
     return min(found, default=None)
 
 

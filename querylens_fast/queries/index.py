@@ -184,7 +184,7 @@ class Index:
         if "choices" in self.header:
             choice = self.said["choices"][int(self._value("choices", row))]
         lists = (found[name] for name in ("top_ids", "top_scores", "bottom_ids", "bottom_scores"))
-        return Record(*lists, found["top_se"] if self.said["record"]["errors"] else None, choice, terms)
+        return Record(*lists, found["top_se"] if self.said["record"]["errors"] else None, choice, terms)  # type: ignore
 
     def value(self, name: str, row: int) -> float:
         """A statistic of one row."""
@@ -237,7 +237,7 @@ class Index:
     def _array(self, name: str, first: int = 0, stop: int | None = None) -> np.ndarray:
         start, dtype = self._offsets[name]
         stop = self.header[name]["shape"][0] if stop is None else stop
-        return np.frombuffer(self._read(start + first * dtype.itemsize, (stop - first) * dtype.itemsize), dtype)
+        return np.frombuffer(self._read(start + first * dtype.itemsize, (stop - first) * dtype.itemsize), dtype)  # type: ignore
 
     def _read(self, start: int, n: int) -> bytes:
         data = os.pread(self._fd, n, start)

@@ -55,7 +55,7 @@ def best_of_pairs(lines: Tensor, columns: Tensor, scores: Tensor, n_lines: int, 
     # index_select is several times as fast as indexing.
     found = order.index_select(0, places.clamp_max(len(order) - 1).flatten())
     best = (x.index_select(0, found).view(n_lines, k) for x in (scores, columns))
-    return Best(*best, enough)
+    return Best(*best, enough)  # type: ignore
 
 
 def best_by_sort(scores: Tensor, k: int, *, largest: bool, ids: Tensor | None = None) -> Side:
