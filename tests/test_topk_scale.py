@@ -83,5 +83,5 @@ def test_candidates_and_plain_pass(seed: int, kind: str, monkeypatch: pytest.Mon
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels(kind: str) -> None:
-    F, W, terms = problem(KINDS.index(kind), kind, 64, 1500)
+    F, W, terms = problem(KINDS.index(kind), kind, 33, 700)
     check(F, W, 12, terms, backend="triton")
