@@ -42,7 +42,9 @@ def checkpoint() -> ql.Model:
 def check(found: ql.Signatures, features: torch.Tensor, model: ql.Model) -> float:
     """Largest error of four rows' scores against float64, over the largest score; SystemExit beyond 1e-4."""
     rows = torch.linspace(0, len(features) - 1, 4).long()
-    x = model.final_norm(features[rows].float()).to(model.W_U.dtype).double()
+    # A feature's vector is rounded to the model's dtype, and once more after the norm.
+    narrow = features[rows].to(model.W_U.dtype)
+    x = model.final_norm(narrow.float()).to(model.W_U.dtype).double()
     S = torch.cat([x @ part.double().T for part in model.W_U.split(1 << 15)], 1)
     error = 0.0
     for ids, scores, largest in (

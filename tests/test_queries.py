@@ -233,6 +233,22 @@ def test_a_killed_build_goes_on_to_the_same_bytes(copied: Path, times: int, monk
     assert sorted(p.name for p in copied.glob(f"{VALUE}*")) == [VALUE, f"{VALUE}.index"]
 
 
+def test_a_build_takes_its_room_before_it_begins(copied: Path) -> None:
+    """A mapped file that finds the disk full while it is written would end the process."""
+    steps = interrupted(3)
+    with pytest.raises(KeyboardInterrupt):
+        build.build_index(open_file(copied / VALUE), lambda: next(steps))
+    pieces = [p for p in (copied / f"{VALUE}.index.parts").iterdir() if p.name != "note.json"]
+    assert len(pieces) == 5 and all(p.stat().st_blocks * 512 >= p.stat().st_size > 0 for p in pieces)
+
+
+def test_postings_of_equal_scores_come_by_row() -> None:
+    scores = np.array([0.0, -0.0, 1.0, -0.0, 0.0], np.float32)
+    tokens, rows = np.zeros(5, np.int64), np.arange(5)
+    assert build._posting_order(tokens, rows, scores, "top").tolist() == [2, 0, 1, 3, 4]
+    assert build._posting_order(tokens, rows, scores, "bottom").tolist() == [0, 1, 3, 4, 2]
+
+
 def test_an_index_of_another_result_or_cut_off_counts_as_none(copied: Path) -> None:
     path, other = copied / VALUE, copied / "sae1.query_lens_value.parquet"
     built = build.build_index(open_file(path))

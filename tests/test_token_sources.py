@@ -45,3 +45,16 @@ def test_what_is_refused(gpt2: ql.Model, tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         assert ql.load_tokens(torch.tensor([5, 6, 7]), model=gpt2, num_samples=3).ids.shape == (3, 3)
     assert "num_samples is 3, but the corpus has 1 sequences" in caplog.text
+
+
+def test_what_is_no_ids_is_refused(gpt2: ql.Model) -> None:
+    for given, message in (
+        (5, r"are \[\]; expected ids \[B, S\]"),
+        (torch.ones(1, 2, 3, dtype=torch.int64), r"are \[1, 2, 3\]; expected ids"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1, 0.5]]}, "attention_mask has dtype torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ql.load_tokens(given, model=gpt2)  # type: ignore[arg-type]
+    rows = [torch.tensor([1, 2]), torch.tensor([3])]
+    found = ql.load_tokens(rows, model=gpt2)  # type: ignore[arg-type]
+    assert found.ids[0].tolist() == [1, 2] and found.valid_mask.tolist() == [[True, True], [True, False]]

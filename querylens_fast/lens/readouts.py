@@ -184,9 +184,8 @@ def find_readout(
 def unit_rows(vectors: Tensor) -> Tensor:
     """Vectors [n, D] over their length, in float32 or wider; over 1e-8 where they are shorter, as sae-lens does."""
     wide = at_least_float32(vectors)
-    length = torch.linalg.vector_norm(
-        wide, dim=1, keepdim=True, dtype=torch.float64
-    )  # float32 squares overflow at 2e19
+    # In float64: squares of numbers from 2e19 overflow float32.
+    length = torch.linalg.vector_norm(wide, dim=1, keepdim=True, dtype=torch.float64)
     return wide / length.clamp_min(MIN_LENGTH).to(wide.dtype)
 
 

@@ -17,6 +17,19 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def of_moderate_length(rows: Tensor) -> Tensor:
+    """rows [n, D], multiplied by a power of two where their squares would overflow or vanish in float32."""
+    if not rows.numel():
+        return rows
+    peak = torch.maximum(rows.amax(1), -rows.amin(1))
+    extreme = (peak > 0) & ((peak < 1e-15) | (peak > 1e15)) & peak.isfinite()
+    if not bool(extreme.any()):
+        return rows
+    exponent = torch.where(extreme, -torch.frexp(peak).exponent, 0)[:, None]
+    half = exponent // 2  # 2 ** 148, for the smallest of float32, is no float32
+    return torch.ldexp(torch.ldexp(rows, half), exponent - half)
+
+
 @dataclass(frozen=True)
 class Norm:
     """LayerNorm (``centred``) or RMSNorm with its scale and bias, both [D] or None."""

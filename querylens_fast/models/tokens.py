@@ -85,7 +85,7 @@ def as_tokens(tokens: Any, model: Any = None) -> Tokens:
         ids, mask = _rows(tokens["input_ids"])
         given = tokens.get("attention_mask")
         if given is not None:
-            mask = _rows(given)[0].bool()
+            mask = _rows(given, "attention_mask")[0].bool()
         return _checked(ids, mask, model, "memory", {})
     if isinstance(tokens, list | tuple) and tokens and all(isinstance(t, str) for t in tokens):
         encoded = _tokenizer(model)(list(tokens), add_special_tokens=False)["input_ids"]
@@ -93,9 +93,11 @@ def as_tokens(tokens: Any, model: Any = None) -> Tokens:
     return _checked(*_rows(tokens), model, "memory", {})
 
 
-def _rows(tokens: Any) -> tuple[Tensor, Tensor | None]:
-    """Ids [B, S] int64 of a tensor or nested lists; rows of unequal length are padded, with a mask [B, S]."""
+def _rows(tokens: Any, name: str = "tokens") -> tuple[Tensor, Tensor | None]:
+    """Ids [B, S] int64 of a tensor, nested lists or a list of tensors; unequal rows are padded, with a mask [B, S]."""
     mask = None
+    if isinstance(tokens, list | tuple):
+        tokens = [t.tolist() if isinstance(t, Tensor) else t for t in tokens]
     if isinstance(tokens, list | tuple) and len({len(t) for t in tokens if isinstance(t, list | tuple)}) > 1:
         width = max(len(row) for row in tokens)
         mask = torch.tensor([[i < len(row) for i in range(width)] for row in tokens])
@@ -103,9 +105,10 @@ def _rows(tokens: Any) -> tuple[Tensor, Tensor | None]:
     try:
         ids = torch.as_tensor(tokens).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"tokens are a {type(tokens).__name__} that is no [B, S] of integer ids ({error})") from error
+        raise ValueError(f"{name} is a {type(tokens).__name__} that is no [B, S] of integer ids ({error})") from error
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"tokens have dtype {ids.dtype}; expected integer token ids")
+        expected = "integer token ids" if name == "tokens" else "zeros and ones as integers"
+        raise ValueError(f"{name} has dtype {ids.dtype} and shape {list(ids.shape)}; expected {expected}")
     return ids.long(), mask
 
 
@@ -198,6 +201,8 @@ def _read_safetensors(path: Path) -> tuple[Tensor, Tensor | None]:
 def _checked(ids: Tensor, mask: Tensor | None, model: Any, source: str, details: dict[str, str]) -> Tokens:
     if ids.ndim == 1:
         ids = ids[None]
+    if ids.ndim != 2:
+        raise ValueError(f"tokens from {source} are {list(ids.shape)}; expected ids [B, S]")
     vocab = getattr(model, "vocab_size", None)
     positions = getattr(model, "max_positions", None)
     if positions is not None and ids.shape[-1] > positions:

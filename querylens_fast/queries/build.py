@@ -181,13 +181,21 @@ def _begin(parts: Path, layout: Layout) -> dict[str, Any]:
             return found
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True)
-    with open(parts / "index", "wb") as file:
-        file.write(layout.header)
-        file.truncate(layout.size)
-    for name, size in _pieces(layout).items():
-        with open(parts / name, "wb") as file:
-            file.truncate(size)
-    write_whole(note, json.dumps(known))
+    sizes = {"index": layout.size, **_pieces(layout)}
+    try:
+        for name, size in sizes.items():
+            with open(parts / name, "wb") as file:
+                if size and hasattr(os, "posix_fallocate"):  # macOS has none
+                    # Taken now: a mapped file that finds the disk full later ends the process with SIGBUS.
+                    os.posix_fallocate(file.fileno(), 0, size)
+                file.truncate(size)
+                if name == "index":
+                    file.write(layout.header)
+        write_whole(note, json.dumps(known))
+    except OSError as error:
+        shutil.rmtree(parts, ignore_errors=True)
+        said = f"no room for an index of {sum(sizes.values()) / 2**20:.0f} MiB while it is made: {error.strerror}"
+        raise OSError(error.errno, said, str(parts)) from error
     return known
 
 
@@ -299,7 +307,7 @@ def _posting_order(tokens: np.ndarray, rows: np.ndarray, scores: np.ndarray, end
     """The order by token, then score (top: the largest first), then row, of postings that are sorted by token."""
     if scores.dtype == np.float32 and (np.diff(rows)[np.diff(tokens) == 0] >= 0).all():
         # One stable sort of integers: the token, then the bits of the score in an order that is that of the numbers.
-        bits = scores.view(np.uint32)
+        bits = (scores + np.float32(0)).view(np.uint32)  # -0.0 and 0.0 are equal scores
         ascending = np.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))
         keys = tokens.astype(np.uint64) << np.uint64(32) | (~ascending if end == "top" else ascending)
         return np.argsort(keys, kind="stable")

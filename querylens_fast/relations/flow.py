@@ -28,7 +28,7 @@ from tqdm import tqdm
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.models.folders import parse_device
-from querylens_fast.models.norms import at_least_float32
+from querylens_fast.models.norms import at_least_float32, of_moderate_length
 from querylens_fast.relations.chains import chain_rows
 from querylens_fast.relations.latest import Latest
 from querylens_fast.relations.readers import features_per_block, identity_of_features
@@ -197,25 +197,12 @@ def cosine_topk(source: Tensor, target: Tensor, k: int, *, bottom: bool = False,
 
     Computed in float32 or wider, at any length of the rows. A row of zeros has cosine 0 with everything.
     """
-    target = _of_moderate_length(at_least_float32(target))
-    source = _of_moderate_length(at_least_float32(source).to(target))
+    target = of_moderate_length(at_least_float32(target))
+    source = of_moderate_length(at_least_float32(source).to(target))
     lengths = torch.linalg.vector_norm(target, dim=1)
     scale = torch.where(lengths > 0, 1 / lengths, lengths)
     unit = torch.nn.functional.normalize(source, dim=1, eps=torch.finfo(source.dtype).tiny)
     return streamed_topk(unit, target, k, scale=scale, bottom=bottom, backend=backend)
-
-
-def _of_moderate_length(rows: Tensor) -> Tensor:
-    """rows [n, D], multiplied by a power of two where their squares would overflow or vanish in float32."""
-    if not rows.numel():
-        return rows
-    peak = torch.maximum(rows.amax(1), -rows.amin(1))
-    extreme = (peak > 0) & ((peak < 1e-15) | (peak > 1e15)) & peak.isfinite()
-    if not bool(extreme.any()):
-        return rows
-    exponent = torch.where(extreme, -torch.frexp(peak).exponent, 0)[:, None]
-    half = exponent // 2  # 2 ** 148, for the smallest of float32, is no float32
-    return torch.ldexp(torch.ldexp(rows, half), exponent - half)
 
 
 def related(dictionaries: Sequence[Dictionary]) -> list[tuple[Dictionary, str, Dictionary]]:

@@ -22,7 +22,7 @@ from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
-from querylens_fast.models.norms import at_least_float32
+from querylens_fast.models.norms import at_least_float32, of_moderate_length
 from querylens_fast.relations.attention import FEATURES_AT_ONCE, circuit_weights, heads_of
 from querylens_fast.relations.channel_statistics import separation
 from querylens_fast.relations.output_features import output_features
@@ -103,7 +103,7 @@ def attention_profiles(
 
 def strengths(model: Model, layer: int, vectors: Tensor) -> Tensor:
     """How strongly vectors [n, D] take part in each head, [3, H, n]: query, key, OV; over their length."""
-    vectors = at_least_float32(vectors)
+    vectors = of_moderate_length(at_least_float32(vectors))
     unit = torch.nn.functional.normalize(vectors, dim=1, eps=torch.finfo(vectors.dtype).tiny)
     found = []
     for head in range(model.blocks[layer].attention.n_heads):
