@@ -3,7 +3,7 @@
     python -m bench faults [--short] [--only kills,disks] [--out FILE.json]
 
 - kills: SIGKILL at file operations, in the middle of writes and at random, then the same call again;
-- disks: full disks (small tmpfs mounts as root, else limits on file sizes), then room and the same call again;
+- disks: full disks (small tmpfs mounts as root, and limits on file sizes), then room and the same call again;
 - corruptions: bits flipped, files cut, swapped, replaced and edited, finished and half-finished;
 - hostile: files of every kind and arguments of every command that are wrong or meant to harm;
 - products: random calls of the streamed top-k on both backends against a stable sort.
@@ -32,7 +32,7 @@ from bench.record import save
 TRITON_SHARE = 20
 """Calls on torch for each under Triton's interpreter, which takes some 80 ms for one."""
 PARTS = ("kills", "disks", "corruptions", "hostile", "products")
-FULL = {"kills": 380, "disks": 140, "corruptions": 400, "hostile": 900, "products": 10_000}
+FULL = {"kills": 380, "disks": 90, "corruptions": 400, "hostile": 900, "products": 10_000}
 HARM = {
     "traceback": "tracebacks",
     "unexpected": "errors of no kind",

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO
 
+import torch
 from tqdm import tqdm
 
 LIMIT_S = 20.0
@@ -79,6 +80,7 @@ def in_child(
 def _run(work: Callable[[], object], stdin: IO[bytes], output: IO[bytes], limit_s: float) -> None:
     code = RAISED
     try:
+        torch.set_num_threads(1)  # makes torch's pool anew: a thread of ours may not find that of before the fork
         tqdm.set_lock(threading.RLock())  # its own is shared by processes: a killed one would keep it
         faulthandler.dump_traceback_later(0.9 * limit_s, file=output)  # of a hang
         for stream, target in ((stdin, 0), (output, 1), (output, 2)):

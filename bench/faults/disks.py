@@ -21,12 +21,13 @@ PAGE = 4096
 def run(workload: Workload, n_disks: int, seed: int = 0, jobs: Sequence[Job] | None = None) -> dict[str, Any]:
     """Fill ``n_disks`` disks (about), at sizes over the whole run of each job, and finish each: counts and problems."""
     found: dict[str, Any] = {"full disks": 0, "by": {}, "problems": []}
-    jobs = workload.jobs if jobs is None else jobs
+    jobs, folder = workload.jobs if jobs is None else jobs, workload.folder / "disk"
     start, share = time.monotonic(), max(1, -(-n_disks // len(jobs)))
+    mounted = _can_mount(folder)
     for job in jobs:
-        folder = workload.folder / "disk"
-        kind = _tmpfs if _can_mount(folder) else _limit
-        for size in _sizes(workload, job, share):
+        sizes = [(_tmpfs, size) for size in _sizes(workload, job, -(-share // 2))] if mounted else []
+        sizes += [(_limit, size) for size in _lengths(workload, job, share - len(sizes))]
+        for kind, size in sizes:
             with kind(folder, size) as (limited, relieve):
                 out, log = folder / job.file, workload.folder / "written"
                 log.unlink(missing_ok=True)
@@ -54,6 +55,12 @@ def _sizes(workload: Workload, job: Job, n: int) -> list[int]:
     return sorted({PAGE * max(1, round(total * (i + 0.5) / n)) for i in range(n)})
 
 
+def _lengths(workload: Workload, job: Job, n: int) -> list[int]:
+    """Lengths in bytes from none to that of the job's longest file."""
+    longest = max(map(len, workload.expected(job).values()))
+    return sorted({int(longest * (i + 0.5) / n) for i in range(n)})
+
+
 def _can_mount(folder: Path) -> bool:
     folder.mkdir(exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(folder)]
@@ -78,7 +85,7 @@ def _tmpfs(folder: Path, size: int) -> Iterator[tuple[Limited, Callable[[], obje
 
 @contextmanager
 def _limit(folder: Path, size: int) -> Iterator[tuple[Limited, Callable[[], object]]]:
-    """No file longer than ``size`` bytes; stands for a small disk where nothing can be mounted."""
+    """No file longer than ``size`` bytes; stands for a disk that is full at any byte."""
 
     def limited(work: Callable[[], object]) -> Callable[[], object]:
         def child() -> None:
