@@ -53,8 +53,12 @@ def served(tmp_path_factory: pytest.TempPathFactory):
     """A folder with a tiny model ("model") and results of it ("results"), for the server's tests; not to be changed."""
     from served_results import odd_model, write_results
 
+    from querylens_fast.lens import parquet
+
     root = tmp_path_factory.mktemp("served")
-    write_results(odd_model(save_tiny_model("gpt2", root / "model")), root / "results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet, "ROW_GROUP", 16)  # several in each file, as results of wide dictionaries have
+        write_results(odd_model(save_tiny_model("gpt2", root / "model")), root / "results")
     return root
 
 

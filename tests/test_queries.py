@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from served_results import N_FEATURES
 
 import querylens_fast as ql
+from querylens_fast.evaluation import feature_sample
 from querylens_fast.lens.storage import open_sink, read_identity
 from querylens_fast.queries import Budget, Filter, QueryStopped, ResultGone, Results, build, results
 from querylens_fast.queries.display import direction, shown
@@ -128,6 +130,11 @@ def test_filters_leave_out_what_is_outside_or_unknown(opened: Results) -> None:
     assert list(kept) == expected and 0 < len(kept) < len(every)
     assert not opened.search(filters=[Filter("density", high=1.0)]).rows
     assert {r.layer for r in opened.search(layer=1, limit=200).rows} == {1}
+    every = opened.search("self", dictionary="sae0", side="value", limit=200).rows
+    least = max(r.values["rel_var"] for r in every[:3])
+    kept = [r for r in every if r.values["rel_var"] > least]
+    found = opened.search("self", dictionary="sae0", side="value", filters=[Filter("rel_var", least + 1e-6)], limit=1)
+    assert list(found.rows) == kept[:1] and len(kept) > 1  # behind the first rows, which are left out
 
 
 def test_tokens_random_and_compare(opened: Results) -> None:
@@ -218,7 +225,7 @@ def interrupted(times: int) -> Iterator[None]:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("times", [1, 2, 4, 9])
+@pytest.mark.parametrize("times", [1, 6, 8, 10, 20])
 def test_a_killed_build_goes_on_to_the_same_bytes(copied: Path, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "SORTED_AT_ONCE", 100)
     file = open_file(copied / VALUE)
@@ -235,7 +242,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(copied: Path, times: int, monk
 
 def test_a_build_takes_its_room_before_it_begins(copied: Path) -> None:
     """A mapped file that finds the disk full while it is written would end the process."""
-    steps = interrupted(3)
+    steps = interrupted(7)  # when the row groups have been counted
     with pytest.raises(KeyboardInterrupt):
         build.build_index(open_file(copied / VALUE), lambda: next(steps))
     pieces = [p for p in (copied / f"{VALUE}.index.parts").iterdir() if p.name != "note.json"]
@@ -323,7 +330,10 @@ def test_a_run_under_way_is_answered_from_its_parts(model: ql.Model, folder: Pat
     assert not found.unindexed()
 
 
-def test_samples_contexts_and_scores_are_found_by_their_dictionary(copied: Path) -> None:
+def test_samples_contexts_and_scores_are_found_by_their_dictionary(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_sample, "ROW_GROUP", 16)
     identity = read_identity(copied / VALUE)
     tokens = ql.Tokens(torch.arange(3, 23).view(2, 10), torch.ones(2, 10, dtype=torch.bool))
     tokens.save(copied / "held-out.safetensors")
@@ -336,7 +346,7 @@ def test_samples_contexts_and_scores_are_found_by_their_dictionary(copied: Path)
         {**said, "what": "feature sample", "tokens": "corpus", "tokens_digest": tokens.digest, "n_valid": 20},
         torch.arange(n), torch.ones(n), torch.linspace(1, 2, n), torch.ones(n, dtype=torch.int64),
         torch.tensor([[2.0, 0.0]] * n), where, torch.where(where < 0, -1, 4), torch.where(where < 0, -1, 7),
-        (torch.arange(n), torch.full((n,), 7), torch.full((n,), 3)),
+        (torch.arange(n), torch.full((n,), 7), torch.arange(3, n + 3)),
     )  # fmt: skip
     sample.save(copied / "sample.parquet")
     methods = ["query_lens_key"] * n + ["query_lens_value"] * n
@@ -347,6 +357,9 @@ def test_samples_contexts_and_scores_are_found_by_their_dictionary(copied: Path)
         string_coherence=None, embedding_coherence=None,
     )  # fmt: skip
     scored = {"what": "scores", "dictionaries": ["a label"], "fingerprints": [identity["dictionary_fingerprint"]]}
+    column = table.column_names.index("output_score")
+    unknown = [None if i >= n and i % 2 else x for i, x in enumerate(table["output_score"].to_pylist())]
+    table = table.set_column(column, "output_score", pa.array(unknown, pa.float64()))
     tabulate([Block(n, lambda: table)], scored, out=copied / "scores.parquet", progress=False)
     found = ql.open_results(copied)
     info = found.dictionaries[0]
@@ -355,7 +368,9 @@ def test_samples_contexts_and_scores_are_found_by_their_dictionary(copied: Path)
     assert info.mean_scores["input_score query_lens_key"] == pytest.approx((n - 1) / (2 * n - 1) / 2)
     view = found.feature("sae0", 5)
     assert view.activity is not None and view.scores is not None
-    assert view.activity.density == 0.25 and [(t.id, c) for t, c in view.activity.tokens] == [(7, 3)]
+    assert view.activity.density == 0.25 and [(t.id, c) for t, c in view.activity.tokens] == [(7, 8)]
+    later = found.feature("sae0", 40).activity
+    assert later is not None and [(t.id, c) for t, c in later.tokens] == [(7, 43)]
     [context] = view.activity.contexts
     assert (context.token.id, context.before and [t.id for t in context.before]) == (7, [3, 4, 5, 6])
     assert context.after and [t.id for t in context.after] == [8, 9, 10, 11, 12]
@@ -364,8 +379,11 @@ def test_samples_contexts_and_scores_are_found_by_their_dictionary(copied: Path)
         ("query_lens_value", pytest.approx((n + 5) / (2 * n - 1)), None),
     ]
     [best] = found.search(order="-output_score", limit=1).rows
-    assert (best.feature, best.values["output_score"]) == (n - 1, 1.0)
-    assert best.values["density"] == pytest.approx((n - 1) / 20)
+    assert (best.feature, best.values["output_score"]) == (n - 2, pytest.approx((2 * n - 2) / (2 * n - 1)))
+    assert best.values["density"] == pytest.approx((n - 2) / 20)
+    listed = all_rows(found, text="self", dictionary="sae0", side="value", order="-output_score")
+    scores = [row.values["output_score"] for row in listed]
+    assert scores == sorted(scores, reverse=True) and all(row.feature % 2 == 0 for row in listed) and listed
 
 
 def test_what_is_no_result_is_refused_by_name(model: ql.Model, folder: Path, tmp_path: Path) -> None:

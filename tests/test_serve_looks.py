@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import querylens_fast as ql
-from querylens_fast.serve.markup import number, preset_name
+from querylens_fast.serve.markup import number, preset_name, score_bar, shade
 from querylens_fast.serve.plots import line_plot, nice_ticks
 
 STYLE = Path(ql.__file__).parent / "serve" / "static" / "style.css"
@@ -37,6 +37,15 @@ def contrast(first: str, second: str) -> float:
     return max(light) / min(light)
 
 
+def test_colours_and_bars_follow_the_score() -> None:
+    assert [shade(x, 6.0) for x in (6.0, 3.0, 0.1, 0.0, -0.1, -6.0, 9.0, None, float("nan"))] == [
+        "p6", "p3", "p1", "z", "n1", "n6", "p6", "z", "z",
+    ]  # fmt: skip
+    assert shade(1.0, 0.0) == "z" and score_bar(1.0, None, 0.0) == ""
+    assert 'class="bar-p" y="1" width="50.0"' in score_bar(3.0, None, 6.0)
+    assert 'class="bar-n"' in score_bar(-3.0, 0.6, 6.0) and 'd="M40.0 4.5H60.0"' in score_bar(-3.0, 0.6, 6.0)
+
+
 def test_numbers_names_and_plots() -> None:
     assert [number(x) for x in (None, float("nan"), 0.0, 0.25, 12.345, 1234567, 2.5e-7, -3)] == [
         "–", "–", "0", "0.250", "12.3", "1\u202f234\u202f567", "2.50e−07", "−3",
@@ -47,5 +56,6 @@ def test_numbers_names_and_plots() -> None:
         ticks = nice_ticks(low, high)
         assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8 and ticks == sorted(set(ticks))
     assert line_plot({}, "x", "y") is None and line_plot({"a": [(0, float("nan"), None)]}, "x", "y") is None
-    plot = line_plot({"a": [(0, 0.2, 0.1), (3, 0.9, None)], "b": [(1, 0.5, None)]}, "x", "y")
+    plot = line_plot({"a": [(3, 0.2, None), (0, 0.9, 0.1)], "b": [(1, 0.5, None)]}, "x", "y")
+    assert plot is not None and [m.x for m in plot.series[0].marks] == sorted(m.x for m in plot.series[0].marks)
     assert plot is not None and all(0 <= m.y <= plot.bottom for line in plot.series for m in line.marks)
