@@ -90,8 +90,12 @@ def _limit(folder: Path, size: int) -> Iterator[tuple[Limited, Callable[[], obje
     def limited(work: Callable[[], object]) -> Callable[[], object]:
         def child() -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-            work()
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+            try:
+                work()
+            finally:  # what it says goes into a file, too
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
         return child
 
