@@ -109,7 +109,7 @@ def errors_of(problem: Problem, F: Tensor, columns: Columns) -> tuple[Tensor, Te
     norm = torch.linalg.vector_norm(wide, dim=1) * 1.001
     rounded = torch.linalg.vector_norm(wide - narrow, dim=1) * 1.001
     seen, w_seen = norm + rounded, columns.norm + columns.error
-    summing, rescoring = 2 * (problem.d + 8) * UNIT, (math.ceil(problem.d / 128) + 40) * UNIT
+    summing, rescoring = 2 * (problem.d + 8) * UNIT, (math.ceil(problem.d / 128) + 128) * UNIT
     dots = rounded * columns.norm + seen * columns.error + summing * seen * w_seen + rescoring * norm * columns.norm
     return narrow, 1.001 * (dots + 6e-7 * norm * columns.norm)
 

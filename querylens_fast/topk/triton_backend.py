@@ -74,9 +74,9 @@ def topk(request: Request, dtype: torch.dtype | None = None) -> Outcome:
             columns = prepare(
                 W,
                 dtype,
+                request.epilogue.bias,
+                request.epilogue.scale,
                 scaled=own != dtype and dtype == torch.float16,
-                bias=request.epilogue.bias,
-                scale=request.epilogue.scale,
                 terms=moments is not None or any(x is not None for x in request.epilogue),
                 statistics=moments is not None,
             )
