@@ -127,20 +127,20 @@ def stages(shape: Shape, gpu: Gpu, code: Code, simulated: list[dict[str, Any]]) 
     choice = choose(gpu.target, narrow, shape.d, shape.V, shape.k)
     n, V, d, sides = shape.n, shape.V, shape.d, shape.sides
     found = candidates(shape, simulated)
-    name, pair = (
-        "fp16" if shape.dtype == "float32" else "bf16",
-        "fp32 fp32" if shape.dtype == "float32" else "bf16 bf16",
-    )
-    groups, lines = math.ceil(V / 64), n * sides
+    name, pair = ("fp16", "fp32 fp32") if shape.dtype == "float32" else ("bf16", "bf16 bf16")
+    lines = n * sides
     gemm_s = shape.flop / (gpu.narrow_tflops * 1e12 * gpu.gemm_share)
     times = {"prepare W": gpu.moved_s(V * d * (3 * shape.bytes_each + (2 if shape.dtype == "float32" else 0)))}
     row_bytes = n * d * (2 * shape.bytes_each + (2 if shape.dtype == "float32" else 0))
     times["rows"] = gpu.moved_s(row_bytes)
     times["product: main loop"] = gemm_s
+    groups = 4 * math.ceil(V / (choice.config.block_n if choice.method == "fused" else 256))
     times |= _epilogue(shape, gpu, code, name, choice, gemm_s)
     select = code.one("select", "4096") if groups > 256 else code.one("select", "256")
     turn = select["inner_loops"][0] if select["inner_loops"] else 0
-    cycles = select["warps"] * (select["cycles"] + (TURNS - 1) * turn) * max(1, groups / 4096 if groups > 256 else 1)
+    # More keys a program are more warps, or more turns over as many; the code compiled has 256 or 4,096.
+    block = 256 if groups <= 256 else 1 << (groups - 1).bit_length()
+    cycles = select["warps"] * (select["cycles"] + (TURNS - 1) * turn) * (1 if block == 256 else block / 4096)
     times["select"] = max(gpu.busy_s(lines * cycles), gpu.moved_s(lines * groups * 4))
     scored = found["median_candidates"]
     times["finish"] = _scoring(gpu, code.one(f"finish {pair}", "64"), lines, scored, 32, shape)
@@ -166,7 +166,8 @@ def _epilogue(shape: Shape, gpu: Gpu, code: Code, name: str, choice: Any, gemm_s
     tiles = math.ceil(shape.n / tile.block_m) * math.ceil(shape.V / tile.block_n)
     issue = gpu.busy_s(tiles * tile.num_warps * (fused["epilogue_cycles"] or fused["cycles"]))
     hidden = min(issue, gemm_s) if tile.blocks_per_sm > 1 else 0.0
-    return {"product: epilogue": issue - hidden, "product: winners written": 0.0}
+    written = 32.0 * math.ceil(shape.V / tile.block_n) * shape.n * shape.sides
+    return {"product: epilogue": issue - hidden, "product: winners written": gpu.moved_s(written)}
 
 
 def _scoring(gpu: Gpu, compiled: dict[str, Any], lines: int, columns: float, at_a_time: int, shape: Shape) -> float:

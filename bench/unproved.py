@@ -146,7 +146,7 @@ def simulate(problem: Problem, ks: tuple[int, ...] = KS) -> list[dict[str, Any]]
         n_apart = apart.shape[1]
         threshold = best.topk(k + n_apart, dim=1).values[:, -1] - 2 * error
         count = (known >= threshold[:, None, None]).sum((1, 2))
-        slots = slots_for(k + n_apart, exact=problem.dtype != torch.float32)
+        slots = slots_for(k + n_apart, problem.d, exact=problem.dtype != torch.float32)
         kth = torch.cat([known.flatten(1), apart], 1).topk(k, dim=1).values[:, -1]
         crowded = (known[:, :, 1] + error[:, None] >= kth[:, None]).sum(1)
         hopeless = (count > min(MAX_SLOTS, WIDER * slots)) | (crowded > 8 + k // 4)
@@ -187,7 +187,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench unproved", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, default=256, help="rows of F for each case")
-    parser.add_argument("--columns", type=int, default=1 << 17, help="rows of W")
+    parser.add_argument("--columns", type=int, default=1 << 18, help="rows of W")
     parser.add_argument("--d", type=int, action="append", help=f"default: {', '.join(map(str, DEPTHS))}")
     parser.add_argument("--out", type=Path, help="the JSON; default: in bench/results, by date")
     options = parser.parse_args(arguments)

@@ -100,9 +100,9 @@ def _rows_kernel(
     for start in range(0, d, BLOCK):
         f = tl.load(F + row * stride + start + at, mask=at < d - start, other=0.0).to(tl.float32)
         peaks = tl.maximum(peaks, tl.abs(f))
-    biased = tl.max(peaks, axis=0).to(tl.int32, bitcast=True) >> 23
-    exponent = tl.minimum(tl.maximum(141 - biased, -113), 126)
-    exponent = tl.where(biased == 0, 0, exponent)
+    peak = tl.max(peaks, axis=0)
+    exponent = tl.minimum(tl.maximum(141 - (peak.to(tl.int32, bitcast=True) >> 23), -113), 126)
+    exponent = tl.where(peak == 0.0, 0, exponent)
     up, down = _power(exponent), _power(-exponent)
     squares = tl.zeros((BLOCK,), dtype=tl.float32)
     errors = tl.zeros((BLOCK,), dtype=tl.float32)
