@@ -194,13 +194,14 @@ class Run:
             ours, peer = (item["times"][name]["p50_ms"] for name in ("ours", goal.peer))
             reached = ours / peer if goal.at_most else peer / ours
         unit = " s" if goal.peer is None else "×"
-        return {"name": goal.name, "goal": f"{'≤' if goal.at_most else '≥'} {goal.bound}{unit}", "reached": reached}
+        wanted = f"{'≤' if goal.at_most else '≥'} {goal.bound}{unit}"
+        return {"name": goal.name, "goal": wanted, "unit": unit, "reached": reached}
 
     def table(self) -> str:
         """Goals and what was reached, as text."""
         lines = [f"{'goal':50s} {'wanted':>9s} {'reached':>14s}"]
         for goal in self.record.get("goals", []):
-            reached = "not measured" if goal["reached"] is None else f"{goal['reached']:.2f}"
+            reached = "not measured" if goal["reached"] is None else f"{goal['reached']:.2f}{goal['unit']}"
             lines.append(f"{goal['name']:50s} {goal['goal']:>9s} {reached:>14s}")
         return "\n".join(lines)
 

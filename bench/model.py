@@ -7,8 +7,8 @@ run of `bench.gpu_check` puts a measured time beside each line.
 
 Assumptions, to be confirmed or refuted: the library's product reaches `Gpu.gemm_share` of the dense peak, and the
 fused kernel's main loop the same; an epilogue adds to a main loop where one program has a multiprocessor, and hides
-behind the other's where two share one; a bisection takes 20 turns; gathered rows of W all come from memory, which
-reaches 85 % of its nominal rate; a launch from Python takes 20 us, which counts only where a block's kernels take less.
+behind the other's where two share one; gathered rows of W all come from memory, which reaches 85 % of its nominal rate;
+a launch from Python takes 20 us, which counts only where a block's kernels take less.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 from bench.machine import commit
 from bench.record import RESULTS, save
 
-TURNS = 20
 MEMORY_SHARE = 0.85
 LAUNCH_S = 20e-6
 LAUNCHES = 6
 BLOCK_ROWS = 16384
+IDLE_CYCLES = 400
+"""Of the four warps of a program that finds nothing to do."""
 
 
 class Gpu(NamedTuple):
@@ -140,12 +141,12 @@ def stages(shape: Shape, gpu: Gpu, code: Code, simulated: list[dict[str, Any]]) 
     turn = select["inner_loops"][0] if select["inner_loops"] else 0
     # More keys a program are more warps, or more turns over as many; the code compiled has 256 or 4,096.
     block = 256 if groups <= 256 else 1 << (groups - 1).bit_length()
-    cycles = select["warps"] * (select["cycles"] + (TURNS - 1) * turn) * (1 if block == 256 else block / 4096)
+    cycles = select["warps"] * (select["cycles"] + (found["turns"] - 1) * turn) * (1 if block == 256 else block / 4096)
     times["select"] = max(gpu.busy_s(lines * cycles), gpu.moved_s(lines * groups * 4))
-    scored = found["median_candidates"]
-    times["finish"] = _scoring(gpu, code.one(f"finish {pair}", "64"), lines, scored, 32, shape)
-    crowded = 64 * found["mean_crowded_groups"]
-    times["open groups"] = _scoring(gpu, code.one(f"open groups {pair}", "64"), lines, crowded, 16, shape)
+    times["finish"] = _scoring(gpu, code.one(f"finish {pair}", "64"), lines, found["median_candidates"], 32, shape)
+    opened, columns = lines * found["crowded"], 64 * found["mean_crowded_groups"] / max(found["crowded"], 1e-9)
+    crowded_s = _scoring(gpu, code.one(f"open groups {pair}", "64"), opened, columns, 16, shape)
+    times["open groups"] = crowded_s + gpu.busy_s(lines * IDLE_CYCLES)
     redone = found["unproved"] * (sum(times.values()) - times["prepare W"]) * 1.0
     times["rows done again"] = redone
     launches = LAUNCHES * math.ceil(n / BLOCK_ROWS) * LAUNCH_S
@@ -170,9 +171,10 @@ def _epilogue(shape: Shape, gpu: Gpu, code: Code, name: str, choice: Any, gemm_s
     return {"product: epilogue": issue - hidden, "product: winners written": gpu.moved_s(written)}
 
 
-def _scoring(gpu: Gpu, compiled: dict[str, Any], lines: int, columns: float, at_a_time: int, shape: Shape) -> float:
+def _scoring(gpu: Gpu, compiled: dict[str, Any], lines: float, columns: float, at_a_time: int, shape: Shape) -> float:
     """Seconds of exact scores of so many columns for each row and side."""
-    turn = max(compiled["inner_loops"], default=0)
+    # The loop over d: cycles are no fewer than instructions, and other inner loops are longer.
+    turn = min((c for c in compiled["inner_loops"] if c >= compiled["loop_instructions"]), default=0)
     cycles = compiled["cycles"] + turn * math.ceil(shape.d / 128) * columns / at_a_time
     moved = lines * columns * shape.d * shape.bytes_each
     return max(gpu.busy_s(lines * compiled["warps"] * cycles), gpu.moved_s(moved))

@@ -78,7 +78,7 @@ def test_goals_count_only_what_is_right(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setitem(CHILDREN, "a,bfloat16", f"print({json.dumps(json.dumps({'times': times}))})")
     monkeypatch.setitem(CHILDREN, "b,bfloat16", CHILDREN["wrong"])
     record, status = checked(monkeypatch, tmp_path, [Part("a,bfloat16", 20)])
-    assert record["goals"] == [{"name": "twice", "goal": "≤ 1.1×", "reached": 2.0}] and status == 0
+    assert record["goals"] == [{"name": "twice", "goal": "≤ 1.1×", "unit": "×", "reached": 2.0}] and status == 0
     record, _ = checked(monkeypatch, tmp_path, [Part("a,bfloat16", 20), Part("b,bfloat16", 20)])
     assert record["goals"][0]["reached"] is None
     record, _ = checked(monkeypatch, tmp_path, [Part("a,bfloat16", 20)], "--interpret")
