@@ -109,26 +109,24 @@ def stages(context: Context, name: str, dtype: str, method: str) -> Found:
     columns = prepared()
     assert columns is not None
     run = backend._Pass(request, backend.choose(request, narrow), columns, exact=not scaled)
-    rows = rows_of(F, columns.bounds, scaled=scaled)
-    job = Job(rows.unit, torch.empty(2, n, 2, run.groups, dtype=torch.int32, device=F.device))
-    product = partial(run._winners, rows, job, slice(0, n), None)
-    product()
-    chosen = partial(select, job.winners, rows, k, run.slots, job.keys)
-    found = chosen()
+    room = torch.empty(2, n, 2, run.groups, dtype=torch.int32, device=F.device)
     results = Results(
         torch.empty(2, n, k, device=F.device),
         torch.empty(2, n, k, dtype=torch.int64, device=F.device),
         torch.empty(n, 2, dtype=torch.int32, device=F.device),
     )
     how = Exact(None, None, backend._tile(run.choice) // 4)
+    operands, made = (F.to(narrow), W.to(narrow)), {}
     yield {"choice": str(run.choice), "rows": n}
     tasks: dict[str, Callable[[], object]] = {
-        "product alone": lambda: chunked(rows.narrow, columns.W, lambda _: None),
+        "product alone": lambda: chunked(*operands, lambda _: None),
         "prepare W": prepared,
-        "rows": lambda: rows_of(F, columns.bounds, scaled=scaled),
-        "product and winners": product,
-        "select": chosen,
-        "finish": lambda: finish(F, W, found, rows, results, how, job.keys),
+        "rows": lambda: made.update(rows=rows_of(F, columns.bounds, scaled=scaled)),
+        "product and winners": lambda: run._winners(
+            made["rows"], Job(made["rows"].unit, room, run.keys), slice(0, n), None
+        ),
+        "select": lambda: made.update(found=select(room, made["rows"], k, run.slots, run.keys)),
+        "finish": lambda: finish(F, W, made["found"], made["rows"], results, how, run.keys),
         "whole call": lambda: streamed_topk(F, W, k, backend="triton", method=method),
     }
     ms: dict[str, float] = {}
