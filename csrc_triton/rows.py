@@ -165,7 +165,8 @@ def rows_of(
     """
     n, d = F.shape
     padded = d + -d % 16
-    copy = scaled or padded > d or F.stride(0) % 16 > 0 or F.data_ptr() % 16 > 0
+    # TMA wants rows that do not overlap (those of an expanded tensor do), in multiples of 16 bytes.
+    copy = scaled or padded > d or F.stride(0) < d or F.stride(0) % 16 > 0 or F.data_ptr() % 16 > 0
     dtype = torch.float16 if scaled else F.dtype
     narrow = torch.empty(n, padded, dtype=dtype, device=F.device) if copy else F
     unit, factor, per_score, error, shift = torch.empty(5, n, dtype=torch.float32, device=F.device).unbind()

@@ -300,6 +300,17 @@ def test_blocks_take_eight_launches_and_wait_for_nothing() -> None:
     assert three[2] <= one[2] + 2
 
 
+def test_operands_of_the_pass_fit_a_tma_descriptor() -> None:
+    from csrc_triton.rows import Columns, rows_of
+
+    F = gaussian(4, 64, seed=37).half()
+    apart = {"whole": F, "half of the columns": F[:, :32], "misplaced": F[:, 1:33], "one row": F[:1].expand(4, 64)}
+    for name, given_rows in apart.items():
+        narrow = rows_of(given_rows, Columns(1.0, 0.0, 0, 1.0, 0.0)).narrow
+        assert narrow.stride(0) >= narrow.shape[1] and narrow.stride(0) % 16 == narrow.data_ptr() % 16 == 0, name
+        assert torch.equal(narrow, given_rows), name
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from([-39, -25, -21, -12, 0, 10]),
