@@ -203,6 +203,8 @@ def _why(loaded: Model, reason: str, linearisation: Linearisation) -> str:
         parts.append("; each layer is one unit, so resid_mid points, the first order and single modules are refused")
     if loaded.own.token_dependent:
         parts.append("; what its layers read beside the stream (embeddings of their own) is held fixed")
+    if loaded.W_E.data_ptr() != loaded.raw_embedding.data_ptr():
+        parts.append("; token embeddings are taken as they enter layer 0, alone at position 0")
     if loaded.mixture_of_experts:
         parts.append("; the experts' routing is held fixed")
     return "".join(parts)
