@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import querylens_fast as ql
 from bench.families import errors, newest, table
@@ -21,10 +22,15 @@ QUICK = (
     "mamba",
     "gpt_oss",
     "jetmoe",
+    "modernbert-decoder",
+    "glm_moe_dsa",
 )
 REFUSED = {
     "gemma3n": "no single list of layers takes one residual stream",
     "gemma4_shared": "layer 2 reads what earlier",
+    "zaya": "layer 2 reads what earlier",
+    "rembert": "its layers are 1664 wide, but its embedding is 256",
+    "roberta": "something other than a factor lies between final norm and head",
 }
 OTHERS = [pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n not in QUICK and n not in REFUSED]
 
@@ -75,6 +81,13 @@ def test_sequences_beyond_the_positions_are_refused() -> None:
     model = ql.as_model(tiny("opt"))
     with pytest.raises(ValueError, match="65 long, but model 'OPTForCausalLM' has 64 positions"):
         ql.fit_transport(model, torch.full((1, 65), 5), progress=False)
+
+
+def test_a_model_of_one_layer() -> None:
+    config = transformers.OPTConfig(**FAMILIES["opt"][1] | {"num_hidden_layers": 1})
+    model = ql.as_model(transformers.OPTForCausalLM(config).eval())
+    transport = ql.fit_transport(model, torch.full((1, 3), 5), orders=("full",), progress=False)
+    assert model.n_layers == 1 and torch.isfinite(transport.matrices["value", "full"]).all()
 
 
 def test_a_parallel_layer_is_one_unit() -> None:

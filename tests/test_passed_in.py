@@ -160,3 +160,12 @@ def test_a_readout_that_norms_its_embeddings_is_not_read_alone(tmp_path: Path) -
     tiny("bloom").save_pretrained(tmp_path)
     with pytest.raises(ql.UnsupportedModelError, match="does more to its token embeddings than scale them"):
         ql.load_model(tmp_path, linearisation="none")
+
+
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertLMHeadModel"])
+def test_encoders_are_refused_however_little_they_look_ahead(kind: str) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    encoder = getattr(transformers, kind)(transformers.BertConfig(vocab_size=61, **shape)).eval()
+    with pytest.raises(ql.UnsupportedModelError, match="later tokens"):
+        ql.as_model(encoder)

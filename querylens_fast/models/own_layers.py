@@ -249,7 +249,8 @@ class OwnLayers:
 
         with _removing(self.layers[0].register_forward_hook(shifted)):
             third = self._pass(Masking(None, shape, self.device, ids))
-        for i, expected in enumerate((*third.streams[2:], third.final), start=1):
+        after_later = (*third.streams[2:], third.final)[: len(self.layers) - 1]
+        for i, expected in enumerate(after_later, start=1):
             with torch.no_grad():
                 found = first_tensor(self.layers[i](third.streams[i], *first[i].positional, **first[i].named))
             if not (found - expected).norm() <= 1e-3 * expected.norm():
