@@ -27,6 +27,25 @@ from querylens_fast.serve.app import create_app, listen
 from querylens_fast.serve.security import MAX_ADDRESS, MAX_BODY, Guard
 
 HOME = "http://127.0.0.1"
+HEAVY = ("torch", "transformers", "triton", "sae_lens", "transformer_lens", "datasets")
+READING = """
+import sys
+import querylens_fast as ql
+from querylens_fast.cli import app
+assert "pyarrow" not in sys.modules
+folder, result = sys.argv[1:3]
+for words in (["--help"], ["serve", "--help"], ["show", result, "3"], ["search", result, " self"], ["verify", result]):
+    try:
+        app(words)
+    except SystemExit as end:
+        assert end.code == 0, words
+from starlette.testclient import TestClient
+from querylens_fast.serve.app import create_app
+with TestClient(create_app(ql.open_results(folder)), base_url="http://127.0.0.1") as client:
+    for page in ("/", "/search?q=self", "/feature/sae1/3", "/token/9", "/compare", "/try", "/api/v1/search?text=self"):
+        assert client.get(page).status_code == 200, page
+print("imported:", *(m for m in sys.argv[3:] if m in sys.modules))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +288,10 @@ def test_the_command_answers_indexes_and_ends_cleanly(folder: Path, tmp_path: Pa
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         assert "Traceback" not in process.stderr.read()
+
+
+def test_reading_results_needs_no_torch(folder: Path) -> None:
+    command = [sys.executable, "-c", READING, str(folder), str(folder / "sae1.query_lens_key.parquet"), *HEAVY]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    assert found.stdout.splitlines()[-1] == "imported:"

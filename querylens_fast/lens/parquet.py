@@ -13,12 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from querylens_fast.lens.results import Signatures
-from querylens_fast.models.model import Model
 from querylens_fast.runs.part_writer import PartWriter
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from querylens_fast.lens.results import Signatures
+    from querylens_fast.models.model import Model
 
 ROW_GROUP = 1 << 15
 """Rows read together: few enough for one feature to be quick, many enough for a scan of a million."""

@@ -23,7 +23,6 @@ from querylens_fast.queries.files import ResultGone
 from querylens_fast.queries.results import Results
 from querylens_fast.serve import api, pages
 from querylens_fast.serve.security import Guard, is_local
-from querylens_fast.serve.try_it import TryIt
 
 STATIC = Path(__file__).parent / "static"
 THREADS = 4
@@ -74,7 +73,11 @@ def create_app(
     app.include_router(api.router)
     app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=STATIC))
-    app.state.try_it = None if model is None else TryIt(model, run or {}, results)
+    app.state.try_it = None
+    if model is not None:
+        from querylens_fast.serve.try_it import TryIt
+
+        app.state.try_it = TryIt(model, run or {}, results)
     return app
 
 
