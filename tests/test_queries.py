@@ -222,6 +222,8 @@ def test_an_index_says_what_the_file_says(
     assert index is not None and list(index.features) == sorted(scan.features) and index.strings() == scan.strings()
     for row in range(len(scan)):
         assert_same(index.record(row), scan.record(row))
+        for end in ("top", "bottom"):
+            assert index.ids(row, end) == scan.ids(row, end)
     for token in range(model.vocab_size + 2):
         for end in ("top", "bottom"):
             for a, b in zip(index.postings(token, end), scan.postings(token, end), strict=True):

@@ -104,7 +104,7 @@ def _terms(found: OpenDictionary, record: Record) -> tuple[LayerTerm, ...] | Non
         return None
     words = found.vocabulary
     return tuple(
-        LayerTerm(int(layer), float(energy), *(tuple(map(words.token, ids.tolist())) for ids in (top, bottom)))
+        LayerTerm(int(layer), float(energy), *(words.tokens(ids.tolist()) for ids in (top, bottom)))
         for layer, energy, top, bottom in zip(*record.terms, strict=True)
     )
 
@@ -129,7 +129,7 @@ def _contexts(found: OpenDictionary, examples: Sequence[tuple[float, int, int, i
     for value, sequence, position, token in examples:
         around = None
         if tokens is not None:
-            around = [tuple(map(words.token, ids)) for ids in tokens.around(sequence, position)]
+            around = [words.tokens(ids) for ids in tokens.around(sequence, position)]
         before, after = (None, None) if around is None else around
         yield Context(value, sequence, position, words.token(token), before, after)
 

@@ -186,6 +186,12 @@ class Index:
         lists = (found[name] for name in ("top_ids", "top_scores", "bottom_ids", "bottom_scores"))
         return Record(*lists, found["top_se"] if self.said["record"]["errors"] else None, choice, terms)  # type: ignore
 
+    def ids(self, row: int, end: str) -> list[int]:
+        """The tokens of one end of the row's signature."""
+        dtype, start = self._record.fields[f"{end}_ids"][:2]  # type: ignore[index]
+        place = self._offset("rows") + (self.first + row) * self._record.itemsize + start
+        return np.frombuffer(self._read(place, dtype.itemsize), np.int32).tolist()
+
     def value(self, name: str, row: int) -> float:
         """A statistic of one row."""
         return float(self._value(f"column:{name}", row))

@@ -118,6 +118,11 @@ class Scan:
         lists = {name: np.array(found[name]) if name in found else None for name in LISTS}
         return Record(**lists, choice=found.get("transition"), terms=terms)  # type: ignore[arg-type]
 
+    def ids(self, row: int, end: str) -> list[int]:
+        """The tokens of one end of the row's signature."""
+        record = self.record(row)
+        return (record.top_ids if end == "top" else record.bottom_ids).tolist()
+
     def column(self, name: str) -> np.ndarray:
         """A statistic of every row, [n]."""
         parts = []

@@ -31,6 +31,9 @@ class Token:
     """For people: spaces, line ends and invisible characters as marks (`display.shown`); "#id" without a text."""
     direction: Literal["ltr", "rtl"] = "ltr"
 
+    def __hash__(self) -> int:
+        return self.id
+
 
 @dataclass(frozen=True)
 class ScoredToken:
