@@ -73,6 +73,8 @@ class ParquetSink:
         columns |= {name: pa.array(column.numpy()) for name, column in found.stats.items()}
         if found.top_se is not None:
             columns["top_se"] = _lists(pa.array(found.top_se.flatten().numpy()), found.top_se.shape)
+        if found.histogram is not None:
+            columns["histogram"] = _lists(pa.array(found.histogram.int().flatten().numpy()), found.histogram.shape)
         if found.choices is not None:
             columns["transition"] = pa.array(found.choices)
         fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]

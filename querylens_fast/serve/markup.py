@@ -226,12 +226,10 @@ def chief(signatures: Sequence[SignatureView]) -> SignatureView:
 def feature_context(view: FeatureView) -> dict[str, Any]:
     """What the parts of a feature's page need besides the view."""
     tokens = [t for s in view.signatures for t in (*s.top, *s.bottom)]
-    shape = view.histogram
     return {
         "view": view,
         "errors": any(t.se is not None for t in tokens),
         "shared": any(t.shared for t in tokens),
-        "plot": None if shape is None else histogram(shape.edges, shape.counts),
     }
 
 
@@ -269,6 +267,7 @@ def environment() -> jinja2.Environment:
         "by_side": by_side,
         "chief": chief,
         "query": query,
+        "histogram_plot": histogram,
         "field_names": FIELD_NAMES,
         "relation_names": RELATIONS,
         "links": Links(),
