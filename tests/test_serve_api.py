@@ -129,6 +129,9 @@ def test_hosts_origins_and_sizes_are_checked(client: TestClient) -> None:
     assert client.post("/api/v1/search", content=b"x" * (MAX_BODY + 1)).status_code == 413
     assert client.post("/api/v1/search", content=(b"x" * 1024 for _ in range(100))).status_code == 413
     assert client.post("/api/v1/search").status_code == 405
+    answer = client.get("/<b>", headers={"host": "<i>.example", "accept": "text/html,*/*"})
+    assert answer.status_code == 421 and answer.headers["content-type"].startswith("text/html")
+    assert "&lt;i&gt;.example" in answer.text and "<i>" not in answer.text
     answer = client.get("/api/v1/random")
     assert "default-src 'self'" in answer.headers["content-security-policy"]
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -140,6 +143,7 @@ def test_with_a_token_nothing_is_answered_without_it(folder: Path) -> None:
         for address in ("/", "/api/v1/random", "/static/style.css", "/api/openapi.json", "/?access_token=wrong"):
             assert client.get(address).status_code == 401, address
         assert client.get("/", headers={"authorization": "Bearer s3cre"}).status_code == 401
+        assert "<p>this server needs its token" in client.get("/", headers={"accept": "text/html"}).text
         assert client.get("/", headers={"cookie": "querylens_token=\u00e9".encode("latin-1")}).status_code == 401
         assert client.get("/api/v1/random", headers={"authorization": "Bearer s3cret"}).status_code == 200
         entry = client.get("http://box.example//evil.example/?access_token=s3cret&q=a%20b")
