@@ -244,19 +244,21 @@ ODD = st.one_of(
 )
 NAMES = st.sampled_from(
     ["text", "token_id", "exact", "side", "end", "preset", "dictionary", "layer", "order", "after", "limit", "other"]
-    + ["other_preset", "seed", "access_token", "q", "token"]
+    + ["other_preset", "seed", "access_token", "q", "token", "a", "b", "rows", "ends"]
     + [f"{field}_{bound}" for field in FIELDS for bound in ("min", "max")]
 )
-ROUTES = st.sampled_from(["search", "dictionaries", "tokens", "random", "compare", "features/sae0", "tokens/9"])
+API_ROUTES = ["search", "dictionaries", "tokens", "random", "compare", "features/sae0", "tokens/9"]
+PAGES = ["", "search", "feature/sae0", "token", "random", "compare", "try", "api/docs"]
+ROUTES = st.sampled_from([*(f"api/v1/{route}" for route in API_ROUTES), *PAGES])
 
 
 def ask(client: TestClient, route: str, rest: list[str], parameters: dict[str, str]) -> None:
     from urllib.parse import quote
 
-    path = "/".join([f"/api/v1/{route}", *(quote(part, safe="") for part in rest)])
-    answer = client.get(path, params=parameters)
-    assert answer.status_code in (200, 307, 404, 405, 410, 414, 422), (path, parameters, answer.text)
-    if answer.status_code != 307 and answer.content:
+    path = "/".join([f"/{route}", *(quote(part, safe="") for part in rest)])
+    answer = client.get(path, params=parameters, follow_redirects=False)
+    assert answer.status_code in (200, 303, 307, 404, 405, 410, 414, 422), (path, parameters, answer.text)
+    if route.startswith("api/v1/") and answer.status_code != 307 and answer.content:
         answer.json()
 
 
