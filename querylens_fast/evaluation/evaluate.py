@@ -32,6 +32,7 @@ from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, as_tokens
 from querylens_fast.relations.tables import RelationTable
 from querylens_fast.runs import processes
+from querylens_fast.runs.arguments import finite_number, whole_number
 from querylens_fast.runs.run_record import agree
 from querylens_fast.transport.fit import fit_transport
 from querylens_fast.transport.transport import Transport, load_transport
@@ -95,9 +96,10 @@ class EvaluationOptions:
         """Check what can be checked without a model. Raises ValueError for an option, by its name and value."""
         if self.positions not in (*POSITIONS, "none"):
             raise ValueError(f"positions is {self.positions!r}; expected one of {', '.join(POSITIONS)}, or none")
-        for name, least in (("n_features", 0), ("min_examples", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        for name, least in (("n_features", 0), ("min_examples", 1), ("seed", 0), ("fit_sequences", 1)):
+            if name != "fit_sequences" or self.fit_sequences is not None:
+                whole_number(name, getattr(self, name), least)
+        finite_number("max_memory_gib", self.max_memory_gib, above=0)
 
     @property
     def method_names(self) -> Sequence[str | Path]:

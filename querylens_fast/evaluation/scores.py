@@ -34,6 +34,7 @@ from querylens_fast.relations.tables import (
     rows,
     tabulate,
 )
+from querylens_fast.runs.arguments import whole_number
 from querylens_fast.transport.growth import top_tokens
 from querylens_fast.transport.jacobians import Side
 from querylens_fast.transport.transport import SIDES
@@ -110,12 +111,12 @@ def score_methods(
     Raises:
         ValueError: k below 1, no method that serves a dictionary, or what `signatures` raises.
     """
-    if not ks or min(ks) < 1:
-        raise ValueError(f"k is {list(ks)}; expected sizes of at least 1")
+    ks = sorted({whole_number("k", k) for k in ks})
+    if not ks:
+        raise ValueError("k is empty; expected sizes of at least 1")
     pairs = [(case, method) for case in cases for method in methods if method.serves(case.dictionary)]
     if not pairs:
         raise ValueError("none of the result files is of one of these dictionaries")
-    ks = sorted(set(ks))
     limits: dict[Side, dict[int, float]] = {
         side: coherent_from(context.model, side, ks) if coherence else {} for side in SIDES
     }
