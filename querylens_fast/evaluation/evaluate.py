@@ -218,7 +218,7 @@ def _case(
         model,
         chosen,
         prefixes=given.prefixes,
-        n_tokens=max(N_PROMOTED, *given.k),
+        n_tokens=min(model.vocab_size, max(N_PROMOTED, *given.k)),
         positions=given.positions,
         seed=given.seed,
         out=folder / f"promoted-{name}.parquet",
