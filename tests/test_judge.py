@@ -86,7 +86,7 @@ def test_requests_and_batch_answers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    (
+    [
         "",
         "I cannot say",
         '{"Score": 11}',
@@ -95,7 +95,7 @@ def test_requests_and_batch_answers(tmp_path: Path) -> None:
         "[1]",
         '{"score": 3}',
         '{"a":' * 9999 + "}",
-    ),
+    ],
 )
 def test_answers_that_cannot_be_read_have_no_score(content: str) -> None:
     assert parse_answer("k", content).score is None

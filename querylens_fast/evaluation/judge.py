@@ -179,7 +179,7 @@ def ask(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: No lists, a base_url that is no http address, or a file that holds anything but this judge's answers.
+        ValueError: No lists, a base_url that is no http address, or a file of anything but this judge's answers.
         OSError: The server cannot be reached, times out or answers with an error; the answers so far are kept, and the
             same call goes on from there.
     """
