@@ -100,6 +100,8 @@ class EvaluationOptions:
             if name != "fit_sequences" or self.fit_sequences is not None:
                 whole_number(name, getattr(self, name), least)
         finite_number("max_memory_gib", self.max_memory_gib, above=0)
+        if self.tuned_lens is not None and "tuned_lens" not in self.method_names:
+            raise ValueError(f"tuned_lens is given, but none of the methods {list(self.method_names)} uses it")
 
     @property
     def method_names(self) -> Sequence[str | Path]:
@@ -237,7 +239,11 @@ def _sample(
         feature_sample(dictionary, model, tokens, n_examples=examples, out=path, **limits)
     group.wait("sample")
     found = load_feature_sample(path)
-    made = [found.metadata["tokens_digest"], found.metadata["dictionary_fingerprint"]]
-    if not agree(made, [tokens.digest, dictionary.fingerprint]):
-        raise FileExistsError(f"{str(path)!r} is of another sample; delete it or choose another folder")
+    made = [found.metadata[name] for name in ("tokens_digest", "dictionary_fingerprint", "n_examples")]
+    same = agree(made, [tokens.digest, dictionary.fingerprint, max(20, given.min_examples)])
+    if not same or model.difference_from(found.metadata) is not None:
+        raise FileExistsError(
+            f"{str(path)!r} is a sample of other tokens, another dictionary or model, or another number of examples; "
+            "delete it or choose another folder"
+        )
     return found
