@@ -54,7 +54,9 @@ def without_digests() -> Iterator[None]:
     """Part files as pyarrow alone writes and reads them."""
     before = part_writer.write_sealed, part_writer.read_sealed
 
-    def write(path: Path, tables: Any, schema: pa.Schema, options: dict[str, Any], row_group: int | None = None) -> int:
+    def write(
+        path: Path, tables: Any, schema: pa.Schema, options: dict[str, Any], row_group: Any = None, part: bool = False
+    ) -> int:
         rows = 0
         with pq.ParquetWriter(path, schema, **options) as writer:
             for table in tables:
