@@ -29,7 +29,7 @@ COLUMNS_PER_K = 32
 PROBES = 128
 """Rows of F that show whether the bfloat16 pass proves anything here."""
 BATCH_ELEMENTS = 1 << 23
-"""Elements of F whose candidates are scored exactly at once."""
+"""Elements of F for which a panel of W is rounded, where not all of W is held."""
 FEW_ROWS = 64
 """Open rows that are not worth a second bfloat16 pass."""
 
@@ -68,6 +68,9 @@ class _Pass:
         rest = None if limit is None else max(limit // 4, limit - held * row_bytes)
         cuts = plan(len(request.F), V, NARROW, block_rows=request.block_rows, max_bytes=rest, whole=False)
         self.plan = cuts._replace(columns=min(cuts.columns, held))
+        blocks = 1 if held >= V else max(1, BATCH_ELEMENTS // request.F.shape[1] // cuts.rows)
+        self.batch = blocks * cuts.rows
+        """Rows whose candidates are scored exactly at once: few stay in the cache."""
         self.wide = False
         """Whether the probes needed the sharpest limits, so that every row gets them at once."""
 
@@ -144,8 +147,7 @@ class _Pass:
 
     def _attempt(self, rows: Tensor, proved: dict[bool, Tensor], *, wide: bool) -> None:
         """Propose, rescore and certify some rows, in batches; results are kept where they are proved."""
-        step = max(self.plan.rows, BATCH_ELEMENTS // self.request.F.shape[1] // self.plan.rows * self.plan.rows)
-        for batch in rows.split(step) if len(rows) else ():
+        for batch in rows.split(self.batch) if len(rows) else ():
             blocks = [
                 {largest: _Block(part, i * self.plan.rows) for largest in proved}
                 for i, part in enumerate(batch.split(self.plan.rows))
