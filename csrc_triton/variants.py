@@ -62,6 +62,7 @@ def variants(target: str) -> list[Variant]:
             _finish((torch.float32, torch.float32), slots, terms=True, apart=True),
             _open((torch.float32, torch.float32), slots),
         ]
+    found += [_open((torch.float32, torch.float32), slots, apart=True) for slots in (256, 512)]
     found.append(_finish((torch.bfloat16, torch.bfloat16), 128, terms=True, apart=False, fixed=False))
     found.append(_open((torch.bfloat16, torch.bfloat16), 128, fixed=False))
     for dtype, scaled in product((torch.float32, torch.bfloat16), (True, False)):
@@ -155,7 +156,8 @@ def _finish(
 ) -> Variant:
     room = finish.room_for(slots, int(apart))
     flags = {"TERMS": terms, "TOP": True, "FIXED": fixed, "APART": apart, "GROUP": 64, "SLOTS": slots}
-    flags |= {"ROOM": room, "APART_ROOM": finish.MAX_APART, "BLOCK_C": finish.BLOCK_C, "BLOCK_K": finish.BLOCK_K}
+    shape = finish.shape_for(room)
+    flags |= {"ROOM": room, "APART_ROOM": finish.MAX_APART, "BLOCK_C": shape["BLOCK_C"], "BLOCK_K": finish.BLOCK_K}
     words = {"terms": terms, "apart": apart, "float keys": not fixed}
     f, w = (POINTERS[dtype] for dtype in dtypes)
     return _variant(
@@ -163,18 +165,18 @@ def _finish(
         finish._finish_kernel,
         {"F": f"*{f}", "W": f"*{w}"} | _RESULTS,
         flags,
-        {"num_warps": finish.warps_of(room), "enable_fp_fusion": False},
+        {"num_warps": shape["num_warps"], "enable_fp_fusion": False},
         integers=("stride_f", "stride_w", "d"),
         short=slots == 64 and not apart,
     )
 
 
-def _open(dtypes: tuple[torch.dtype, torch.dtype], slots: int, *, fixed: bool = True) -> Variant:
+def _open(dtypes: tuple[torch.dtype, torch.dtype], slots: int, *, apart: bool = False, fixed: bool = True) -> Variant:
     flags = {"TERMS": True, "TOP": True, "FIXED": fixed, "GROUP": 64, "SLOTS": slots}
     f, w = (POINTERS[dtype] for dtype in dtypes)
-    shape = finish.open_shape(slots)
+    shape = finish.shape_for(finish.room_for(slots, int(apart)))
     return _variant(
-        f"open groups {f} {w} {slots} terms{'' if fixed else ' float keys'}",
+        f"open groups {f} {w} {slots} terms{' apart' if apart else ''}{'' if fixed else ' float keys'}",
         finish._open_kernel,
         {"F": f"*{f}", "W": f"*{w}"} | _RESULTS,
         flags | {"BLOCK_C": shape["BLOCK_C"], "BLOCK_K": finish.BLOCK_K},
