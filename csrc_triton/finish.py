@@ -245,7 +245,7 @@ def finish(F: Tensor, W: Tensor, candidates: Candidates, rows: Rows, results: Re
     shared = {"TERMS": how.terms is not None, "TOP": keys.top, "FIXED": keys.fixed, "GROUP": how.group, "SLOTS": slots}
     # Roundings of the terms as on every other path: no multiplication is fused with an addition.
     room = room_for(slots, 0 if apart is None else len(apart))
-    shared |= {"BLOCK_K": BLOCK_K, "enable_fp_fusion": False} | shape_for(room)
+    shared |= {"BLOCK_K": BLOCK_K, "enable_fp_fusion": False} | shape_for(room, hip=torch.version.hip is not None)
     with torch.cuda.device_of(F):
         _finish_kernel[(n, sides)](
             *operands,
@@ -279,11 +279,12 @@ def room_for(slots: int, n_apart: int) -> int:
     return 2 * slots if n_apart else slots
 
 
-def shape_for(room: int) -> dict[str, int]:
-    """Columns scored at a time and warps, the same for both launches.
+def shape_for(room: int, *, hip: bool) -> dict[str, int]:
+    """Columns scored at a time and warps (of twice the threads on AMD), the same for both launches.
 
     A sum over d adds up in an order that depends on both, and equal columns must score the same bits in either launch.
     """
     if room < 512:
         return {"BLOCK_C": 32, "num_warps": 4}
-    return {"BLOCK_C": 32, "num_warps": 16} if room == 512 else {"BLOCK_C": 16, "num_warps": 8}
+    few, many = (8, 16) if hip else (16, 8)
+    return {"BLOCK_C": 32, "num_warps": few} if room == 512 else {"BLOCK_C": 16, "num_warps": many}
