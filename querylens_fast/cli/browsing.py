@@ -44,10 +44,10 @@ def show(
 def search(
     result: ResultArgument,
     token: Annotated[str, typer.Argument(help="A token, found with and without a leading space.")] = "",
-    id: Annotated[int | None, typer.Option(help="A token id instead.")] = None,
+    id: Annotated[int | None, typer.Option(help="A token id instead.", min=0)] = None,
     side: Annotated[str, typer.Option(help="top, bottom or both.")] = "both",
     exact: Annotated[bool, typer.Option(help="Take the token as it is, leading space or none.")] = False,
-    limit: Annotated[int, typer.Option(help="Features to show a side.")] = 20,
+    limit: Annotated[int, typer.Option(help="Features to show a side.", min=0)] = 20,
     model: ModelOption = None,
 ) -> None:
     """The features whose signatures hold a token, ranked by its score."""

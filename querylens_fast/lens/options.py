@@ -17,6 +17,7 @@ from torch import Tensor
 from querylens_fast.lens.presets import Preset, find_preset
 from querylens_fast.lens.tuned_lens import TunedLens
 from querylens_fast.models.tokens import Tokens
+from querylens_fast.runs.arguments import finite_number, whole_number
 from querylens_fast.topk.arguments import MAX_BINS
 from querylens_fast.transport.jacobians import Submodule
 from querylens_fast.transport.transport import Transport
@@ -116,15 +117,15 @@ class LensOptions:
                 raise ValueError(f"{name} is {value!r}; expected {', '.join(str(c) for c in choices)}")
         for name, least in (("k", 1), ("block_rows", 1)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= least):
-                raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
-        if not (isinstance(self.histogram, int) and 0 <= self.histogram <= MAX_BINS):
-            raise ValueError(f"histogram is {self.histogram!r}; expected a number of bins from 0 (none) to {MAX_BINS}")
-        if not self.max_memory_gib > 0:
-            raise ValueError(f"max_memory_gib is {self.max_memory_gib!r}; expected more than 0")
-        if self.adaptive_threshold is not None and not 0 <= self.adaptive_threshold <= 1:
+            if value is not None or name == "k":
+                whole_number(name, value, least)
+        if whole_number("histogram", self.histogram, 0) > MAX_BINS:
+            raise ValueError(f"histogram is {self.histogram}; expected a number of bins from 0 (none) to {MAX_BINS}")
+        finite_number("max_memory_gib", self.max_memory_gib, above=0)
+        finite_number("token_change_value", self.token_change_value)
+        if self.adaptive_threshold is not None and finite_number("adaptive_threshold", self.adaptive_threshold, 0) > 1:
             raise ValueError(
-                f"adaptive_threshold is {self.adaptive_threshold!r}; expected a relative variance from 0 to 1"
+                f"adaptive_threshold is {self.adaptive_threshold}; expected a relative variance from 0 to 1"
             )
         self._check_preset()
 

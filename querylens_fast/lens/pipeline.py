@@ -117,7 +117,13 @@ class Pipeline:
         Raises:
             ValueError: A feature or token id out of range.
         """
-        ids = torch.as_tensor(token_ids).long()
+        try:
+            ids = torch.as_tensor(token_ids)
+        except (RuntimeError, TypeError, ValueError):
+            ids = torch.empty(0)
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"token_ids is {str(token_ids)[:80]!r}; expected integer token ids [m] or [n, m]")
+        ids = ids.long()
         bad = ids[(ids < 0) | (ids >= self.model.vocab_size)]
         if bad.numel():
             raise ValueError(f"token id {int(bad.flatten()[0])} is outside the vocabulary of {self.model.vocab_size}")

@@ -112,7 +112,7 @@ class PartWriter:
         self._begin()
         mark = {PART_KEY: json.dumps({"run": self._digest, "start": start}).encode()}
         with whole(self._part(start)) as partial:
-            write_sealed(partial, [table], table.schema.with_metadata(mark), self._options)
+            write_sealed(partial, [table], table.schema.with_metadata(mark), self._options, part=True)
         self._checked.add(start)
 
     def finish(self, n_rows: int | None = None, *, n_parts: int | None = None) -> Path:
