@@ -38,12 +38,13 @@ class Data(NamedTuple):
 
 
 def data(dtype: torch.dtype, device: str, seed: int) -> Data:
-    """Gaussian rows; the three columns that fit row 0 best lie in one group."""
+    """Gaussian rows; the three columns that fit row 0 best lie in one group, and the least of them elsewhere too."""
     n, d, V, k = (5, 64, 700, 7) if INTERPRETED else (300, 512, 5003, 25)
     generator = torch.Generator(device).manual_seed(seed)
     F = torch.randn(n, d, generator=generator, device=device)
     W = torch.randn(V, d, generator=generator, device=device)
     W[:24:8] = F[0] * torch.tensor([0.7, 0.8, 0.9], device=device)[:, None]
+    W[300] = W[0]
     F, W = F.to(dtype), W.to(dtype)
     norm, w_norm = (torch.linalg.vector_norm(x.float(), dim=1) for x in (F, W))
     unit, ones = 0.98 * 2.0**22 / (1.02 * norm * w_norm.max()), torch.ones_like(norm)
@@ -139,7 +140,9 @@ def finished(data: Data) -> dict[str, Any]:
     expected = S.topk(data.k, dim=1).values
     off = max(float((x - expected).abs().max()) for x in (results.scores[0], S.gather(1, results.ids[0])))
     settled = ((results.flags == PROVED) | (results.flags == OPENED)).all() and int(results.flags[0]) == OPENED
-    return {"ok": off < 1e-5 * data.F.shape[1] and bool(settled), "error": off}
+    # Column 0 is scored by the second launch, its copy by the first: the same bits, and the lower column first.
+    alike = results.ids[0, 0, 2:4].tolist() == [0, 300] and bool(results.scores[0, 0, 2] == results.scores[0, 0, 3])
+    return {"ok": off < 1e-5 * data.F.shape[1] and bool(settled) and alike, "error": off, "alike": alike}
 
 
 def summed(data: Data) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def stages(shape: Shape, gpu: Gpu, code: Code, simulated: list[dict[str, Any]]) 
     times["select"] = max(gpu.busy_s(lines * cycles), gpu.moved_s(lines * groups * 4))
     times["finish"] = _scoring(gpu, code.one(f"finish {pair}", "64"), lines, found["median_candidates"], 32, shape)
     opened, columns = lines * found["crowded"], 64 * found["mean_crowded_groups"] / max(found["crowded"], 1e-9)
-    crowded_s = _scoring(gpu, code.one(f"open groups {pair}", "64"), opened, columns, 16, shape)
+    crowded_s = _scoring(gpu, code.one(f"open groups {pair}", "64"), opened, columns, 32, shape)
     times["open groups"] = crowded_s + gpu.busy_s(lines * IDLE_CYCLES)
     redone = found["unproved"] * (sum(times.values()) - times["prepare W"]) * 1.0
     times["rows done again"] = redone

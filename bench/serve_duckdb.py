@@ -23,6 +23,7 @@ def duckdb(result: Path) -> tuple[Path, Lookups]:
     path, source = result.with_suffix(".duckdb"), f"read_parquet('{result}')"
     path.unlink(missing_ok=True)
     db = duckdb.connect(str(path), config={"memory_limit": "400MB", "threads": 1})
+    db.execute("set enable_progress_bar = false")
     columns = "feature::int as feature, top_ids, top_scores, bottom_ids, bottom_scores, rel_var, rel_var_se"
     db.execute(f"create table signatures as select {columns} from {source} order by feature")
     for end, order in (("top", "desc"), ("bottom", "asc")):

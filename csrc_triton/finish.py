@@ -33,12 +33,8 @@ from csrc_triton.job import Keys, Terms
 from csrc_triton.rows import Rows
 from csrc_triton.select import Candidates, score_of
 
-BLOCK_C = 32
-"""Candidates scored at a time."""
-OPEN_C = 16
-"""Columns of a crowded group scored at a time, half as many beside the most candidates: those are in registers too."""
 BLOCK_K = 128
-NUM_WARPS = 4
+"""Elements of d read at a time."""
 MAX_SLOTS = 1024
 """Candidates of a row and side, at most: a program sorts them in registers."""
 MAX_APART = 32
@@ -194,8 +190,9 @@ def _open_kernel(
                     F, W, offset, scale, bias, row, columns, there, d, stride_f, stride_w, TERMS, BLOCK_C, BLOCK_K
                 )
                 rank = rank_of(found, columns, there, flip)
-                # What is known already must not come twice.
-                twice = tl.sum((rank[:, None] == best[None, :]).to(tl.int32), axis=1) > 0  # type: ignore
+                # Columns that are known already must not come twice.
+                known = (rank & 0x7FFFFFFF)[:, None] == (best & 0x7FFFFFFF)[None, :]
+                twice = tl.sum(known.to(tl.int32), axis=1) > 0  # type: ignore
                 rank = tl.where(twice, NOTHING, rank)
                 if tl.max(rank, axis=0) > tl.min(tl.where(slots < k, best, 9223372036854775807), axis=0):  # type: ignore
                     best = merge(best, rank, scores, ids, k, flip, SLOTS)
@@ -247,8 +244,8 @@ def finish(F: Tensor, W: Tensor, candidates: Candidates, rows: Rows, results: Re
     apart = how.apart
     shared = {"TERMS": how.terms is not None, "TOP": keys.top, "FIXED": keys.fixed, "GROUP": how.group, "SLOTS": slots}
     # Roundings of the terms as on every other path: no multiplication is fused with an addition.
-    shared |= {"BLOCK_K": BLOCK_K, "enable_fp_fusion": False}
     room = room_for(slots, 0 if apart is None else len(apart))
+    shared |= {"BLOCK_K": BLOCK_K, "enable_fp_fusion": False} | shape_for(room, hip=torch.version.hip is not None)
     with torch.cuda.device_of(F):
         _finish_kernel[(n, sides)](
             *operands,
@@ -263,8 +260,6 @@ def finish(F: Tensor, W: Tensor, candidates: Candidates, rows: Rows, results: Re
             APART=apart is not None,
             ROOM=room,
             APART_ROOM=MAX_APART,
-            BLOCK_C=BLOCK_C,
-            num_warps=warps_of(room),
             **shared,
         )
         _open_kernel[(n, sides)](
@@ -275,7 +270,6 @@ def finish(F: Tensor, W: Tensor, candidates: Candidates, rows: Rows, results: Re
             *results,
             *shape,
             *strides,
-            **open_shape(slots),
             **shared,
         )
 
@@ -285,14 +279,12 @@ def room_for(slots: int, n_apart: int) -> int:
     return 2 * slots if n_apart else slots
 
 
-def warps_of(room: int) -> int:
-    """Warps of a program that holds so many ranks."""
-    return max(NUM_WARPS, min(16, room // 64))
+def shape_for(room: int, *, hip: bool) -> dict[str, int]:
+    """Columns scored at a time and warps (of twice the threads on AMD), the same for both launches.
 
-
-def open_shape(slots: int) -> dict[str, int]:
-    """Columns at a time and warps of the second launch."""
-    return {
-        "BLOCK_C": OPEN_C // 2 if slots > 512 else OPEN_C,
-        "num_warps": 16 if slots >= 512 else NUM_WARPS,
-    }
+    A sum over d adds up in an order that depends on both, and equal columns must score the same bits in either launch.
+    """
+    if room < 512:
+        return {"BLOCK_C": 32, "num_warps": 4}
+    few, many = (8, 16) if hip else (16, 8)
+    return {"BLOCK_C": 32, "num_warps": few} if room == 512 else {"BLOCK_C": 16, "num_warps": many}

@@ -55,15 +55,16 @@ def variants(target: str) -> list[Variant]:
         found.append(_select(target, block, many, fixed))
     for dtypes in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)):
         for terms, apart in product((False, True), repeat=2):
-            found.append(_finish(dtypes, 64, terms=terms, apart=apart))
-        found.append(_open(dtypes, 64))
+            found.append(_finish(target, dtypes, 64, terms=terms, apart=apart))
+        found.append(_open(target, dtypes, 64))
     for slots in (32, 128, 256, 512, finish.MAX_SLOTS):
         found += [
-            _finish((torch.float32, torch.float32), slots, terms=True, apart=True),
-            _open((torch.float32, torch.float32), slots),
+            _finish(target, (torch.float32, torch.float32), slots, terms=True, apart=True),
+            _open(target, (torch.float32, torch.float32), slots),
         ]
-    found.append(_finish((torch.bfloat16, torch.bfloat16), 128, terms=True, apart=False, fixed=False))
-    found.append(_open((torch.bfloat16, torch.bfloat16), 128, fixed=False))
+    found += [_open(target, (torch.float32, torch.float32), slots, apart=True) for slots in (256, 512)]
+    found.append(_finish(target, (torch.bfloat16, torch.bfloat16), 128, terms=True, apart=False, fixed=False))
+    found.append(_open(target, (torch.bfloat16, torch.bfloat16), 128, fixed=False))
     for dtype, scaled in product((torch.float32, torch.bfloat16), (True, False)):
         found += [_rows(dtype, scaled=scaled, shift=shift) for shift in (False, True)]
     totals = {"sums": "*fp32", "totals": "*fp64"}
@@ -151,11 +152,12 @@ def _select(target: str, block: int, many: bool, fixed: bool) -> Variant:
 
 
 def _finish(
-    dtypes: tuple[torch.dtype, torch.dtype], slots: int, *, terms: bool, apart: bool, fixed: bool = True
+    target: str, dtypes: tuple[torch.dtype, torch.dtype], slots: int, *, terms: bool, apart: bool, fixed: bool = True
 ) -> Variant:
     room = finish.room_for(slots, int(apart))
     flags = {"TERMS": terms, "TOP": True, "FIXED": fixed, "APART": apart, "GROUP": 64, "SLOTS": slots}
-    flags |= {"ROOM": room, "APART_ROOM": finish.MAX_APART, "BLOCK_C": finish.BLOCK_C, "BLOCK_K": finish.BLOCK_K}
+    shape = finish.shape_for(room, hip=target == "gfx942")
+    flags |= {"ROOM": room, "APART_ROOM": finish.MAX_APART, "BLOCK_C": shape["BLOCK_C"], "BLOCK_K": finish.BLOCK_K}
     words = {"terms": terms, "apart": apart, "float keys": not fixed}
     f, w = (POINTERS[dtype] for dtype in dtypes)
     return _variant(
@@ -163,18 +165,20 @@ def _finish(
         finish._finish_kernel,
         {"F": f"*{f}", "W": f"*{w}"} | _RESULTS,
         flags,
-        {"num_warps": finish.warps_of(room), "enable_fp_fusion": False},
+        {"num_warps": shape["num_warps"], "enable_fp_fusion": False},
         integers=("stride_f", "stride_w", "d"),
         short=slots == 64 and not apart,
     )
 
 
-def _open(dtypes: tuple[torch.dtype, torch.dtype], slots: int, *, fixed: bool = True) -> Variant:
+def _open(
+    target: str, dtypes: tuple[torch.dtype, torch.dtype], slots: int, *, apart: bool = False, fixed: bool = True
+) -> Variant:
     flags = {"TERMS": True, "TOP": True, "FIXED": fixed, "GROUP": 64, "SLOTS": slots}
     f, w = (POINTERS[dtype] for dtype in dtypes)
-    shape = finish.open_shape(slots)
+    shape = finish.shape_for(finish.room_for(slots, int(apart)), hip=target == "gfx942")
     return _variant(
-        f"open groups {f} {w} {slots} terms{'' if fixed else ' float keys'}",
+        f"open groups {f} {w} {slots} terms{' apart' if apart else ''}{'' if fixed else ' float keys'}",
         finish._open_kernel,
         {"F": f"*{f}", "W": f"*{w}"} | _RESULTS,
         flags | {"BLOCK_C": shape["BLOCK_C"], "BLOCK_K": finish.BLOCK_K},

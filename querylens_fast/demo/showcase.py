@@ -25,6 +25,7 @@ from querylens_fast.transport.transport import Transport
 PRESETS = ("logit_lens_key", "query_lens_key", "logit_lens_value", "query_lens_value")
 FIT_SEQUENCES = 16
 N_PROBES = 16
+BINS = 40
 QUARTILE_EXAMPLES = 20
 
 
@@ -106,7 +107,7 @@ def run_demo(out: Path, k: int = 25, assets: Path = ASSETS, browsable: bool = Fa
         for preset in PRESETS:
             path = out / f"{Path(dictionary.name).name}.{preset}.parquet"
             stored: StoredSignatures = signatures(
-                dictionary, model, preset=preset, transport=transport, k=k, out=path, progress=False
+                dictionary, model, preset=preset, transport=transport, k=k, histogram=BINS, out=path, progress=False
             )
             result.files.append(stored.path)
         result.n_features += dictionary.n_features
