@@ -167,6 +167,7 @@ def _search_side(panel: Panel, line: _Line, first_column: int, largest: bool) ->
         inner = _Line()
         inner.shown = None if earlier is None else earlier[rows]
         _search_side(part, inner, first_column, largest)
+        assert inner.shown is not None
         shown[rows] = inner.shown
         line.parts += [c._replace(rows=rows[c.rows]) for c in inner.parts]
     for rows in _parts(found.invalid.nonzero().squeeze(1)):
