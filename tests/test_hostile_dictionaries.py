@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import random
 import struct
@@ -175,3 +176,51 @@ def test_flipped_and_cut_bytes(tmp_path: Path, kind: str) -> None:
             dictionary.values(slice(None)), dictionary.keys(slice(None))
         except ValueError as error:
             assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_npz_compressed_in_other_ways(tmp_path: Path, compression: int) -> None:
+    """Their readers inflate what a few hundred bytes stand for at once, some in gigabytes."""
+    (tmp_path / "d.npz").write_bytes(zip_of({"W_dec.npy": _npy(WEIGHTS["W_dec"])}, compression))
+    with pytest.raises(ValueError, match="d.npz.*W_dec is compressed in another way than numpy does"):
+        ql.load_dictionary(tmp_path / "d.npz", layer=1)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_npz_of_two_arrays_of_one_name(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
+        for factor in (1, 2):
+            archive.writestr("W_dec.npy", _npy(factor * WEIGHTS["W_dec"]))
+    with pytest.raises(ValueError, match="d.npz.*two of its entries have the same name"):
+        ql.load_dictionary(tmp_path / "d.npz", layer=1)
+
+
+def _npy(tensor: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, tensor.numpy())
+    return buffer.getvalue()
+
+
+def test_lazily_negated_tensors(tmp_path: Path) -> None:
+    torch.save({"W_dec": torch._neg_view(WEIGHTS["W_dec"])}, tmp_path / "d.pt")
+    dictionary = ql.load_dictionary(tmp_path / "d.pt", layer=1)
+    assert torch.equal(dictionary.values(slice(None)), -WEIGHTS["W_dec"])
+    assert dictionary.fingerprint
+
+
+def test_vectors_that_are_missing(tmp_path: Path) -> None:
+    save_file({"W_enc": WEIGHTS["W_enc"]}, str(tmp_path / "d.safetensors"))
+    dictionary = ql.load_dictionary(tmp_path / "d.safetensors", layer=1)
+    with pytest.raises(ValueError, match="d.safetensors.*holds no value vectors"):
+        dictionary.check_finite("value", torch.arange(N))
+
+
+@pytest.mark.parametrize("name", ["W_enc", "W_dec"])
+def test_running_a_dictionary_with_nan(tmp_path: Path, name: str) -> None:
+    broken = WEIGHTS[name].clone()
+    broken[1, 2] = torch.nan
+    save_file({**WEIGHTS, name: broken}, str(tmp_path / "sae_weights.safetensors"))
+    config = {"architecture": "standard", "d_in": D, "d_sae": N, "metadata": {"hook_name": "blocks.1.hook_resid_post"}}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"cannot be run: its {name} holds NaN or inf"):
+        _ = ql.load_dictionary(tmp_path).coder

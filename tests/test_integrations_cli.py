@@ -116,3 +116,22 @@ def test_a_published_lens_is_taken_by_path_and_by_name(model, lens_file, tmp_pat
         ql.signatures(ASSETS / "sae_layer1", model, transport="nobody's model", features="0:8")
     with pytest.raises(FileNotFoundError, match="cannot be fetched"):
         ql.signatures(ASSETS / "sae_layer1", model, transport="gemma-2-2b", features="0:8")
+
+
+@pytest.mark.parametrize(
+    ("format", "option", "said"),
+    [
+        ("circuit-tracer", ("--features", "0:3"), "--features has no meaning for --format circuit-tracer"),
+        ("delphi", ("--sample", "x.parquet"), "--sample has no meaning for --format delphi"),
+        ("saedashboard", ("--release", "x"), "--release has no meaning for --format saedashboard"),
+        ("saedashboard", ("--features", "3:1"), "features='3:1' chooses 0 features"),
+        ("saedashboard", ("--features", "1,1"), "features='1,1' chooses 2 features; expected at least one, and each"),
+    ],
+)
+def test_export_options_without_effect(tmp_path, format: str, option: tuple[str, str], said: str) -> None:
+    names = ("--transcoder-id", "x") if format == "circuit-tracer" else ()
+    names = ("--hookpoint", "x") if format == "delphi" else names
+    out = tmp_path / "out"
+    shared = ("--format", format, "--model", MODEL, "--out", out, *names)
+    assert said in call("export", ASSETS / "sae_layer1", *shared, *option, code=2)
+    assert not out.exists()

@@ -85,7 +85,17 @@ def test_requests_and_batch_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ("", "I cannot say", '{"Score": 11}', '{"Score": "high"}', '{"Score": true}', "[1]", '{"score": 3}')
+    "content",
+    [
+        "",
+        "I cannot say",
+        '{"Score": 11}',
+        '{"Score": "high"}',
+        '{"Score": true}',
+        "[1]",
+        '{"score": 3}',
+        '{"a":' * 9999 + "}",
+    ],
 )
 def test_answers_that_cannot_be_read_have_no_score(content: str) -> None:
     assert parse_answer("k", content).score is None
@@ -140,3 +150,16 @@ def test_mistakes(server: str, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("no json\n")
     with pytest.raises(ValueError, match="line 1 is no answer"):
         read_answers(tmp_path / "bad.jsonl")
+    (tmp_path / "bad.jsonl").write_text("[" * 9999 + "\n")
+    with pytest.raises(ValueError, match="line 1 is no answer"):
+        read_answers(tmp_path / "bad.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text", ["my notes, without a line end", "my notes\n", '{"custom_id": "x-0", "judge": "another"}\n']
+)
+def test_a_file_of_something_else_is_left_alone(server: str, tmp_path: Path, text: str) -> None:
+    (tmp_path / "notes.txt").write_text(text)
+    with pytest.raises(ValueError, match="notes.txt' holds something else than answers of"):
+        ask(LISTS, server, tmp_path / "notes.txt", progress=False)
+    assert (tmp_path / "notes.txt").read_text() == text

@@ -367,3 +367,16 @@ def test_reading_verifies_what_it_reads(gpt2: ql.Model, tmp_path: Path) -> None:
                     assert call() == truth
                 except ValueError as error:
                     assert str(file) in str(error)
+
+
+def test_a_run_from_before_hook_points_were_recorded_goes_on(tmp_path: Path) -> None:
+    begun, done, named = tmp_path / "begun.parquet", tmp_path / "done.parquet", {**IDENTITY, "hook_name": "a"}
+    write(begun, STARTS[:2])
+    write(done, STARTS)[0].finish()
+    for out, left in ((begun, STARTS[2:]), (done, [])):
+        writer, computed = write(out, STARTS, named)
+        assert computed == left and read_identity(writer.finish()) == IDENTITY
+    write(tmp_path / "named.parquet", STARTS, named)[0].finish()
+    for other in (IDENTITY, {**IDENTITY, "hook_name": "b"}):
+        with pytest.raises(FileExistsError, match="different: hook_name"):
+            write(tmp_path / "named.parquet", STARTS, other)

@@ -219,7 +219,7 @@ def load_reference_token_changes(jsonl_path: str | None) -> dict[str, dict[Any, 
         try:
             row = json.loads(line)
             info = {key: row.get(key) for key in keys}
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{jsonl_path!r} line {number} is no result row: {error}") from error
         if row.get("feature_str") is not None:
             found["by_str"][row["feature_str"]] = info

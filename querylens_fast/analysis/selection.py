@@ -189,7 +189,7 @@ def _ids_in(path: Path) -> list[int] | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # load_features says what is wrong with it
     return found if isinstance(found, list) and all(type(x) is int for x in found) else None
 

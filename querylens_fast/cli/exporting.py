@@ -12,9 +12,18 @@ from querylens_fast.cli.console import DeviceOption, DtypeOption, quiet_loading,
 
 FORMATS = ("neuronpedia", "circuit-tracer", "saedashboard", "delphi")
 ModelOption = Annotated[str, typer.Option(help="Local folder or hub id.")]
+_ROWS = ("features", "unembedding", "dictionary", "rows_per_file", "model_id", "source_set")
+USED = {
+    "neuronpedia": (*_ROWS, "neighbours", "release", "creator_id", "hook_name", "vectors", "activations", "sample"),
+    "circuit-tracer": ("transcoder_id", "unembedding"),
+    "saedashboard": (*_ROWS, "columnar"),
+    "delphi": ("hookpoint", "features", "neighbours"),
+}
+"""The options of `export` that a format uses, beside those that all use."""
 
 
 def export(
+    context: typer.Context,
     sources: Annotated[
         list[str],
         typer.Argument(help="Dictionary (folder, file, release) or result (.parquet, .jsonl); several for layers."),
@@ -50,6 +59,7 @@ def export(
             raise ValueError(f"format is {format!r}; expected {', '.join(FORMATS)}")
         if format != "circuit-tracer" and len(sources) != 1:
             raise ValueError(f"--format {format} takes one dictionary or result; {len(sources)} are given")
+        _refuse_unused(context, format)
         quiet_loading()
         loaded = ql.load_model(model, device=device, dtype=dtype)
         given: dict[str, Any] = {"k": k, "unembedding": unembedding}
@@ -135,6 +145,13 @@ def _delphi(source: str, model: Any, out: Path, hookpoint: str, k: int, neighbou
         for method in ("encoder_similarity", "decoder_similarity"):
             path = write_neighbours(source, out / "neighbours", hookpoint, method, neighbours or 250)
             say(f"neighbours: {path.resolve()}")
+
+
+def _refuse_unused(context: typer.Context, format: str) -> None:
+    """Raise ValueError for an option that was given and that the format would leave out of account."""
+    for name in sorted({name for used in USED.values() for name in used} - set(USED[format])):
+        if (source := context.get_parameter_source(name)) is not None and source.name != "DEFAULT":
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning for --format {format}")
 
 
 def _needed(name: str, value: str, format: str) -> str:

@@ -145,7 +145,11 @@ class Dictionary:
         """
         self.check_runs()
         assert self.load_coder is not None
-        return self.load_coder(True)
+        coder = self.load_coder(True)
+        for name, weight in coder.weights.items():
+            if not bool(weight.float().sum().isfinite()) and not bool(weight.float().isfinite().all()):
+                raise ValueError(f"dictionary {self.name!r} cannot be run: its {name} holds NaN or inf; fetch it again")
+        return coder
 
     def check_runs(self) -> None:
         """Raise ValueError when the dictionary has vectors only and cannot be run."""
@@ -172,6 +176,8 @@ class Dictionary:
 
     def check_finite(self, side: str, ids: Tensor) -> None:
         """Raise ValueError when a vector of the features ids holds NaN or inf; reads as much as `fingerprint`."""
+        if side not in self._side_digests:
+            raise ValueError(f"dictionary {self.name!r}: it holds no {side} vectors")
         broken = torch.tensor(self._side_digests[side].not_finite, dtype=torch.int64)
         self._refuse_broken(side, ids, broken[torch.isin(broken, ids)])
 

@@ -108,7 +108,10 @@ def _open_safetensors(path: Path) -> Opened:
 
 def _open_npz(path: Path) -> Opened:
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        members = [_npz_member(path, archive, member, file) for member in archive.infolist()]
+        entries = archive.infolist()
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise ValueError("two of its entries have the same name")
+        members = [_npz_member(path, archive, member, file) for member in entries]
     return {tensor.name: tensor for tensor in members if tensor is not None}, {}
 
 
@@ -117,6 +120,8 @@ def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, f
     import numpy as np
 
     name = member.filename.removesuffix(".npy")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others inflate without bound at once
+        raise ValueError(f"{name} is compressed in another way than numpy does; save it with numpy.savez")
     with archive.open(member) as entry:
         major, _ = np.lib.format.read_magic(entry)
         reader = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
@@ -184,4 +189,4 @@ def _is_plain(value: Any) -> bool:
 
 
 def _giving(value: Tensor) -> Callable[[], Tensor]:
-    return lambda: value.detach()
+    return lambda: value.detach().resolve_neg()

@@ -78,7 +78,17 @@ class Activity:
         self.keys, self.waiting = keys, []
 
     def finish(self, ids: Tensor) -> dict[str, Any]:
-        """What `FeatureSample` holds beside its metadata, for the sample's token ids [N, S]."""
+        """What `FeatureSample` holds beside its metadata, for the sample's token ids [N, S].
+
+        Raises:
+            ValueError: An activation was NaN or infinite.
+        """
+        broken = (~self.total.isfinite()).nonzero()[:, 0]
+        if len(broken):
+            raise ValueError(
+                f"feature {int(broken[0])} has activations that are not finite, as have {len(broken) - 1} others; load "
+                "the model with dtype='float32', or mend the dictionary"
+            )
         if self.waiting:
             self._add_up()
         features = self.keys // self.vocab_size

@@ -32,6 +32,7 @@ from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, as_tokens
 from querylens_fast.relations.tables import RelationTable
 from querylens_fast.runs import processes
+from querylens_fast.runs.arguments import finite_number, whole_number
 from querylens_fast.runs.run_record import agree
 from querylens_fast.transport.fit import fit_transport
 from querylens_fast.transport.transport import Transport, load_transport
@@ -95,9 +96,12 @@ class EvaluationOptions:
         """Check what can be checked without a model. Raises ValueError for an option, by its name and value."""
         if self.positions not in (*POSITIONS, "none"):
             raise ValueError(f"positions is {self.positions!r}; expected one of {', '.join(POSITIONS)}, or none")
-        for name, least in (("n_features", 0), ("min_examples", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        for name, least in (("n_features", 0), ("min_examples", 1), ("seed", 0), ("fit_sequences", 1)):
+            if name != "fit_sequences" or self.fit_sequences is not None:
+                whole_number(name, getattr(self, name), least)
+        finite_number("max_memory_gib", self.max_memory_gib, above=0)
+        if self.tuned_lens is not None and "tuned_lens" not in self.method_names:
+            raise ValueError(f"tuned_lens is given, but none of the methods {list(self.method_names)} uses it")
 
     @property
     def method_names(self) -> Sequence[str | Path]:
@@ -216,7 +220,7 @@ def _case(
         model,
         chosen,
         prefixes=given.prefixes,
-        n_tokens=max(N_PROMOTED, *given.k),
+        n_tokens=min(model.vocab_size, max(N_PROMOTED, *given.k)),
         positions=given.positions,
         seed=given.seed,
         out=folder / f"promoted-{name}.parquet",
@@ -235,7 +239,11 @@ def _sample(
         feature_sample(dictionary, model, tokens, n_examples=examples, out=path, **limits)
     group.wait("sample")
     found = load_feature_sample(path)
-    made = [found.metadata["tokens_digest"], found.metadata["dictionary_fingerprint"]]
-    if not agree(made, [tokens.digest, dictionary.fingerprint]):
-        raise FileExistsError(f"{str(path)!r} is of another sample; delete it or choose another folder")
+    made = [found.metadata[name] for name in ("tokens_digest", "dictionary_fingerprint", "n_examples")]
+    same = agree(made, [tokens.digest, dictionary.fingerprint, max(20, given.min_examples)])
+    if not same or model.difference_from(found.metadata) is not None:
+        raise FileExistsError(
+            f"{str(path)!r} is a sample of other tokens, another dictionary or model, or another number of examples; "
+            "delete it or choose another folder"
+        )
     return found

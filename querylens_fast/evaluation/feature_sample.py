@@ -28,6 +28,7 @@ from querylens_fast.evaluation.activity import Activity
 from querylens_fast.lens.ablations import activations_by_position
 from querylens_fast.models.load import as_model
 from querylens_fast.models.tokens import Tokens, as_tokens
+from querylens_fast.runs.arguments import finite_number, whole_number
 from querylens_fast.runs.atomic_write import whole
 from querylens_fast.runs.sealed_parquet import read_sealed, write_sealed
 
@@ -182,8 +183,8 @@ def feature_sample(
     model, dictionary = as_model(model), load_dictionary(dictionary)
     tokens = as_tokens(tokens, model)
     dictionary.check_model(model)
-    if n_examples < 1:
-        raise ValueError(f"n_examples is {n_examples}; expected at least 1")
+    n_examples = whole_number("n_examples", n_examples)
+    finite_number("max_memory_gib", max_memory_gib, above=0)
     counted = Activity(dictionary.n_features, min(n_examples, len(tokens.ids)), model)
     length = tokens.ids.shape[1]
     held = max(1, int(max_memory_gib * (1 << 30)) // (BYTES_AN_ACTIVATION * dictionary.n_features))

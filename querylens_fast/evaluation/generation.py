@@ -18,6 +18,7 @@ from querylens_fast.lens.splice import run_from, splice
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import at_least_float32
+from querylens_fast.runs.arguments import finite_number, whole_number
 
 TEMPERATURE = 0.75
 """The reference's."""
@@ -66,14 +67,13 @@ def steer(
     """
     model, dictionary = as_model(model), load_dictionary(dictionary)
     dictionary.check_model(model)
-    (chosen,) = dictionary.select([int(feature)])
+    (chosen,) = dictionary.select([whole_number("feature", feature, least=0)])
+    strength = finite_number("strength", strength)
     if model.tokenizer is None:
         raise ValueError(f"model {model.name!r} has no tokenizer: load it with tokenizer='path-or-hub-id'")
     ids = torch.tensor([model.tokenizer(prompt)["input_ids"]], dtype=torch.int64)
     if not ids.numel():
         raise ValueError(f"prompt is {prompt!r}; expected at least one token")
-    if strength != strength or abs(strength) == float("inf"):
-        raise ValueError(f"strength is {strength}; expected a finite activation")
     texts = []
     for next_logits in (plain_logits(model), steered_logits(model, dictionary, chosen, strength)):
         found = continuation(model, ids, n_tokens, next_logits, temperature=temperature, seed=seed)
@@ -95,11 +95,8 @@ def continuation(
 
     Stops when every row has written the end-of-text token.
     """
-    if n_tokens < 1:
-        raise ValueError(f"n_tokens is {n_tokens}; expected at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; expected a finite number of at least 0")
-    generator = torch.Generator().manual_seed(seed)
+    n_tokens, temperature = whole_number("n_tokens", n_tokens), finite_number("temperature", temperature, 0)
+    generator = torch.Generator().manual_seed(whole_number("seed", seed, least=0))
     end = getattr(model.tokenizer, "eos_token_id", None)
     ids = ids.to(model.device)
     over = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)

@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from querylens_fast.models.model import Model
-from querylens_fast.runs.atomic_write import write_whole
+from querylens_fast.runs.atomic_write import output_file, write_whole
 
 DEFAULT_JUDGE = "gpt-5-nano"
 """The reference's."""
@@ -116,14 +116,14 @@ def read_answers(path: str | Path) -> dict[str, Judgement]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"answer file {str(path)!r} does not exist")
     found: dict[str, list[Judgement]] = {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 answer = json.loads(line)
                 key = str(answer["custom_id"]).rpartition("-")[0]
-            except (ValueError, KeyError, TypeError) as problem:
+            except (ValueError, KeyError, TypeError, RecursionError) as problem:
                 if not line.endswith("\n"):
                     break  # the last line of a run that was killed while writing
                 raise ValueError(f"{str(path)!r} line {number} is no answer of a judge ({problem})") from problem
@@ -137,7 +137,7 @@ def parse_answer(key: str, content: str) -> Judgement:
     try:
         found = json.loads(content[start : end + 1])
         score = float(found["Score"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return Judgement(key, None, "", content[:500])
     if isinstance(found["Score"], bool) or not 0 <= score <= 10:
         return Judgement(key, None, "", content[:500])
@@ -179,14 +179,14 @@ def ask(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: No lists, or a base_url that is no http address.
+        ValueError: No lists, a base_url that is no http address, or a file of anything but this judge's answers.
         OSError: The server cannot be reached, times out or answers with an error; the answers so far are kept, and the
             same call goes on from there.
     """
     if urlsplit(base_url).scheme not in ("http", "https"):
         raise ValueError(f"base_url is {base_url!r}; expected an http address like 'http://127.0.0.1:8000/v1'")
     distinct, answers = _distinct(lists, queries), Path(answers)
-    done = _answered(answers)
+    done = _answered(answers, judge)
     waiting = [
         (f"{key}-{query}", tokens)
         for key, tokens in distinct.items()
@@ -197,7 +197,8 @@ def ask(
 
     def one(item: tuple[str, Sequence[str]]) -> str:
         body = {"model": judge, "messages": messages(item[1])}
-        return json.dumps({"custom_id": item[0], "response": {"body": _post(base_url, body, api_key, timeout_s)}})
+        answer = {"body": _post(base_url, body, api_key, timeout_s)}
+        return json.dumps({"custom_id": item[0], "judge": judge, "response": answer})
 
     total = len(distinct) * queries
     with (
@@ -215,18 +216,30 @@ def ask(
     return {key: found[key] for key in distinct}
 
 
-def _answered(answers: Path) -> set[str]:
+def _answered(answers: Path, judge: str) -> set[str]:
     """The custom_ids of the whole lines of an answer file; a half-written last line is cut off."""
     if not answers.exists():
         return set()
+    output_file(answers)
     text = answers.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        answers.write_bytes(whole)
+    whole, half = text[: text.rfind(b"\n") + 1], text[text.rfind(b"\n") + 1 :]
+    found = set()
     try:
-        return {str(json.loads(line)["custom_id"]) for line in whole.splitlines() if line.strip()}
-    except (ValueError, KeyError, TypeError) as problem:
-        raise ValueError(f"{str(answers)!r} holds lines that are no answers ({problem}); choose another file") from None
+        for line in filter(bytes.strip, whole.splitlines()):
+            row = json.loads(line)
+            found.add(str(row["custom_id"]))
+            if row.get("judge", judge) != judge:
+                raise ValueError(f"answers of the judge {row['judge']!r}")
+        if not half.startswith(_BEGINNING[: len(half)]):
+            raise ValueError("text at its end")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
+        raise ValueError(
+            f"{str(answers)!r} holds something else than answers of {judge!r} ({problem}), so it is left alone; choose "
+            "another file"
+        ) from problem
+    if half:
+        answers.write_bytes(whole)
+    return found
 
 
 def _post(base_url: str, body: dict[str, Any], api_key: str | None, timeout_s: float) -> dict[str, Any]:
@@ -239,11 +252,13 @@ def _post(base_url: str, body: dict[str, Any], api_key: str | None, timeout_s: f
     except error.HTTPError as problem:
         detail = " ".join(problem.read(500).decode(errors="replace").split())
         raise OSError(f"the judge at {url} answered {problem.code}: {detail}; {_KEPT}") from problem
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise OSError(f"the judge at {url} could not be asked ({problem}); {_KEPT}") from problem
     return found if isinstance(found, dict) else {"error": str(found)[:200]}
 
 
+_BEGINNING = b'{"custom_id": "'
+"""Of each line that `ask` writes."""
 _KEPT = "answers so far are kept, run the same call again to go on from there"
 
 

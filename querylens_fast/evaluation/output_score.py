@@ -26,6 +26,7 @@ from querylens_fast.evaluation.ranking import POSITIONS, Positions, Ranking, gen
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.relations.tables import Block, digest_of, identity_of, read_table, tabulate
+from querylens_fast.runs.arguments import finite_number, whole_number
 from querylens_fast.transport.jacobians import batches
 
 if TYPE_CHECKING:
@@ -166,12 +167,14 @@ def promoted_tokens(
     chosen = dictionary.select(features)
     if not len(chosen):
         raise ValueError(f"features={features!r} chooses none of {dictionary.n_features}")
-    if not 1 <= n_tokens <= model.vocab_size:
+    n_tokens, seed = whole_number("n_tokens", n_tokens), whole_number("seed", seed, least=0)
+    if n_tokens > model.vocab_size:
         raise ValueError(f"n_tokens is {n_tokens}; expected 1 to the vocabulary's {model.vocab_size}")
     if positions not in POSITIONS:
         raise ValueError(f"positions is {positions!r}; expected one of {', '.join(POSITIONS)}")
-    if not kl_targets or min(kl_targets) <= 0:
-        raise ValueError(f"kl_targets are {list(kl_targets)}; expected positive numbers of nats")
+    kl_targets = [finite_number("a KL target in nats", target, above=0) for target in kl_targets]
+    if not kl_targets:
+        raise ValueError("kl_targets is empty; expected positive numbers of nats")
     groups = prefix_ids(model, prefixes)
     metadata = identity_of(
         model,

@@ -108,6 +108,9 @@ class _PrefixRanks:
             logits = [g.logits(index[some], alphas) for g in self.prefixes]
             means = [g.kl(steered) for g, steered in zip(self.prefixes, logits, strict=True)]
             found = torch.stack(means).sum(0) / self.n_prefixes
+            if bool(found.isnan().any()):
+                feature = int(self.prefixes[0].features[index[some[found.isnan()]][0]])
+                raise ValueError(f"steering feature {feature} gives logits that are not finite: its vectors overflow")
             # The logits of the evaluation that reaches the target are those that are ranked.
             near = (found - target).abs() <= KL_TOLERANCE
             if self.ranked is self.prefixes and bool(near.any()):

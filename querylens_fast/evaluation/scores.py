@@ -10,6 +10,7 @@ T is the k top tokens of a method. Means and comparisons of these rows: `means`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from querylens_fast.evaluation.feature_sample import FeatureSample
 from querylens_fast.evaluation.methods import Context, Method
 from querylens_fast.evaluation.output_score import Promoted, output_scores
 from querylens_fast.lens.similarity import embedding_similarity, string_similarity, vocabulary_centre
+from querylens_fast.lens.storage import read_identity
 from querylens_fast.models.model import Model
 from querylens_fast.relations.tables import (
     Block,
@@ -34,6 +36,8 @@ from querylens_fast.relations.tables import (
     rows,
     tabulate,
 )
+from querylens_fast.runs.arguments import whole_number
+from querylens_fast.runs.run_record import digest_of as run_digest
 from querylens_fast.transport.growth import top_tokens
 from querylens_fast.transport.jacobians import Side
 from querylens_fast.transport.transport import SIDES
@@ -110,12 +114,12 @@ def score_methods(
     Raises:
         ValueError: k below 1, no method that serves a dictionary, or what `signatures` raises.
     """
-    if not ks or min(ks) < 1:
-        raise ValueError(f"k is {list(ks)}; expected sizes of at least 1")
+    ks = sorted({whole_number("k", k) for k in ks})
+    if not ks:
+        raise ValueError("k is empty; expected sizes of at least 1")
     pairs = [(case, method) for case in cases for method in methods if method.serves(case.dictionary)]
     if not pairs:
         raise ValueError("none of the result files is of one of these dictionaries")
-    ks = sorted(set(ks))
     limits: dict[Side, dict[int, float]] = {
         side: coherent_from(context.model, side, ks) if coherence else {} for side in SIDES
     }
@@ -137,10 +141,20 @@ def score_methods(
         ks=ks,
         transport=None if context.transport is None else context.transport.metadata,
         output=[case.promoted is not None for case in cases],
+        **_files(methods, context),
         few=[None if case.few is None else len(case.few) for case in cases],
         coherence=coherence,
     )
     return tabulate(blocks, metadata, out=out, resume=resume, progress=progress, unit="feature×method")
+
+
+def _files(methods: Sequence[Method], context: Context) -> dict[str, dict[str, str]]:
+    """Digests of the files that methods read, for the table's identity; none where they read none."""
+    files = {method.name: run_digest(read_identity(method.path)) for method in methods if method.path is not None}
+    if context.tuned_lens is not None:
+        digest = hashlib.sha256(Path(context.tuned_lens).read_bytes()).hexdigest()
+        files |= {m.name: digest for m in methods if m.preset and m.preset.stream_transition == "tuned_lens"}
+    return {"files": files} if files else {}
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from querylens_fast.lens.presets import Preset, find_preset
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, as_tokens, load_tokens
+from querylens_fast.runs.arguments import whole_number
 from querylens_fast.transport.fit import fit_transport
 from querylens_fast.transport.growth import jaccard
 from querylens_fast.transport.jacobians import Order
@@ -109,7 +110,7 @@ def stability(
     lenses = [find_preset(preset) for preset in presets]
     given = [dictionaries] if isinstance(dictionaries, (Dictionary, str, Path)) else list(dictionaries)
     loaded = [load_dictionary(d) for d in given]
-    _check(model, loaded, lenses, seeds, num_samples, features, k)
+    _check(model, loaded, lenses, seeds, num_samples, features, k, seed)
     sample = _samples(model, tokens, seeds, num_samples, max_length, seed)
     orders: list[Order] = ["first_order" if p.stream_transition == "first_order" else "full" for p in lenses]
     transport = fit_transport(
@@ -142,6 +143,7 @@ def _check(
     num_samples: int | None,
     features: int,
     k: int,
+    seed: int,
 ) -> None:
     if not dictionaries:
         raise ValueError("dictionaries is empty; give at least one")
@@ -152,9 +154,8 @@ def _check(
             f"presets are {[p.name for p in presets]}; expected some whose transition is full or first_order"
         )
     smallest = {"seeds": (seeds, 2), "num_samples": (1 if num_samples is None else num_samples, 1)}
-    for name, (value, low) in {**smallest, "features": (features, 1), "k": (k, 1)}.items():
-        if type(value) is not int or value < low:
-            raise ValueError(f"{name} is {value}; expected an integer of at least {low}")
+    for name, (value, low) in {**smallest, "features": (features, 1), "k": (k, 1), "seed": (seed, 0)}.items():
+        whole_number(name, value, low)
 
 
 def _samples(model: Model, tokens: Any, seeds: int, num_samples: int | None, max_length: int, seed: int) -> Tokens:

@@ -157,8 +157,11 @@ def _offsets_of(record: Path, data: Path) -> list[int] | None:
     """The offsets of a layer that an earlier call wrote whole."""
     if not record.is_file() or not data.is_file():
         return None
-    offsets = json.loads(record.read_text(encoding="utf-8"))
-    return offsets if data.stat().st_size == offsets[-1] else None
+    try:
+        offsets = json.loads(record.read_text(encoding="utf-8"))
+        return offsets if data.stat().st_size == offsets[-1] else None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def feature_record(transcoder_id: str, index: int, top: Sequence[str], bottom: Sequence[str]) -> bytes:
@@ -259,7 +262,7 @@ def _read_graph(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"graph file {str(path)!r} does not exist")
     try:
         graph = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"graph file {str(path)!r} is not valid JSON: {error}") from error
     nodes = graph.get("nodes") if isinstance(graph, dict) else None
     if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):

@@ -151,7 +151,7 @@ def _read_batch(path: Path) -> dict[str, Any]:
         batch = json.loads(path.read_text(encoding="utf-8"))
         if all(isinstance(feature["feature_index"], int) for feature in batch["features"]):
             return batch
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is no batch file of SAEDashboard ({error})") from error
     raise ValueError(f"{str(path)!r} is no batch file of SAEDashboard: a feature_index is no number")
 

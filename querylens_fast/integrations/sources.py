@@ -107,6 +107,8 @@ def _of_dictionary(
     board = Dashboard(dictionary, model, k, unit_norm, unembedding, bins)
     board.check()
     ids = dictionary.select(features)
+    if not 0 < len(ids.unique()) == len(ids):
+        raise ValueError(f"features={features!r} chooses {len(ids)} features; expected at least one, and each once")
     identity = {**board.identity, "features": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]}
     return Source(
         ids,

@@ -17,6 +17,8 @@ from torch import Tensor
 from querylens_fast.lens.presets import Preset, find_preset
 from querylens_fast.lens.tuned_lens import TunedLens
 from querylens_fast.models.tokens import Tokens
+from querylens_fast.runs.arguments import finite_number, whole_number
+from querylens_fast.topk.arguments import MAX_BINS
 from querylens_fast.transport.jacobians import Submodule
 from querylens_fast.transport.transport import Transport
 
@@ -50,6 +52,7 @@ class LensOptions:
         stats: "auto" gives what costs nothing; "rel_var" requires the transport's energies; "exact" gives all of the
             reference's statistics, at the cost of carrying each feature through the model; "none".
         layers: For first-order presets: each layer's own tokens and energy too.
+        histogram: Bins of a histogram of all scores of each feature, from its lowest to its highest; 0: none.
         token_change_value: The activation that token_change sets.
         adaptive_threshold: None: query_lens_value_adaptive mixes the full transport with the direct path by the
             relative variance. A number: it takes the most faithful transition with at most this variance instead.
@@ -81,6 +84,7 @@ class LensOptions:
     tuned_lens: TunedLens | str | Path | None = None
     stats: Stats = "auto"
     layers: bool = False
+    histogram: int = 0
     token_change_value: float = 10.0
     adaptive_threshold: float | None = None
     final_norm: bool = True
@@ -113,13 +117,15 @@ class LensOptions:
                 raise ValueError(f"{name} is {value!r}; expected {', '.join(str(c) for c in choices)}")
         for name, least in (("k", 1), ("block_rows", 1)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= least):
-                raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
-        if not self.max_memory_gib > 0:
-            raise ValueError(f"max_memory_gib is {self.max_memory_gib!r}; expected more than 0")
-        if self.adaptive_threshold is not None and not 0 <= self.adaptive_threshold <= 1:
+            if value is not None or name == "k":
+                whole_number(name, value, least)
+        if whole_number("histogram", self.histogram, 0) > MAX_BINS:
+            raise ValueError(f"histogram is {self.histogram}; expected a number of bins from 0 (none) to {MAX_BINS}")
+        finite_number("max_memory_gib", self.max_memory_gib, above=0)
+        finite_number("token_change_value", self.token_change_value)
+        if self.adaptive_threshold is not None and finite_number("adaptive_threshold", self.adaptive_threshold, 0) > 1:
             raise ValueError(
-                f"adaptive_threshold is {self.adaptive_threshold!r}; expected a relative variance from 0 to 1"
+                f"adaptive_threshold is {self.adaptive_threshold}; expected a relative variance from 0 to 1"
             )
         self._check_preset()
 

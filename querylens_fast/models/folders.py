@@ -7,6 +7,7 @@ the size that a config claims is compared with its weights before anything of th
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_d
 SIZES = (*LAYER_COUNTS, "hidden_size", "n_embd", "vocab_size", "num_attention_heads", "n_head", "intermediate_size")
 MOST_LAYERS = 2000
 MOST_CONFIG_BYTES = 16 * 2**20
+_loading_now = threading.Lock()
+"""from_pretrained changes settings of the whole process: of two at a time one would miss its tied weights."""
 
 
 def parse_device(device: str | torch.device) -> torch.device:
@@ -64,17 +67,18 @@ def load_source(name: str, dtype: torch.dtype, revision: str | None) -> Any:
     check_folder(name)
     config = load_config(name, revision)
     try:
-        loading: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision,
-            config=config,
-            dtype=dtype,
-            attn_implementation="eager",
-            experts_implementation="eager",
-            output_loading_info=True,
-            trust_remote_code=False,
-            weights_only=True,
-        )
+        with _loading_now:
+            loading: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                name,
+                revision=revision,
+                config=config,
+                dtype=dtype,
+                attn_implementation="eager",
+                experts_implementation="eager",
+                output_loading_info=True,
+                trust_remote_code=False,
+                weights_only=True,
+            )
     except Exception as error:
         raise _named(error, name) from error
     source, info = loading

@@ -274,7 +274,7 @@ def _column(path: Path, column: str) -> list[str]:
             texts = pq.read_table(path, columns=[column])[column].to_pylist()
         else:
             texts = [json.loads(line)[column] for line in _text(path).splitlines() if line.strip()]
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as rows with a text column {column!r} ({error})") from error
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{str(path)!r}: column {column!r} holds other things than text")

@@ -234,7 +234,7 @@ class _Files:
         if index is not None:
             try:
                 return dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"model {self.name!r}: {index.name} is no index of safetensors files") from error
         whole = self._find("model.safetensors")
         if whole is None:

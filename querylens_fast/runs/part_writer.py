@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from querylens_fast.runs.atomic_write import fsync_folder, output_file, remove_leftovers, whole
-from querylens_fast.runs.run_record import DamagedFile, agree, digest_of, read_record, refuse_others, write_record
+from querylens_fast.runs.run_record import DamagedFile, differences, digest_of, read_record, refuse_others, write_record
 from querylens_fast.runs.sealed_parquet import (
     METADATA_KEY,
     opened,
@@ -112,7 +112,7 @@ class PartWriter:
         self._begin()
         mark = {PART_KEY: json.dumps({"run": self._digest, "start": start}).encode()}
         with whole(self._part(start)) as partial:
-            write_sealed(partial, [table], table.schema.with_metadata(mark), self._options)
+            write_sealed(partial, [table], table.schema.with_metadata(mark), self._options, part=True)
         self._checked.add(start)
 
     def finish(self, n_rows: int | None = None, *, n_parts: int | None = None) -> Path:
@@ -200,7 +200,7 @@ class PartWriter:
         problem = None
         try:
             found, with_digest = read_record(self.parts / "run.json")
-            if agree(found, self.identity):
+            if not differences(found, self.identity):
                 self.identity, self._digest, self._all_sealed = found, digest_of(found), with_digest
                 return found
         except DamagedFile as error:
