@@ -84,7 +84,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"d_model": D_MODEL, "n_heads": 4, "n_layers": LAYERS, "vocab_size": VOCAB, "max_seq_len": 64},
     ),
     "phi": ("PhiConfig", COMMON | {"num_attention_heads": 3, "num_key_value_heads": 3}),
-    "phi3": ("Phi3Config", COMMON),
     "stablelm": ("StableLmConfig", COMMON),
     "stablelm_parallel": ("StableLmConfig", COMMON | {"use_parallel_residual": True}),
     "llama": ("LlamaConfig", HEADS),
@@ -128,13 +127,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("Qwen3NextConfig", HEADS | LINEAR | EXPERTS | {"shared_expert_intermediate_size": 20}),
     "qwen3_5": ("Qwen3_5TextConfig", HEADS | LINEAR),
     "qwen3_5_moe": ("Qwen3_5MoeTextConfig", HEADS | LINEAR | EXPERTS | {"shared_expert_intermediate_size": 20}),
-    "olmo": ("OlmoConfig", COMMON),
-    "olmo2": ("Olmo2Config", COMMON),
     "olmo3": ("Olmo3Config", COMMON | SLIDING),
     "olmoe": ("OlmoeConfig", COMMON | {"num_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": ("GptOssConfig", HEADS | SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "glm": ("GlmConfig", HEADS),
-    "glm4": ("Glm4Config", HEADS),
     "exaone4": ("Exaone4Config", HEADS | SLIDING),
     "granite": (
         "GraniteConfig",
@@ -152,10 +147,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cohere": ("CohereConfig", COMMON | {"logit_scale": 0.25}),
     "cohere2": ("Cohere2Config", COMMON | SLIDING | {"logit_scale": 0.25}),
-    "smollm3": ("SmolLM3Config", COMMON),
     "deepseek_v3": ("DeepseekV3Config", DEEPSEEK),
     "deepseek_v2": ("DeepseekV2Config", DEEPSEEK),
-    "nemotron": ("NemotronConfig", HEADS),
     "jetmoe": (
         "JetMoeConfig",
         {
@@ -236,7 +229,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "ffn_config": {"hidden_size": D_MODEL, "ffn_hidden_size": 20, "moe_num_experts": 4, "moe_top_k": 2},
         },
     ),
-    "starcoder2": ("Starcoder2Config", COMMON),
     "persimmon": ("PersimmonConfig", without("num_key_value_heads") | {"num_attention_heads": 3}),
     "biogpt": ("BioGptConfig", without("num_key_value_heads")),
     "llama4": (
@@ -249,13 +241,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "interleave_moe_layer_step": 2,
         },
     ),
-    "ernie4_5": ("Ernie4_5Config", HEADS),
-    "seed_oss": ("SeedOssConfig", HEADS),
-    "hunyuan_v1_dense": ("HunYuanDenseV1Config", HEADS),
     "helium": ("HeliumConfig", COMMON | {"head_dim": 6}),
-    "arcee": ("ArceeConfig", HEADS),
-    "diffllama": ("DiffLlamaConfig", HEADS),
-    "bitnet": ("BitNetConfig", COMMON),
     "minimax": (
         "MiniMaxConfig",
         HEADS
@@ -309,8 +295,9 @@ ALIKE: tuple[tuple[dict[str, Any], str], ...] = (
         COMMON,
         "apertus aria_text beam cohere2_moe cwm doge exaone flex_olmo gpt_neox_japanese granite_swa granitemoe_swa "
         "granitemoeshared hyperclovax internlm3 iquestcoder jais2 lfm3 ministral3 modernbert-decoder nanochat "
-        "olmo_hybrid phimoe vaultgemma",
+        "olmo_hybrid phimoe vaultgemma phi3 olmo olmo2 smollm3 starcoder2 bitnet",
     ),
+    (HEADS, "glm glm4 nemotron ernie4_5 seed_oss hunyuan_v1_dense arcee diffllama"),
     (
         HEADS | MANY_EXPERTS,
         "afmoe dots1 ernie4_5_moe exaone_moe flint glm4_moe hunyuan_v1_moe hy_v3 kolibri1 laguna mellum mimo_v2_flash "
