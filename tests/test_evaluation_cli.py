@@ -110,8 +110,8 @@ def test_input_score_over_two_processes(tmp_path: Path) -> None:
     """One table, and the means of one process but for what the order of a sum makes of near-ties."""
     from test_ranks import torchrun
 
-    embedded = [str(x) for x in (ASSETS / "model", ASSETS / "sae_layer2", ASSETS / "tokens.safetensors")]
-    args = ["evaluate", "input", *(w for pair in zip(("--model", "--dictionary", "--tokens"), embedded) for w in pair)]
+    files = {"--model": "model", "--dictionary": "sae_layer2", "--tokens": "tokens.safetensors"}
+    args = ["evaluate", "input", *(word for flag, name in files.items() for word in (flag, str(ASSETS / name)))]
     args += ["--presets", "logit_lens_key,query_lens_key_approx", "--examples", "5", "--min-examples", "5", "--out"]
     done = torchrun([*args, str(tmp_path / "two.json")], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
