@@ -19,6 +19,8 @@ COMMANDS = {
     "integrations": "exports and calls of other tools beside what those tools do: time, memory",
     "relations": "features against features, both sides, to Parquet: time, memory, ratio to chunked torch",
     "compile_check": "every kernel variant compiled for every target: registers, spills, shared memory, instructions",
+    "model": "predicted stage times of the GPU pipeline, from compiled code and shapes (no measurement)",
+    "unproved": "rows that the GPU pipeline's first pass would leave unproved, by simulation",
     "gpu_check": "everything on a GPU machine: correctness, ceilings, peers, the goals",
     "picture": "the README's picture, from the demo's results",
     "report": "pictures and tables of the committed results",

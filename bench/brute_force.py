@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 
 def decoder_layers(source: Any, n_layers: int) -> nn.ModuleList:
-    """The model's decoder layers: the first list of that many modules."""
-    return next(m for m in source.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
+    """The model's decoder layers: the last list of that many modules that is in no other one."""
+    lists = [(path, m) for path, m in source.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    return [m for path, m in lists if not any(path.startswith(f"{outer}.") for outer, _ in lists)][-1]
 
 
 def hold_routing_fixed(source: Any) -> None:
@@ -39,7 +40,7 @@ class BruteForce:
         hold_routing_fixed(source)
         self.source, self.ids, self.valid = source, ids, valid
         self.layers = decoder_layers(source, n_layers)
-        self.weight = valid[..., None].double()
+        self.weight = valid[..., None].to(next(source.parameters()).dtype)
 
     def value(self, layer: int, v: Tensor) -> Tensor:
         """Mean over valid positions of the final stream's change when v is added after ``layer`` (−1: before 0)."""

@@ -23,8 +23,6 @@ from querylens_fast.demo import ASSETS
 from querylens_fast.topk.api import TopK, streamed_topk
 from querylens_fast.topk.torch_backend import Epilogue
 
-METHODS = ("fused", "gemm")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KINDS = ("ties", "equal", "sorted", "one group", "infinite", "nan")
 SMALL = [(1, 1, 1, 1), (35, 64, 523, 25), (9, 100, 603, 40)]
 """n, d, V, k for the interpreter."""
@@ -146,34 +144,20 @@ def transport(device: str) -> dict[str, Any]:
     return {"ok": max(errors) < 1e-3, "error": max(errors), "fit_s": None if INTERPRETED else fit_s}
 
 
-def run_all(device: str, seed: int) -> list[dict[str, Any]]:
-    """Every check; a crash is a wrong result with its traceback."""
-    shapes = SMALL if INTERPRETED else ODD
+def run_all(device: str, seed: int, dtype: str, method: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every check of a dtype and a method, by name; a crash is a wrong result with its traceback."""
+    kind_of = getattr(torch, dtype)
     tasks = []
-    for dtype in DTYPES:
-        for method in METHODS:
-            if INTERPRETED and dtype == torch.bfloat16 and method == "fused":
-                continue  # the interpreter multiplies bfloat16 wrongly
-            for shape in shapes:
-                precisions = ("exact", "float32", "bf16") if dtype == torch.float32 else ("exact",)
-                for precision, terms in [(p, t) for p in precisions for t in (False, True)]:
-                    if INTERPRETED and precision == "bf16" and method == "fused":
-                        continue
-                    if method == "fused" and dtype == torch.float32 and precision != "bf16":
-                        if precision == "float32" or terms:
-                            continue  # float32 products (statistics are of them too) are the library's
-                    name = f"random {shape} {dtype} {method} {precision}{' terms, statistics' if terms else ''}"
-                    tasks.append((name, partial(random_rows, shape, dtype, method, precision, terms, device, seed)))
-            for kind in KINDS:
-                name = f"{kind} {dtype} {method}"
-                tasks.append((name, partial(adversarial_rows, kind, dtype, method, device, seed)))
-    tasks.append((f"demo transport and signatures on {device}", partial(transport, device)))
-    results = []
+    for shape in SMALL if INTERPRETED else ODD:
+        precisions = ("exact", "float32", "bf16") if dtype == "float32" else ("exact",)
+        for precision, terms in [(p, t) for p in precisions for t in (False, True)]:
+            if method == "fused" and dtype == "float32" and (precision == "float32" or terms and precision == "exact"):
+                continue  # float32 products (statistics are of them too) are the library's
+            name = f"random {shape} {precision}{' terms, statistics' if terms else ''}"
+            tasks.append((name, partial(random_rows, shape, kind_of, method, precision, terms, device, seed)))
+    tasks += [(kind, partial(adversarial_rows, kind, kind_of, method, device, seed)) for kind in KINDS]
     for name, task in tasks:
         try:
-            results.append({"name": name, **task()})
+            yield name, task()
         except Exception:
-            results.append({"name": name, "ok": False, "error": traceback.format_exc()[-1500:]})
-        if not results[-1]["ok"]:
-            print("WRONG", results[-1], flush=True)
-    return results
+            yield name, {"ok": False, "error": traceback.format_exc()[-1500:]}

@@ -1,4 +1,4 @@
-"""Every family of transformers' causal LMs: how it is linearised, and its error against brute force in float64.
+"""Families of transformers' causal LMs: how each is linearised, and its error against brute force in float64.
 
     python -m bench families [--only NAME ...] [--out FILE] [--table docs/models.md]
 
@@ -31,7 +31,7 @@ def errors(name: str, linearisation: Any = "auto") -> tuple[ql.Model, dict[str, 
     """The adapted model, and the relative error of each side and padding."""
     model = ql.as_model(tiny(name), linearisation=linearisation)
     ids = torch.randint(3, 61, (2, 7), generator=torch.Generator().manual_seed(3))
-    v = torch.randn(model.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    v = torch.randn(model.d_model, dtype=model.dtype, generator=torch.Generator().manual_seed(1))
     found: dict[str, float] = {}
     for padding in ("none", "right"):
         valid = torch.ones_like(ids, dtype=torch.bool)
@@ -61,6 +61,7 @@ def measure(name: str) -> dict[str, Any]:
     return {
         **row,
         "type": model.architecture,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "linearisation": model.linearisation,
         "submodules": model.has_submodules,
         "parallel": model.parallel,
@@ -88,6 +89,7 @@ def table(record: dict[str, Any]) -> str:
             "routing held fixed" if row["routed"] else "",
             "inputs beside the stream held fixed" if row["beside_the_stream"] else "",
             "norm or factor behind attention or MLP" if row["submodules"] and not row["modules_add_directly"] else "",
+            "in float32: its own pass fails in float64" if row["dtype"] == "float32" else "",
         ]
         how = "by hand" if row["linearisation"] == "hand-written" else "autodiff"
         points = "all" if row["submodules"] else "resid_pre, resid_post"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 VOCAB, D_MODEL, LAYERS = 61, 24, 3
 COMMON: dict[str, Any] = {
@@ -284,6 +285,65 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+MANY_EXPERTS = EXPERTS | {
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "shared_expert_intermediate_size": 20,
+}
+DECODER = without("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads") | {
+    "d_model": D_MODEL
+}
+DECODER |= {"decoder_layers": LAYERS, "encoder_layers": LAYERS, "decoder_attention_heads": 4, "decoder_ffn_dim": 40}
+DECODER |= {"encoder_attention_heads": 4, "encoder_ffn_dim": 40}
+ALIKE: tuple[tuple[dict[str, Any], str], ...] = (
+    (
+        COMMON,
+        "apertus aria_text beam cohere2_moe cwm doge exaone flex_olmo gpt_neox_japanese granite_swa granitemoe_swa "
+        "granitemoeshared hyperclovax internlm3 iquestcoder jais2 lfm3 ministral3 modernbert-decoder nanochat "
+        "olmo_hybrid phimoe vaultgemma",
+    ),
+    (
+        HEADS | MANY_EXPERTS,
+        "afmoe dots1 ernie4_5_moe exaone_moe flint glm4_moe hunyuan_v1_moe hy_v3 kolibri1 laguna mellum mimo_v2_flash "
+        "minimax_m2 sarvam_moe solar_open",
+    ),
+    (HEADS | MANY_EXPERTS | SLIDING, "inkling_text lara_mini"),
+    (HEADS | MANY_EXPERTS | {"num_experts_per_tok": 1, "layer_types": ["hybrid"] * LAYERS}, "zaya"),
+    (HEADS | MANY_EXPERTS | {"layer_types": ["conv", "full_attention", "conv"]}, "lfm2_moe"),
+    (DEEPSEEK, "axk1 axk2 glm4_moe_lite glm_moe_dsa minicpm3 sarvam_mla youtu"),
+    (
+        {k: v for k, v in (DEEPSEEK | MANY_EXPERTS).items() if k != "num_hidden_layers"}
+        | {"head_dim": 4, "qk_head_dim": 8, "num_layers": LAYERS},
+        "longcat_flash",
+    ),
+    (DECODER, "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart trocr whisper"),
+    (
+        without("num_key_value_heads") | {"is_decoder": True},
+        "bert bert-generation big_bird electra ernie megatron-bert rembert roberta roc_bert roformer",
+    ),
+    (
+        HEADS
+        | MANY_EXPERTS
+        | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+        "jamba",
+    ),
+    ({"vocab_size": VOCAB, "d_model": D_MODEL, "num_layers": LAYERS, "attention_heads": 4, "ffn_dim": 40}, "xglm"),
+)
+"""Settings that several model types share."""
+FAMILIES |= {name: (CONFIG_MAPPING_NAMES[name], settings) for settings, names in ALIKE for name in names.split()}
+IN_FLOAT32 = ("xglm",)
+"""Their own forward pass fails in float64."""
+
+
 def tiny(name: str, seed: int = 0) -> Any:
     """A random model of the family in float64, weights large enough that every term of the Jacobian counts."""
     kind, settings = FAMILIES[name]
@@ -298,4 +358,4 @@ def tiny(name: str, seed: int = 0) -> Any:
                 weight.copy_(torch.randn_like(weight) * 0.3)
             else:
                 weight.add_(torch.randn_like(weight) * 0.1)
-    return model.double().eval().requires_grad_(False)
+    return model.to(torch.float32 if name in IN_FLOAT32 else torch.float64).eval().requires_grad_(False)

@@ -1,9 +1,14 @@
 """Everything on a GPU machine, in one command and under eight minutes: ``python -m bench.gpu_check``.
 
-First correctness of every variant and mode against float64 (fresh seeds, poisoned memory), then the machine's
-ceilings, then the goals: each measured beside its peer in the same process, each written to the JSON as soon as it is
-known. No time is reported for a kernel that is wrong. The file is gpu-check.json in $OUT, or in bench/results. Exits
-with 1 when a result is wrong or a measurement fails, and with 2 where there is no GPU.
+Each part (`bench.gpu_parts`) runs in a process of its own with a time limit, the most valuable first: every kernel
+against torch; stage times and end to end beside the peers; every mode against float64; then traces, other shapes and
+data, a tuning table, transports. What a part prints is in the JSON at once, and a part that is wrong, fails, crashes or
+hangs stops no other. Parts for which no time is left are dropped, from the end of the list, and named. No time counts
+towards a goal while a part of the same dtype is wrong.
+
+The record is gpu-check.json in $OUT, or in bench/results, with the tuning table and traces beside it. Exits with 1 when
+something is wrong or fails, and with 2 where there is no GPU. This process imports neither torch nor the package, so
+that no import can spoil the run.
 
 ``--interpret`` runs the whole logic at small sizes on the CPU under Triton's interpreter: results are checked, times
 are null, because they would say nothing of a GPU.
@@ -12,227 +17,240 @@ are null, because they would say nothing of a GPU.
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
 import secrets
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-BUDGET_S = 440
+from bench.record import RESULTS, save
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET_S = 450
+LEAST_S = 10
+"""A part that has less time than this is not begun: torch alone takes half of it."""
+
+
+class Part(NamedTuple):
+    """One child process."""
+
+    name: str
+    """A function of `bench.gpu_parts`, its arguments behind commas."""
+    limit_s: float
+    together: bool = False
+    """May run beside the neighbours in the list that may too: it takes no times."""
+
+
+def _parts() -> tuple[Part, ...]:
+    kernels = ["fused,bfloat16", "fused,float16", "rows,bfloat16", "rows,float32", "select,bfloat16"]
+    kernels += ["finish,bfloat16", "finish,float32", "winners,bfloat16", "sums,bfloat16"]
+    modes = [f"checks,{d},{m}" for m in ("fused", "gemm") for d in ("bfloat16", "float32", "float16")]
+    first = ["stages,gemma-2-2b,bfloat16,fused", "case,gemma-2-2b,bfloat16", "stages,gemma-2-2b,float32,fused"]
+    first += ["case,gemma-2-2b,float32", "million,bfloat16", "stages,gpt2,bfloat16,fused", "case,gpt2,bfloat16"]
+    then = ["trace,bfloat16", "case,gpt2,float32", "shapes,bfloat16", "shapes,float32", "kinds,float32"]
+    then += ["kinds,bfloat16", "tuning,bfloat16", "stages,gemma-2-2b,bfloat16,gemm", "sweep,gemma3-1b,bfloat16"]
+    then += ["tuning,float16", "trace,float32", "sweep,gpt2-small,float32", "stages,gemma-2-2b,float32,gemm"]
+    return (
+        Part("about", 60),
+        *(Part(f"kernel,{name}", 60, together=True) for name in kernels),
+        *(Part(name, 60) for name in first),
+        *(Part(name, 120, together=True) for name in [*modes, "graph", "transport"]),
+        *(Part(name, 50) for name in then),
+    )
+
+
+PARTS = _parts()
 
 
 class Goal(NamedTuple):
-    """One line of the table: what is reached is ours over the peer's time, or the peer's over ours."""
+    """One line of the table: a task of ours and a peer's, both of one part's times."""
 
     name: str
-    case: str
-    dtype: str
-    peer: str
+    part: str
+    peer: str | None
+    """None: the bound is in seconds."""
     bound: float
-    at_most: bool
+    at_most: bool = True
     """Ours may take at most ``bound`` times the peer's time; else the peer takes at least ``bound`` times ours."""
 
 
 GOALS = (
-    Goal("bf16, d=2304, V=262,144 over the GEMM alone", "gemma-2-2b", "bfloat16", "gemm alone", 1.12, True),
-    Goal("bf16, d=768, V=50,257 over the GEMM alone", "gpt2", "bfloat16", "gemm alone", 1.30, True),
-    Goal("bf16, d=2304 against chunks + 2 topk", "gemma-2-2b", "bfloat16", "torch chunked + 2 x topk", 4.0, False),
-    Goal("exact float32, d=2304 against the float32 GEMM", "gemma-2-2b", "float32", "gemm alone", 5.0, False),
-    Goal("exact float32, d=768 against the float32 GEMM", "gpt2", "float32", "gemm alone", 5.0, False),
+    Goal("bf16, d=2304, V=262,144 over the GEMM alone", "case,gemma-2-2b,bfloat16", "gemm alone", 1.12),
+    Goal("bf16, d=768, V=50,257 over the GEMM alone", "case,gpt2,bfloat16", "gemm alone", 1.30),
+    Goal("bf16, d=2304 against chunks + 2 topk", "case,gemma-2-2b,bfloat16", "torch chunked + 2 x topk", 4.0, False),
+    Goal("exact float32, d=2304 against the float32 GEMM", "case,gemma-2-2b,float32", "gemm alone", 8.0, False),
+    Goal("exact float32, d=768 against the float32 GEMM", "case,gpt2,float32", "gemm alone", 8.0, False),
+    Goal("a million features against a million, seconds", "million,bfloat16", None, 10.0),
 )
-CASES_TIMED = (
-    ("gemma-2-2b", "bfloat16"),
-    ("gpt2", "bfloat16"),
-    ("gemma-2-2b", "float32"),
-    ("gpt2", "float32"),
-    ("features-x-features", "bfloat16"),
-    ("llama-3.2-1b", "bfloat16"),
-    ("gemma-3-1b", "bfloat16"),
-    ("qwen3-1.7b", "bfloat16"),
-)
-SWEEPS = (("gpt2-small", "float32", 32), ("gemma3-1b", "bfloat16", 32), ("gpt2-small", "bfloat16", 64))
-"""Model shape, dtype, basis directions timed."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
-    parser.add_argument("--repeat", type=int, default=5, help="timings of each peer")
-    parser.add_argument("--seed", type=int, help="of the correctness checks; fresh by default, and recorded")
-    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds after which nothing new is begun")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeat", type=int, default=5, help="timings of each task")
+    parser.add_argument("--seed", type=int, help="of the data; fresh by default, and recorded")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for all parts together")
+    parser.add_argument("--jobs", type=int, default=8, help="processes at a time where no times are taken")
+    parser.add_argument("--part", action="append", choices=[part.name for part in PARTS], help="may be repeated")
     parser.add_argument("--interpret", action="store_true", help="small sizes on the CPU, no times")
     parser.add_argument("--out", type=Path, help="the JSON; default gpu-check.json in $OUT or bench/results")
     options = parser.parse_args(arguments)
-    if options.interpret:
-        # Triton decides when it is first imported.
-        os.environ["TRITON_INTERPRET"] = "1"
-    import torch
-
-    if not options.interpret and not torch.cuda.is_available():
-        print("no CUDA GPU here: nothing was checked or measured (--interpret checks the logic)", file=sys.stderr)
-        raise SystemExit(2)
     run = Run(options)
-    wrong = run.everything()
+    run.everything([part for part in PARTS if not options.part or part.name in ("about", *options.part)])
     print(run.table())
-    checks = run.record["checks"]
-    print(f"{len(checks) - len(wrong)} of {len(checks)} checks right" + "".join(f"\nWRONG: {name}" for name in wrong))
-    failed = [f"{name}: {item['failed']}" for name, item in run.record["items"].items() if "failed" in item]
-    print("".join(f"FAILED: {line}\n" for line in failed) + f"written to {run.out}")
-    if wrong or failed:
-        raise SystemExit(1)
+    bad = {name: item for name, item in run.record["items"].items() if "failed" in item or not item.get("ok", True)}
+    for name, item in bad.items():
+        print(f"WRONG: {name}" if not item.get("ok", True) else f"FAILED: {name}: {item['failed']}")
+    if run.record["dropped"]:
+        print(f"dropped for want of time: {'; '.join(run.record['dropped'])}")
+    print(f"written to {run.out}")
+    if bad:
+        raise SystemExit(2 if run.no_gpu else 1)
 
 
 class Run:
-    """One run: items in order of importance, the record written after each."""
+    """One run: parts in order of importance, the record written whenever one of them has something to say."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        import torch
-
-        from bench.machine import machine
-        from bench.record import RESULTS
-
-        self.options, self.start = options, time.perf_counter()
-        self.interpreted = options.interpret
-        self.device = torch.device("cpu" if self.interpreted else "cuda")
-        self.out = options.out or Path(os.environ.get("OUT") or RESULTS) / "gpu-check.json"
+        self.options, self.start = options, time.monotonic()
+        self.out: Path = (options.out or Path(os.environ.get("OUT") or RESULTS) / "gpu-check.json").resolve()
+        self.lock = threading.Lock()
+        self.no_gpu = False
         self.record: dict[str, Any] = {
-            "machine": machine(self.device),
-            "interpreted": self.interpreted,
+            "interpreted": options.interpret,
             "seed": secrets.randbelow(2**31) if options.seed is None else options.seed,
-            "checks": [],
+            "machine": None,
             "items": {},
+            "dropped": [],
         }
 
-    def everything(self) -> list[str]:
-        """All items; the names of the checks that failed."""
-        from bench import checks
+    def everything(self, parts: Sequence[Part]) -> None:
+        """Run the parts, neighbours that take no times together."""
+        for together, group in itertools.groupby(parts, key=lambda part: part.together):
+            with ThreadPoolExecutor(self.options.jobs if together else 1) as pool:
+                list(pool.map(self.part, group))
 
-        self.record["checks"] = checks.run_all(str(self.device), self.record["seed"])
-        wrong = [check["name"] for check in self.record["checks"] if not check["ok"]]
-        self._save()
-        if wrong:
-            self.record["items"]["measurements"] = {"skipped": "a result is wrong"}
-            self._save()
-            return wrong
-        self._item("ceilings", self._ceilings)
-        for name, dtype in CASES_TIMED:
-            self._item(f"case {name} {dtype}", lambda name=name, dtype=dtype: self._case(name, dtype))
-        for shape, dtype, n in SWEEPS:
-            self._item(f"sweep {shape} {dtype}", lambda s=shape, t=dtype, n=n: self._sweep(s, t, n))
-        self._item("a million features", self._million)
-        return wrong
+    def part(self, part: Part) -> None:
+        """Run one part into the record, or drop it."""
+        left = self.options.budget - (time.monotonic() - self.start)
+        if self.no_gpu:
+            return
+        if left < LEAST_S:
+            with self.lock:
+                self.record["dropped"].append(part.name)
+                self._save()
+            return
+        item: dict[str, Any] = {}
 
-    def _item(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
-        spent = time.perf_counter() - self.start
-        if spent > self.options.budget:
-            self.record["items"][name] = {"skipped": f"{spent:.0f} s were spent"}
-        else:
-            try:
-                self.record["items"][name] = measure()
-            except Exception as error:
-                # What was measured before is worth keeping, and what comes after still worth measuring.
-                self.record["items"][name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
-        item = self.record["items"][name]
-        print(name, item.get("skipped") or item.get("failed") or "done", flush=True)
-        self._save()
+        def found(line: dict[str, Any]) -> None:
+            with self.lock:
+                for name, value in line.items():
+                    known = item.get(name)
+                    item[name] = known | value if isinstance(known, dict) and isinstance(value, dict) else value
+                self._save()
+
+        with self.lock:
+            self.record["items"][part.name] = item
+        begun = time.monotonic()
+        limit = min(left, part.limit_s * (10 if self.options.interpret else 1))
+        reason = run_child(self.command(part), limit, found)
+        if part.name == "about":
+            self.no_gpu = "no GPU" in (reason or "")
+            self.record["machine"] = item.get("machine")
+        spent = {} if self.options.interpret else {"wall_s": time.monotonic() - begun}
+        found(spent | ({"failed": reason} if reason else {}))
+        print(part.name, reason or ("done" if item.get("ok", True) else "wrong"), flush=True)
+
+    def command(self, part: Part) -> list[str]:
+        """The child's command line."""
+        command = [sys.executable, "-W", "ignore", "-m", "bench.gpu_parts", part.name, "--folder", str(self.out.parent)]
+        command += ["--seed", str(self.record["seed"]), "--repeat", str(self.options.repeat)]
+        return command + (["--interpret"] if self.options.interpret else [])
 
     def _save(self) -> None:
-        from bench.record import save
-
         self.record["goals"] = [self._reached(goal) for goal in GOALS]
-        self.record["spent_s"] = time.perf_counter() - self.start
+        self.record["spent_s"] = None if self.options.interpret else time.monotonic() - self.start
         save(self.out, self.record)
 
     def _reached(self, goal: Goal) -> dict[str, Any]:
-        times = self.record["items"].get(f"case {goal.case} {goal.dtype}", {}).get("times")
+        items = self.record["items"]
+        item, dtype = items.get(goal.part, {}), goal.part.split(",")[-1]
+        wrong = any(not other.get("ok", True) for name, other in items.items() if dtype in name.split(","))
         reached = None
-        if times and not self.interpreted:
-            ours, peer = times["ours"]["p50_ms"], times[goal.peer]["p50_ms"]
+        if not wrong and not self.options.interpret and goal.peer is None:
+            reached = item.get("all_s")
+        elif not wrong and not self.options.interpret and {"ours", goal.peer} <= set(item.get("times", {})):
+            ours, peer = (item["times"][name]["p50_ms"] for name in ("ours", goal.peer))
             reached = ours / peer if goal.at_most else peer / ours
-        return {"name": goal.name, "goal": f"{'≤' if goal.at_most else '≥'} {goal.bound}×", "reached": reached}
-
-    def _ceilings(self) -> dict[str, Any]:
-        import torch
-
-        from bench.sweeps import gemm_rate
-
-        d, neurons = (64, 128) if self.interpreted else (2304, 9216)
-        rates = {
-            str(dtype).removeprefix("torch."): gemm_rate(d, neurons, dtype, self.device) / 1e12
-            for dtype in (torch.bfloat16, torch.float32)
-        }
-        return {"gemm_tflops": dict.fromkeys(rates) if self.interpreted else rates}
-
-    def _case(self, name: str, dtype: str) -> dict[str, Any]:
-        import torch
-
-        from bench.cases import CASES
-        from bench.topk import run_case
-
-        case = CASES[name]
-        if self.interpreted:
-            case = case._replace(d=48, V=700, rows=48, k=9)
-        record = run_case(
-            case, case.rows, getattr(torch, dtype), str(self.device), 1 if self.interpreted else self.options.repeat
-        )
-        return self._without_times(record)
-
-    def _sweep(self, shape: str, dtype: str, n: int) -> dict[str, Any]:
-        import torch
-
-        import querylens_fast as ql
-        from bench import sweeps
-        from bench.cases import MODEL_SHAPES, SMALL_SHAPES
-
-        torch.manual_seed(0)
-        source = (SMALL_SHAPES if self.interpreted else MODEL_SHAPES)[shape]()
-        model = ql.as_model(source.to(self.device, getattr(torch, dtype)).eval().requires_grad_(False))
-        sequences, length = (2, 8) if self.interpreted else (1024, 32)
-        ids = torch.randint(0, model.vocab_size, (sequences, length), generator=torch.Generator().manual_seed(0))
-        tokens = ql.Tokens(ids, torch.ones_like(ids, dtype=torch.bool), "random ids")
-        rate = sweeps.gemm_rate(model.d_model, model.blocks[0].mlp.W_in.shape[0], model.dtype, self.device)
-        floor = 2 * model.d_model * tokens.n_valid * sweeps.block_parameters(model) / rate
-        found: dict[str, Any] = {"tokens": tokens.n_valid, "floor_s": floor}
-        for side in ("value", "key"):
-            _, found[side] = sweeps.full_sweep(model, tokens, side, min(n, model.d_model), 8.0)
-            found[side]["fit_over_floor"] = found[side]["fit_s"] / floor
-        return self._without_times(found)
-
-    def _million(self) -> dict[str, Any]:
-        """Signatures of 65,536 of a million directions, d=1152, V=262,144; the million extrapolated."""
-        import torch
-
-        from bench.timing import quantiles, seconds
-        from querylens_fast.topk.api import streamed_topk
-
-        n, d, V = (64, 48, 700) if self.interpreted else (65536, 1152, 262144)
-        F, W = torch.randn(n, d, device=self.device), torch.randn(V, d, device=self.device)
-        times = [1e3 * seconds(lambda: streamed_topk(F, W, 25), self.device) for _ in range(3)]
-        found = {"rows": n, "d": d, "V": V, **quantiles(times), "million_s": quantiles(times)["p50_ms"] * 1e3 / n}
-        return self._without_times(found)
-
-    def _without_times(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The record as it is on a GPU; what the interpreter took is not kept."""
-        if not self.interpreted:
-            return record
-
-        def blank(value: Any, name: str = "") -> Any:
-            if isinstance(value, dict):
-                return {key: blank(each, key) for key, each in value.items()}
-            timed = name.endswith(("_s", "_ms", "_floor", "tflops", "_batch")) or name.startswith(("p20", "p50", "p80"))
-            return None if timed or name in ("fit_s",) else value
-
-        kept = blank(record)
-        return {key: value for key, value in kept.items() if key != "speedup_over"}
+        unit = " s" if goal.peer is None else "×"
+        wanted = f"{'≤' if goal.at_most else '≥'} {goal.bound}{unit}"
+        return {"name": goal.name, "goal": wanted, "unit": unit, "reached": reached}
 
     def table(self) -> str:
         """Goals and what was reached, as text."""
         lines = [f"{'goal':50s} {'wanted':>9s} {'reached':>14s}"]
-        for goal in self.record["goals"]:
-            reached = "not measured" if goal["reached"] is None else f"{goal['reached']:.2f}×"
+        for goal in self.record.get("goals", []):
+            reached = "not measured" if goal["reached"] is None else f"{goal['reached']:.2f}{goal['unit']}"
             lines.append(f"{goal['name']:50s} {goal['goal']:>9s} {reached:>14s}")
         return "\n".join(lines)
+
+
+def run_child(command: list[str], limit_s: float, found: Callable[[dict[str, Any]], None]) -> str | None:
+    """Run a command in a process group of its own, and end the group at the limit.
+
+    Args:
+        command: prints lines of JSON, and whatever else.
+        limit_s: seconds.
+        found: called with each object as it is printed.
+
+    Returns:
+        How it failed, with the end of its standard error; None where it did not.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+        assert child.stdout is not None
+        # A thread, because a child that a driver keeps alive holds the pipe for ever.
+        reader = threading.Thread(target=_read, args=(child.stdout, found), daemon=True)
+        reader.start()
+        try:
+            status = child.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+        reader.join(5)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(5)
+        errors.seek(0)
+        said = errors.read().strip()[-800:]
+    if status == 0:
+        return None
+    how = f"not done within {limit_s:.3g} s" if status is None else f"ended with status {status}"
+    if status is not None and status < 0:
+        how = f"ended by {signal.Signals(-status).name}"
+    return f"{how}: {said}" if said else how
+
+
+def _read(lines: IO[str], found: Callable[[dict[str, Any]], None]) -> None:
+    for line in lines:
+        with suppress(ValueError):
+            read = json.loads(line)
+            if isinstance(read, dict):
+                found(read)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ MODELS = {
     "gpt_neox (parallel)": lambda: transformers.GPTNeoXConfig(**SHAPE),
     "qwen3": lambda: transformers.Qwen3Config(**GROUPED),
     "gemma2": lambda: transformers.Gemma2Config(**GROUPED),
+    "gpt2, 256 wide": lambda: transformers.GPT2Config(vocab_size=VOCAB, n_embd=256, n_layer=LAYERS, n_head=4),
+    "gpt_neox (parallel), 256 wide": lambda: transformers.GPTNeoXConfig(
+        **{**SHAPE, "hidden_size": 256, "intermediate_size": 1024}
+    ),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
         **GROUPED, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=D_MODEL
     ),
@@ -102,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
         ours, own = (row["seconds"][way] for way in WAYS)
         memory = ", ".join(f"{row['peak_mib'][way]:.0f}" for way in WAYS)
         print(
-            f"{name:20s} {ours:6.2f} s by hand, {own:6.2f} s by autodiff = {row['ratio']:.2f}; peak MiB {memory}",
+            f"{name:30s} {ours:6.2f} s by hand, {own:6.2f} s by autodiff = {row['ratio']:.2f}; peak MiB {memory}",
             flush=True,
         )
 

@@ -45,10 +45,13 @@ def copy_gb_s(device: torch.device, mib: int | None = None) -> float:
 
 
 def commit() -> str:
-    """The checkout's commit, with ``+`` behind it when files that are tracked have been changed since."""
+    """The checkout's commit, with ``+`` behind it when tracked files have been changed since; "" without git."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
 
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
 

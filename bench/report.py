@@ -158,7 +158,7 @@ def gpu_section(folder: Path) -> str:
         return "## GPU\n\nNot yet measured (`python -m bench.gpu_check` measures it)."
     name, content = record
     rows = [
-        [g["name"], g["goal"], "not measured" if g["reached"] is None else f"{g['reached']:.2f}×"]
+        [g["name"], g["goal"], "not measured" if g["reached"] is None else f"{g['reached']:.2f}{g['unit']}"]
         for g in content["goals"]
     ]
     return f"## GPU\n\n`python -m bench.gpu_check` ([{name}]({name}); {_machine(content)})\n\n" + table(

@@ -1,6 +1,7 @@
 """The server over results of a million features: how long pages and answers take, under load, and its memory.
 
-    python -m bench serve [--features 1000000] [--k 25] [--clients 16] [--seconds 20] [--folder FOLDER] [--out FILE]
+    python -m bench serve [--features 1000000] [--k 25] [--clients 16] [--seconds 20] [--folder FOLDER] [--duckdb]
+                          [--out FILE]
 
 Writes two results (a key and a value preset) in the real format with random signatures whose tokens are as unevenly
 frequent as words are (kept in the folder and used again), removes their indexes, and starts `querylens-fast serve` on
@@ -9,7 +10,8 @@ the loopback. Printed and recorded:
 - from the command to the first answer of the overview, without an index and with one; the overview after that;
 - searches while there is no index yet; the time until the indexes are there, and their size;
 - the load: so many clients, each sending its next request when the last one is answered, of one kind of request at a
-  time; median, p99, requests a second, and the server's largest resident memory. Clients run on the same cores.
+  time; median, p99, requests a second, and the server's largest resident memory. Clients run on the same cores;
+- with --duckdb: building, and looking up in, a DuckDB file of one of the results, beside the index.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from typing import Any
 import torch
 
 import querylens_fast as ql
+from bench import serve_duckdb
 from bench.machine import machine
 from bench.record import save
 from querylens_fast.lens.parquet import ParquetSink
@@ -232,12 +235,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20.0, help="of load, for each kind of request")
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"for results, kept; default {FOLDER}")
+    parser.add_argument("--duckdb", action="store_true", help="also the same look-ups in a DuckDB file")
     parser.add_argument("--out", type=Path, help="JSON to write")
     options = parser.parse_args(arguments)
     folder = options.folder / f"{options.features}x{options.k}"
     folder.mkdir(parents=True, exist_ok=True)
     record = measure(options, folder)
     report(record)
+    if options.duckdb:
+        tokens = [int(VOCABULARY * (i / 1000) ** SKEW) for i in range(1000)]
+        key = folder / f"query_lens_key-{options.features}.parquet"
+        record["lookups"] = serve_duckdb.compare(key, options.features, random.Random(0).sample(tokens, 1000))
+        print(json.dumps(record["lookups"], indent=1))
     if options.out:
         save(options.out, {"machine": machine(torch.device("cpu")), **record})
         print(f"\nwritten to {options.out}")

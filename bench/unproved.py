@@ -109,7 +109,7 @@ def errors_of(problem: Problem, F: Tensor, columns: Columns) -> tuple[Tensor, Te
     norm = torch.linalg.vector_norm(wide, dim=1) * 1.001
     rounded = torch.linalg.vector_norm(wide - narrow, dim=1) * 1.001
     seen, w_seen = norm + rounded, columns.norm + columns.error
-    summing, rescoring = 2 * (problem.d + 8) * UNIT, (math.ceil(problem.d / 128) + 40) * UNIT
+    summing, rescoring = 2 * (problem.d + 8) * UNIT, (math.ceil(problem.d / 128) + 128) * UNIT
     dots = rounded * columns.norm + seen * columns.error + summing * seen * w_seen + rescoring * norm * columns.norm
     return narrow, 1.001 * (dots + 6e-7 * norm * columns.norm)
 
@@ -132,21 +132,36 @@ def winners(problem: Problem, narrow: Tensor, columns: Columns) -> tuple[Tensor,
     return torch.cat(found, 1), torch.cat(apart, 1) if apart else narrow.new_zeros(len(narrow), 0)
 
 
+def turns(best: Tensor, key: Tensor, k: int) -> Tensor:
+    """Turns of the bisection of `csrc_triton.select` over best keys [rows, groups]; key [rows]: of a score of 1."""
+    keys = (best * key[:, None]).long()
+    low, high = keys.amin(1), keys.amax(1) + 1
+    reaching, taken = torch.full_like(low, keys.shape[1]), torch.zeros_like(low)
+    while bool((going := (reaching > k + k // 8) & (high - low > 1)).any()):
+        middle = (low + high) >> 1
+        count = (keys >= middle[:, None]).sum(1)
+        up, down = going & (count >= k), going & (count < k)
+        low, high = torch.where(up, middle, low), torch.where(down, middle, high)
+        reaching, taken = torch.where(up, count, reaching), taken + going
+    return taken
+
+
 def simulate(problem: Problem, ks: tuple[int, ...] = KS) -> list[dict[str, Any]]:
     """What becomes of the rows for each k: shares of unproved, crowded and hopeless rows (top side)."""
+    from csrc_triton.epilogue import UNITS
     from csrc_triton.finish import MAX_SLOTS
     from querylens_fast.topk.triton_backend import WIDER, slots_for
 
     columns, F = prepare(problem), problem.features()
     narrow, error = errors_of(problem, F, columns)
     known, apart = winners(problem, narrow, columns)
-    best = known[:, :, 0]
-    results = []
+    best, results = known[:, :, 0], []
+    key = 64 * UNITS / (torch.linalg.vector_norm(F.float(), dim=1) * columns.norm)
     for k in ks:
         n_apart = apart.shape[1]
         threshold = best.topk(k + n_apart, dim=1).values[:, -1] - 2 * error
         count = (known >= threshold[:, None, None]).sum((1, 2))
-        slots = slots_for(k + n_apart, exact=problem.dtype != torch.float32)
+        slots = slots_for(k + n_apart, problem.d, exact=problem.dtype != torch.float32)
         kth = torch.cat([known.flatten(1), apart], 1).topk(k, dim=1).values[:, -1]
         crowded = (known[:, :, 1] + error[:, None] >= kth[:, None]).sum(1)
         hopeless = (count > min(MAX_SLOTS, WIDER * slots)) | (crowded > 8 + k // 4)
@@ -162,6 +177,7 @@ def simulate(problem: Problem, ks: tuple[int, ...] = KS) -> list[dict[str, Any]]
                 "slots": slots,
                 "columns_apart": n_apart,
                 "median_candidates": float(count.float().median()),
+                "turns": float(turns(best, key, k + n_apart).float().median()),
                 "p99_candidates": float(count.float().quantile(0.99)),
                 "crowded": float((crowded > 0).float().mean()),
                 "mean_crowded_groups": float(crowded.float().mean()),
@@ -187,7 +203,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench unproved", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, default=256, help="rows of F for each case")
-    parser.add_argument("--columns", type=int, default=1 << 17, help="rows of W")
+    parser.add_argument("--columns", type=int, default=1 << 18, help="rows of W")
     parser.add_argument("--d", type=int, action="append", help=f"default: {', '.join(map(str, DEPTHS))}")
     parser.add_argument("--out", type=Path, help="the JSON; default: in bench/results, by date")
     options = parser.parse_args(arguments)

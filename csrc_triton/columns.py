@@ -40,21 +40,21 @@ class Prepared(NamedTuple):
 def prepare(
     W: Tensor,
     dtype: torch.dtype,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
     *,
     scaled: bool,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    terms: bool,
-    statistics: bool,
+    terms: bool = False,
+    statistics: bool = False,
 ) -> Prepared | None:
     """Read W three times, once a call.
 
     Args:
         W: [V, d].
         dtype: of the operand.
-        scaled: whether it is rounded to float16 after a power of two.
         bias: [V] or None.
         scale: [V] or None.
+        scaled: whether W is rounded to float16 after a power of two.
         terms: whether the epilogue applies terms: ones and zeros stand for a scale and a bias that is None.
         statistics: whether sums over each row are asked for, which no column may be missing from.
 
@@ -64,26 +64,12 @@ def prepare(
     device, V = W.device, len(W)
     scale = None if scale is None else scale.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    step = max(1, (1 << 26) // W.shape[1])
-    norms = torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in W.split(step)])
+    norms = torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in W.split(_step(W))])
     norms = norms if scale is None else norms * scale.abs()
-    usual = norms.nan_to_num(math.inf, math.inf).topk(min(MAX_APART + 1, V)).values[-1]
-    apart = ~(norms <= 2 * usual) if V > MAX_APART else ~norms.isfinite()
-    broken = torch.zeros_like(apart) if bias is None else ~bias.isfinite()
-    # The only answers that are waited for before the last block.
-    n_apart, n_broken, n_both = (int(x.sum()) for x in (apart, broken, apart | broken))
-    if not math.isfinite(float(usual)) and V > MAX_APART or n_apart > MAX_APART:
+    found = _set_apart(norms, bias)
+    if found is None or statistics and found.ids is not None:
         return None
-    fixed = n_both <= MAX_APART
-    if fixed:
-        apart = apart | broken
-    elif n_broken == V:
-        return None
-    ids = apart.nonzero().squeeze(1) if n_both else None
-    if ids is not None and not len(ids):
-        ids = None
-    if ids is not None and statistics:
-        return None
+    ids, fixed = found
     narrow, error, exponent = _narrow(W, dtype, scale, ids, scaled=scaled)
     if ids is not None:
         norms = norms.index_fill(0, ids, 0.0)
@@ -110,6 +96,36 @@ def prepare(
     return Prepared(narrow, bounds, scale, bias, None if ids is None else ids.int(), fixed, mean)
 
 
+class _Apart(NamedTuple):
+    ids: Tensor | None
+    """[A] int64, 0 < A ≤ MAX_APART."""
+    fixed: bool
+    """Whether what remains can have fixed-point keys."""
+
+
+def _set_apart(norms: Tensor, bias: Tensor | None) -> _Apart | None:
+    """Columns that are set apart; None where that does not help. The host waits for one answer, for two with columns
+    set apart."""
+    V = len(norms)
+    usual = norms.nan_to_num(math.inf, math.inf).topk(min(MAX_APART + 1, V)).values[-1]
+    apart = ~(norms <= 2 * usual) if V > MAX_APART else ~norms.isfinite()
+    broken = torch.zeros_like(apart) if bias is None else ~bias.isfinite()
+    sizes = torch.stack([apart.sum(), broken.sum(), (apart | broken).sum(), usual.isfinite().long()])
+    n_apart, n_broken, n_both, finite = (int(x) for x in sizes.tolist())
+    if V > MAX_APART and not finite or n_apart > MAX_APART:
+        return None
+    fixed = n_both <= MAX_APART
+    if not fixed and n_broken == V:
+        return None
+    chosen = apart | broken if fixed else apart
+    return _Apart(chosen.nonzero().squeeze(1) if (n_both if fixed else n_apart) else None, fixed)
+
+
+def _step(W: Tensor) -> int:
+    """Rows of W that are worked on at a time: copies in float32 of up to 256 MiB."""
+    return max(1, (1 << 26) // W.shape[1])
+
+
 def _narrow(
     W: Tensor, dtype: torch.dtype, scale: Tensor | None, apart: Tensor | None, *, scaled: bool
 ) -> tuple[Tensor, float, int]:
@@ -119,7 +135,7 @@ def _narrow(
         W = W.to(dtype).contiguous()
         return (W if W.data_ptr() % 16 == 0 else W.clone()), 0.0, 0
     narrow = torch.zeros(V, d + -d % 16, dtype=dtype, device=W.device)
-    step = max(1, (1 << 26) // d)
+    step = _step(W)
     exponent = 0
     kept = torch.ones(V, dtype=torch.bool, device=W.device)
     if apart is not None:

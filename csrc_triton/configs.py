@@ -61,8 +61,6 @@ _NARROW = {
 _INTERPRETER = (Config(32, 128, 64, 4, 1), Config(16, 64, 32, 4, 1, blocks_per_sm=2))
 SHORT_D = 1024
 """Below this d the main loop is too short to hide a wide tile's epilogue: two blocks share a multiprocessor instead."""
-LONG_D = 4096
-"""From this d on the library's main loop gains more than a pass over its result costs."""
 
 
 def configs(target: str, dtype: torch.dtype) -> tuple[Config, ...]:
@@ -102,8 +100,6 @@ def choose(target: str, dtype: torch.dtype, d: int, V: int, k: int) -> Choice:
         return Choice("gemm", tiles[0])
     if target == "interpreter":
         return Choice("fused", tiles[0])
-    if d >= LONG_D and target != "gfx942":
-        return Choice("gemm", tiles[0])
     return Choice("fused", tiles[1] if d < SHORT_D else tiles[0])
 
 

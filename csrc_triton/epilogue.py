@@ -19,6 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from csrc_triton.sums import store_sums
+
 INF_KEY = 0x7F800000
 UNITS = 2.0**22
 """Fixed-point keys count from -UNITS to UNITS."""
@@ -40,6 +42,28 @@ def read_out(dots, rows, columns, factor, offset, scale, bias):
     """(dots * factor + offset) * scale + bias, for rows and columns that exist."""
     dots = tl.fma(dots, tl.load(factor + rows)[:, None] + tl.zeros_like(dots), tl.load(offset + rows)[:, None])
     return dots * tl.load(scale + columns)[None, :] + tl.load(bias + columns)[None, :]
+
+
+@triton.jit
+def use_tile(
+    dots,  # [BLOCK_M, BLOCK_N] float32
+    rows, columns, tile_n, unit, factor, offset, scale, bias, shift, winners, sums, n, V, n_groups, side_stride,
+    TERMS: tl.constexpr, FIXED: tl.constexpr, RAGGED: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr,
+    STATISTICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Turn a tile of dot products into scores, and write its partial sums and its winners."""
+    # Rows and columns past the end take the terms of the last one; their scores are dropped.
+    safe_rows = tl.minimum(rows, n - 1)
+    if TERMS:
+        safe_columns = tl.minimum(columns, V - 1) if RAGGED else columns
+        dots = read_out(dots, safe_rows, safe_columns, factor, offset, scale, bias)
+    if STATISTICS:
+        store_sums(dots, rows, columns, tile_n, shift, sums, n, V, n_groups // 4)
+    units = tl.load(unit + safe_rows)
+    store_winners(
+        dots, units, rows, columns, tile_n, winners, side_stride, n, V, n_groups,
+        TOP, BOTTOM, FIXED, RAGGED, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit

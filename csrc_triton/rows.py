@@ -100,9 +100,9 @@ def _rows_kernel(
     for start in range(0, d, BLOCK):
         f = tl.load(F + row * stride + start + at, mask=at < d - start, other=0.0).to(tl.float32)
         peaks = tl.maximum(peaks, tl.abs(f))
-    biased = tl.max(peaks, axis=0).to(tl.int32, bitcast=True) >> 23
-    exponent = tl.minimum(tl.maximum(141 - biased, -113), 126)
-    exponent = tl.where(biased == 0, 0, exponent)
+    peak = tl.max(peaks, axis=0)
+    exponent = tl.minimum(tl.maximum(141 - (peak.to(tl.int32, bitcast=True) >> 23), -113), 126)
+    exponent = tl.where(peak == 0.0, 0, exponent)
     up, down = _power(exponent), _power(-exponent)
     squares = tl.zeros((BLOCK,), dtype=tl.float32)
     errors = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -165,7 +165,8 @@ def rows_of(
     """
     n, d = F.shape
     padded = d + -d % 16
-    copy = scaled or padded > d or F.stride(0) % 16 > 0 or F.data_ptr() % 16 > 0
+    # TMA wants rows that do not overlap (those of an expanded tensor do), in multiples of 16 bytes.
+    copy = scaled or padded > d or F.stride(0) < d or F.stride(0) % 16 > 0 or F.data_ptr() % 16 > 0
     dtype = torch.float16 if scaled else F.dtype
     narrow = torch.empty(n, padded, dtype=dtype, device=F.device) if copy else F
     unit, factor, per_score, error, shift = torch.empty(5, n, dtype=torch.float32, device=F.device).unbind()

@@ -17,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.configs import Config, light, persistent, programs_of, uses_tma
-from csrc_triton.epilogue import read_out, store_winners
+from csrc_triton.epilogue import use_tile
 from csrc_triton.job import Job
-from csrc_triton.sums import store_sums
 
 
 @triton.jit
@@ -66,9 +65,6 @@ def _tile(
     tile_n = first_n + (tile % (BAND * tiles_n)) // band
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows and columns past the end read the last one (TMA: zeros); their scores are dropped.
-    safe_rows = tl.minimum(rows, n - 1)
-    safe_columns = tl.minimum(columns, V - 1) if RAGGED else columns
     scores = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if USE_TMA:
         for start in range(0, d, BLOCK_K):
@@ -76,6 +72,9 @@ def _tile(
             w = W.load([tile_n * BLOCK_N, start])
             scores = tl.dot(f, w.T, scores)
     else:
+        # Rows and columns past the end read the last one (TMA: zeros).
+        safe_rows = tl.minimum(rows, n - 1)
+        safe_columns = tl.minimum(columns, V - 1) if RAGGED else columns
         depth = tl.arange(0, BLOCK_K)
         f_at = F + safe_rows.to(tl.int64)[:, None] * stride_f + depth[None, :]
         w_at = W + safe_columns.to(tl.int64)[None, :] * stride_w + depth[:, None]
@@ -89,29 +88,10 @@ def _tile(
             scores = tl.dot(f, w, scores)
             f_at += BLOCK_K
             w_at += BLOCK_K
-    if TERMS:
-        scores = read_out(scores, safe_rows, safe_columns, factor, offset, scale, bias)
-    if STATISTICS:
-        store_sums(scores, rows, columns, tile_n, shift, sums, n, V, n_groups // 4)
-    units = tl.load(unit + safe_rows)
-    store_winners(
-        scores,
-        units,
-        rows,
-        columns,
-        tile_n,
-        winners,
-        side_stride,
-        n,
-        V,
-        n_groups,
-        TOP,
-        BOTTOM,
-        FIXED,
-        RAGGED,
-        BLOCK_M,
-        BLOCK_N,
-    )
+    use_tile(
+        scores, rows, columns, tile_n, unit, factor, offset, scale, bias, shift, winners, sums, n, V, n_groups,
+        side_stride, TERMS, FIXED, RAGGED, TOP, BOTTOM, STATISTICS, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -172,12 +172,13 @@ def _finish(
 def _open(dtypes: tuple[torch.dtype, torch.dtype], slots: int, *, fixed: bool = True) -> Variant:
     flags = {"TERMS": True, "TOP": True, "FIXED": fixed, "GROUP": 64, "SLOTS": slots}
     f, w = (POINTERS[dtype] for dtype in dtypes)
+    shape = finish.open_shape(slots)
     return _variant(
         f"open groups {f} {w} {slots} terms{'' if fixed else ' float keys'}",
         finish._open_kernel,
         {"F": f"*{f}", "W": f"*{w}"} | _RESULTS,
-        flags | {"BLOCK_C": finish.OPEN_C, "BLOCK_K": finish.BLOCK_K},
-        {"num_warps": finish.warps_of(slots), "enable_fp_fusion": False},
+        flags | {"BLOCK_C": shape["BLOCK_C"], "BLOCK_K": finish.BLOCK_K},
+        {"num_warps": shape["num_warps"], "enable_fp_fusion": False},
         integers=("stride_f", "stride_w", "d"),
         short=slots == 64 and f == w,
     )

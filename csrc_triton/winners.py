@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.epilogue import read_out, store_winners
+from csrc_triton.epilogue import use_tile
 from csrc_triton.job import Job
-from csrc_triton.sums import store_sums
 
 CHUNK_ELEMENTS = 1 << 28
 """Dot products that a library writes at a time (1 GiB)."""
@@ -55,29 +54,10 @@ def _winners_kernel(
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_rows, safe_columns = tl.minimum(rows, n - 1), tl.minimum(columns, V - 1)
     scores = tl.load(dots + safe_rows.to(tl.int64)[:, None] * stride + safe_columns[None, :]).to(tl.float32)
-    if TERMS:
-        scores = read_out(scores, safe_rows, safe_columns, factor, offset, scale, bias)
-    if STATISTICS:
-        store_sums(scores, rows, columns, tile_n, shift, sums, n, V, tl.cdiv(V, BLOCK_N))
-    units = tl.load(unit + safe_rows)
-    store_winners(
-        scores,
-        units,
-        rows,
-        columns,
-        tile_n,
-        winners,
-        side_stride,
-        n,
-        V,
-        n_groups,
-        TOP,
-        BOTTOM,
-        FIXED,
-        RAGGED,
-        BLOCK_M,
-        BLOCK_N,
-    )
+    use_tile(
+        scores, rows, columns, tile_n, unit, factor, offset, scale, bias, shift, winners, sums, n, V, n_groups,
+        side_stride, TERMS, FIXED, RAGGED, TOP, BOTTOM, STATISTICS, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 def product(F: Tensor, W: Tensor) -> Tensor:

@@ -53,7 +53,10 @@ def write_results(model: ql.Model, folder: Path, k: int = 12) -> None:
         dictionary = ql.directions(values, keys=keys, layer=layer, name=f"sae{layer}")
         for preset in ("logit_lens_key", "query_lens_key", "logit_lens_value", "query_lens_value"):
             out = folder / f"sae{layer}.{preset}.parquet"
-            ql.signatures(dictionary, model, preset=preset, transport=transport, k=k, out=out, progress=False)
+            bins = 9 if preset == "logit_lens_value" else 0
+            ql.signatures(
+                dictionary, model, preset=preset, transport=transport, k=k, out=out, progress=False, histogram=bins
+            )
         ql.neighbours(dictionary, k=3, out=folder / f"neighbours-sae{layer}.parquet", progress=False)
     first_order = folder / "sae1.query_lens_value_approx.parquet"
     ql.signatures(

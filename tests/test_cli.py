@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -162,20 +160,3 @@ def test_benchmarks_start_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     call("bench", "lens", "--help")
     refused("bench", "lens", "--no-such-option")
-
-
-IMPORT = """
-import time, sys
-import torch
-start = time.perf_counter()
-import querylens_fast
-elapsed = time.perf_counter() - start
-heavy_names = ("transformers", "triton", "sae_lens", "transformer_lens", "datasets", "pyarrow")
-heavy = [m for m in heavy_names if m in sys.modules]
-print(elapsed, *heavy)
-"""
-
-
-def test_import_is_light() -> None:
-    output = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout.split()
-    assert output[1:] == []

@@ -11,6 +11,8 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from querylens_fast.topk.api import streamed_topk
 from querylens_fast.topk.request import Epilogue, Request
@@ -296,3 +298,50 @@ def test_blocks_take_eight_launches_and_wait_for_nothing() -> None:
     one, three = launches_and_answers(2, 2), launches_and_answers(6, 2)
     assert three[0] - one[0] <= 2 * 8 and three[1] == one[1] == 0
     assert three[2] <= one[2] + 2
+
+
+def test_operands_of_the_pass_fit_a_tma_descriptor() -> None:
+    from csrc_triton.rows import Columns, rows_of
+
+    F = gaussian(4, 64, seed=37).half()
+    apart = {"whole": F, "half of the columns": F[:, :32], "misplaced": F[:, 1:33], "one row": F[:1].expand(4, 64)}
+    for name, given_rows in apart.items():
+        narrow = rows_of(given_rows, Columns(1.0, 0.0, 0, 1.0, 0.0)).narrow
+        assert narrow.stride(0) >= narrow.shape[1] and narrow.stride(0) % 16 == narrow.data_ptr() % 16 == 0, name
+        assert torch.equal(narrow, given_rows), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([-39, -25, -21, -12, 0, 10]),
+    st.sampled_from([-39, -25, -21, -12, 0, 10]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 7),
+    st.integers(0, 2**20),
+)
+@example(-39, 10, torch.bfloat16, 0, 0).via("subnormal rows were taken for zeros")
+@example(-39, 10, torch.float32, 2, 0)
+def test_the_scaled_pass_stays_in_its_bound(f: int, w: int, dtype: torch.dtype, terms: int, seed: int) -> None:
+    """Scores of rounded operands against those in float32, at every magnitude, for sums that cancel too."""
+    from csrc_triton.columns import prepare
+    from csrc_triton.rows import rows_of
+
+    F, W = gaussian(3, 20, seed=seed) * 10.0**f, gaussian(50, 20, seed=seed + 1) * 10.0**w
+    F[:, 10:], W[:, 10:] = F[:, :10], -W[:, :10]
+    W[:, :3] *= 1.5
+    F, W = F.to(dtype).to(DEVICE), W.to(dtype).to(DEVICE)
+    bias, scale = (gaussian(50, seed=seed + i) if terms & i else None for i in (1, 2))
+    offset = 100 * gaussian(3, seed=seed + 4) if terms & 4 else torch.zeros(3, device=DEVICE)
+    scaled = dtype == torch.float32
+    columns = prepare(W, torch.float16 if scaled else dtype, bias, scale, scaled=scaled, terms=True)
+    assert columns is not None and columns.scale is not None and columns.bias is not None
+    rows = rows_of(F, columns.bounds, scaled=scaled, offset=offset)
+    dots = (rows.narrow[:, :20].float() @ columns.W[:, :20].float().T) * rows.factor[:, None]
+    passed = (dots + offset[:, None]) * columns.scale + columns.bias
+    exact = Epilogue(bias, scale, offset).apply_(F.float() @ W.float().T, slice(None), slice(None))
+    if columns.apart is not None:
+        passed[:, columns.apart.long()] = exact[:, columns.apart.long()] = 0
+    off = (passed.double() - exact.double()).abs().amax(1)
+    assert (off <= rows.error).all() or not exact.isfinite().all()
+    known = rows.error.isfinite()
+    assert ((passed * rows.per_score[:, None]).abs().amax(1)[known] < 2.0**22).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import numpy as np
@@ -141,3 +142,16 @@ def test_bins_between_each_rows_own_extremes(dtype: torch.dtype) -> None:
         assert torch.allclose(found.edges[i], torch.linspace(float(low), float(high), 51).double(), atol=1e-4)
         expected = torch.histc(scores[i], 50, float(low), float(high))
         assert (found.histogram[i] - expected).abs().sum() <= 4  # a score at an edge may fall on either side
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton"))])  # fmt: skip
+def test_bins_of_scores_near_the_largest_numbers(backend: str) -> None:
+    """A range that float32 cannot hold times the number of bins, and equal scores that a unit does not move."""
+    F = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    W = torch.stack([torch.arange(101.0).sub(50).pow(3) * 1e33, torch.full((101,), 1e30)], 1)
+    found = streamed_topk(F, W, 3, histogram=100, backend=backend).statistics
+    assert found is not None and found.histogram is not None and found.edges is not None
+    expected = np.histogram((F[:1] @ W.T).double().numpy(), found.edges[0].numpy())[0]
+    assert abs(found.histogram[0].numpy() - expected).sum() <= 4  # a score at an edge may fall on either side
+    assert int(found.histogram[1].max()) == 101 and found.edges[1, 0] < 1e30 < found.edges[1, -1]

@@ -25,6 +25,7 @@ import querylens_fast.analysis.run
 from pathlib import Path
 assert (Path(querylens_fast.__file__).parent / "analysis" / "configs" / "gpt2-small.yaml").is_file()
 pages = Path(querylens_fast.__file__).parent / "serve"
+assert (pages.parent / "__init__.pyi").is_file()
 assert (pages / "templates" / "base.html.j2").is_file() and (pages / "static" / "style.css").is_file()
 print(found.top_tokens[0], again.top_ids.shape)
 """

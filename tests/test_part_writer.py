@@ -383,3 +383,16 @@ def test_a_process_whose_shared_folder_is_gone(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(FileNotFoundError, match="the folder that the processes share is gone.*out.parquet"):
         writer.write(0, rows(0))
     assert not (tmp_path / "shared").exists()
+
+
+def test_a_run_from_before_hook_points_were_recorded_goes_on(tmp_path: Path) -> None:
+    begun, done, named = tmp_path / "begun.parquet", tmp_path / "done.parquet", {**IDENTITY, "hook_name": "a"}
+    write(begun, STARTS[:2])
+    write(done, STARTS)[0].finish()
+    for out, left in ((begun, STARTS[2:]), (done, [])):
+        writer, computed = write(out, STARTS, named)
+        assert computed == left and read_identity(writer.finish()) == IDENTITY
+    write(tmp_path / "named.parquet", STARTS, named)[0].finish()
+    for other in (IDENTITY, {**IDENTITY, "hook_name": "b"}):
+        with pytest.raises(FileExistsError, match="different: hook_name"):
+            write(tmp_path / "named.parquet", STARTS, other)

@@ -11,6 +11,8 @@ import transformers
 from tiny_models import CONFIGS, save_tiny_model
 
 import querylens_fast as ql
+from bench.family_cases import tiny
+from querylens_fast.models import weights_only
 
 
 def source(name: str = "qwen3") -> torch.nn.Module:
@@ -126,3 +128,44 @@ def test_the_readout_alone(gpt2: ql.Model, gpt2_folder: Path) -> None:
     assert torch.equal(whole.top_ids, alone.top_ids)
     with pytest.raises(ql.UnsupportedModelError, match="was not read"):
         model.residuals(torch.zeros(1, 3, dtype=torch.int64))
+
+
+UNUSUAL = ("gpt_neox_parallel", "falcon_h1", "ctrl", "gemma4_shared")
+"""Their readout has another name in the file, factors, a bias, or layers that are refused."""
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_the_readout_alone_is_the_models_own(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_only, "LARGE", 400)  # as of a large model
+    source = tiny(name)
+    source.save_pretrained(tmp_path)
+    model = ql.load_model(tmp_path, dtype="float64", linearisation="none")
+    layers = source.get_decoder().layers if hasattr(source.get_decoder(), "layers") else source.get_decoder().h
+    stream = torch.randn(2, 4, model.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    given: list[torch.Tensor] = []
+    layers[0].register_forward_pre_hook(
+        lambda _m, a, k: given.append(a[0] if a else k["hidden_states"]), with_kwargs=True
+    )
+    layers[-1].register_forward_hook(lambda _m, _a, out: (stream, *out[1:]) if isinstance(out, tuple) else stream)
+    ids = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])
+    with torch.no_grad():
+        logits = source(input_ids=ids, use_cache=False).logits
+    assert (model.logits(stream) - logits).norm() < 1e-6 * logits.norm()
+    change, ours = given[0][0] - given[0][1], model.embed(ids[0]) - model.embed(ids[1])
+    assert (change - ours).norm() < 1e-6 * change.norm()
+    assert model.n_layers == len(layers)
+
+
+def test_a_readout_that_norms_its_embeddings_is_not_read_alone(tmp_path: Path) -> None:
+    tiny("bloom").save_pretrained(tmp_path)
+    with pytest.raises(ql.UnsupportedModelError, match="does more to its token embeddings than scale them"):
+        ql.load_model(tmp_path, linearisation="none")
+
+
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertLMHeadModel"])
+def test_encoders_are_refused_however_little_they_look_ahead(kind: str) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    encoder = getattr(transformers, kind)(transformers.BertConfig(vocab_size=61, **shape)).eval()
+    with pytest.raises(ql.UnsupportedModelError, match="later tokens"):
+        ql.as_model(encoder)

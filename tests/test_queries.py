@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from served_results import N_FEATURES
+from served_results import N_FEATURES, VOCABULARY
 
 import querylens_fast as ql
 from querylens_fast.evaluation import feature_sample
@@ -83,6 +83,10 @@ def test_a_feature_is_what_the_file_says(opened: Results, folder: Path) -> None:
             assert signature.statistics["rel_var"] == pytest.approx(row["rel_var"])
             assert signature.stable_k == row["stable_k"]
     logit, query = view.signatures[1], view.signatures[3]
+    shape = logit.histogram
+    assert shape is not None and query.histogram is None and sum(shape.counts) == len(VOCABULARY)
+    assert (shape.edges[0], shape.edges[-1]) == (logit.bottom[0].score, logit.top[0].score)
+    assert view.hook_point == opened.dictionaries[0].hook_point == "blocks.0.hook_resid_post"
     both = {t.token.id for t in logit.top} & {t.token.id for t in query.top}
     assert {t.token.id for t in query.top if "logit_lens_value" in t.shared} == both
     assert view.links is not None and [link.relation for link in view.links] == ["itself"] * 3
@@ -215,13 +219,17 @@ def test_an_index_says_what_the_file_says(
     values[10:20] = values[0]  # equal scores
     dictionary = ql.directions(values, layer=1)
     out = tmp_path / "x.parquet"
-    ql.signatures(dictionary, other, preset=preset, features=features, k=9, out=out, progress=False)
+    bins = 7 if dtype == "float32" else 0
+    ql.signatures(dictionary, other, preset=preset, features=features, k=9, out=out, progress=False, histogram=bins)
     file = open_file(out)
     build.build_index(file)
     index, scan = find_index(file), Scan(file)
+    assert (scan.record(0).histogram is None) == (bins == 0) and "histogram" not in scan.statistics
     assert index is not None and list(index.features) == sorted(scan.features) and index.strings() == scan.strings()
     for row in range(len(scan)):
         assert_same(index.record(row), scan.record(row))
+        for end in ("top", "bottom"):
+            assert index.ids(row, end) == scan.ids(row, end)
     for token in range(model.vocab_size + 2):
         for end in ("top", "bottom"):
             for a, b in zip(index.postings(token, end), scan.postings(token, end), strict=True):

@@ -27,6 +27,25 @@ from querylens_fast.serve.app import create_app, listen
 from querylens_fast.serve.security import MAX_ADDRESS, MAX_BODY, Guard
 
 HOME = "http://127.0.0.1"
+HEAVY = ("torch", "transformers", "triton", "sae_lens", "transformer_lens", "datasets")
+READING = """
+import sys
+import querylens_fast as ql
+from querylens_fast.cli import app
+assert "pyarrow" not in sys.modules
+folder, result = sys.argv[1:3]
+for words in (["--help"], ["serve", "--help"], ["show", result, "3"], ["search", result, " self"], ["verify", result]):
+    try:
+        app(words)
+    except SystemExit as end:
+        assert end.code == 0, words
+from starlette.testclient import TestClient
+from querylens_fast.serve.app import create_app
+with TestClient(create_app(ql.open_results(folder)), base_url="http://127.0.0.1") as client:
+    for page in ("/", "/search?q=self", "/feature/sae1/3", "/token/9", "/compare", "/try", "/api/v1/search?text=self"):
+        assert client.get(page).status_code == 200, page
+print("imported:", *(m for m in sys.argv[3:] if m in sys.modules))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +129,9 @@ def test_hosts_origins_and_sizes_are_checked(client: TestClient) -> None:
     assert client.post("/api/v1/search", content=b"x" * (MAX_BODY + 1)).status_code == 413
     assert client.post("/api/v1/search", content=(b"x" * 1024 for _ in range(100))).status_code == 413
     assert client.post("/api/v1/search").status_code == 405
+    answer = client.get("/<b>", headers={"host": "<i>.example", "accept": "text/html,*/*"})
+    assert answer.status_code == 421 and answer.headers["content-type"].startswith("text/html")
+    assert "&lt;i&gt;.example" in answer.text and "<i>" not in answer.text
     answer = client.get("/api/v1/random")
     assert "default-src 'self'" in answer.headers["content-security-policy"]
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -121,6 +143,7 @@ def test_with_a_token_nothing_is_answered_without_it(folder: Path) -> None:
         for address in ("/", "/api/v1/random", "/static/style.css", "/api/openapi.json", "/?access_token=wrong"):
             assert client.get(address).status_code == 401, address
         assert client.get("/", headers={"authorization": "Bearer s3cre"}).status_code == 401
+        assert "<p>this server needs its token" in client.get("/", headers={"accept": "text/html"}).text
         assert client.get("/", headers={"cookie": "querylens_token=\u00e9".encode("latin-1")}).status_code == 401
         assert client.get("/api/v1/random", headers={"authorization": "Bearer s3cret"}).status_code == 200
         entry = client.get("http://box.example//evil.example/?access_token=s3cret&q=a%20b")
@@ -221,19 +244,21 @@ ODD = st.one_of(
 )
 NAMES = st.sampled_from(
     ["text", "token_id", "exact", "side", "end", "preset", "dictionary", "layer", "order", "after", "limit", "other"]
-    + ["other_preset", "seed", "access_token", "q", "token"]
+    + ["other_preset", "seed", "access_token", "q", "token", "a", "b", "rows", "ends"]
     + [f"{field}_{bound}" for field in FIELDS for bound in ("min", "max")]
 )
-ROUTES = st.sampled_from(["search", "dictionaries", "tokens", "random", "compare", "features/sae0", "tokens/9"])
+API_ROUTES = ["search", "dictionaries", "tokens", "random", "compare", "features/sae0", "tokens/9"]
+PAGES = ["", "search", "feature/sae0", "token", "random", "compare", "try", "api/docs"]
+ROUTES = st.sampled_from([*(f"api/v1/{route}" for route in API_ROUTES), *PAGES])
 
 
 def ask(client: TestClient, route: str, rest: list[str], parameters: dict[str, str]) -> None:
     from urllib.parse import quote
 
-    path = "/".join([f"/api/v1/{route}", *(quote(part, safe="") for part in rest)])
-    answer = client.get(path, params=parameters)
-    assert answer.status_code in (200, 307, 404, 405, 410, 414, 422), (path, parameters, answer.text)
-    if answer.status_code != 307 and answer.content:
+    path = "/".join([f"/{route}", *(quote(part, safe="") for part in rest)])
+    answer = client.get(path, params=parameters, follow_redirects=False)
+    assert answer.status_code in (200, 303, 307, 404, 405, 410, 414, 422), (path, parameters, answer.text)
+    if route.startswith("api/v1/") and answer.status_code != 307 and answer.content:
         answer.json()
 
 
@@ -269,3 +294,10 @@ def test_the_command_answers_indexes_and_ends_cleanly(folder: Path, tmp_path: Pa
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         assert "Traceback" not in process.stderr.read()
+
+
+def test_reading_results_needs_no_torch(folder: Path) -> None:
+    command = [sys.executable, "-c", READING, str(folder), str(folder / "sae1.query_lens_key.parquet"), *HEAVY]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    assert found.stdout.splitlines()[-1] == "imported:"

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import querylens_fast as ql
 from querylens_fast.queries.results import open_results
-from querylens_fast.queries.views import Activity, Context, Histogram, Link, Score
+from querylens_fast.queries.views import Activity, Context, Link, Score
 from querylens_fast.runs.part_writer import PartWriter
 from querylens_fast.serve import static_report
 from querylens_fast.serve.app import create_app
@@ -268,7 +268,13 @@ def test_a_run_that_is_not_finished_is_on_the_overview(folder: Path, tmp_path: P
         assert "Not finished" not in client.get("/").text and client.get("/feature/later/8").status_code == 200
 
 
-def test_a_page_shows_activity_histogram_scores_and_features_elsewhere(folder: Path) -> None:
+def test_a_histogram_and_the_hook_point_are_shown(client: TestClient) -> None:
+    text = client.get("/feature/sae1/7").text
+    assert text.count("Histogram of the scores") == 1 and "value, Logit Lens" in text
+    assert " at blocks.1.hook_resid_post" in text and "blocks.1.hook_resid_post" in client.get("/").text
+
+
+def test_a_page_shows_activity_scores_and_features_elsewhere(folder: Path) -> None:
     """What these results do not hold, put into a view of them."""
     results = open_results(folder)
     view = results.feature("sae1", 7)
@@ -286,13 +292,12 @@ def test_a_page_shows_activity_histogram_scores_and_features_elsewhere(folder: P
             Score("query_lens_key", 25, 20, 0.41, None, 0.1, None),
             Score("query_lens_key", 5, 20, 0.1, None, 0.1, None),
         ),
-        histogram=Histogram(tuple(-2 + i / 10 for i in range(41)), tuple((i * 7) % 31 for i in range(40))),
         links=(Link("downstream", None, "blocks.2.mlp.W_in", 2, 44, -0.25), Link("mlp", "sae0", "sae0", 0, 3, 0.5)),
     )
     text = static_report._page([full], 5, "All")
     assert not Page(text).open
     for words in (
-        "0.000120", "17 positions in 9 sequences of", "text.safetensors", "5 more", "Histogram of the logits", "0.410",
+        "0.000120", "17 positions in 9 sequences of", "text.safetensors", "5 more", "Histogram of the scores", "0.410",
         "input score, Query Lens", "features that read it", "blocks.2.mlp.W_in 44", "−0.250", "before: MLP",
     ):  # fmt: skip
         assert words in text, words

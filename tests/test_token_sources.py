@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import querylens_fast as ql
 
@@ -51,10 +52,23 @@ def test_what_is_no_ids_is_refused(gpt2: ql.Model) -> None:
     for given, message in (
         (5, r"are \[\]; expected ids \[B, S\]"),
         (torch.ones(1, 2, 3, dtype=torch.int64), r"are \[1, 2, 3\]; expected ids"),
-        ({"input_ids": [[1, 2]], "attention_mask": [[1, 0.5]]}, "attention_mask has dtype torch.float32"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1, 0.5]]}, "the mask holds 0.5"),
     ):
         with pytest.raises(ValueError, match=message):
             ql.load_tokens(given, model=gpt2)  # type: ignore[arg-type]
     rows = [torch.tensor([1, 2]), torch.tensor([3])]
     found = ql.load_tokens(rows, model=gpt2)  # type: ignore[arg-type]
     assert found.ids[0].tolist() == [1, 2] and found.valid_mask.tolist() == [[True, True], [True, False]]
+
+
+@pytest.mark.parametrize("strange", [0.5, 2.0, -1.0, -1e9])
+def test_masks_are_zeros_and_ones(strange: float, gpt2: ql.Model, tmp_path: Path) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    mask = torch.tensor([[1.0, 1.0, 0.0]])
+    assert ql.Tokens(ids, mask).valid_mask.tolist() == ql.Tokens(ids, mask.long()).valid_mask.tolist()
+    assert ql.Tokens(ids, mask).valid_mask.dtype == torch.bool
+    mask[0, 1] = strange
+    save_file({"tokens": ids, "valid_mask": mask}, str(tmp_path / "t.safetensors"))
+    for given in (ids, {"input_ids": ids, "attention_mask": mask}, tmp_path / "t.safetensors"):
+        with pytest.raises(ValueError, match="the mask holds .*expected only 1"):
+            ql.Tokens(ids, mask) if given is ids else ql.load_tokens(given, model=gpt2)  # type: ignore[arg-type]

@@ -71,7 +71,7 @@ def test_concatenation_is_the_references(gpt2: ql.Model) -> None:
     ("tensors", "message"),
     [
         ({"ids": torch.zeros(2, 2)}, "expected a tensor named 'tokens'"),
-        ({"tokens": torch.zeros(2, 2)}, "dtype torch.float32; expected int64"),
+        ({"tokens": torch.zeros(2, 2)}, "dtype torch.float32 and shape .* expected integer token ids"),
         ({"tokens": torch.full((1, 2), 61)}, "id 61 is outside the model's vocabulary of 61"),
         ({"tokens": torch.tensor([[3, -4]])}, "id -4 is outside"),
         ({"tokens": torch.full((2, 2), 2)}, "every position is padding"),

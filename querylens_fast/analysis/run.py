@@ -32,6 +32,7 @@ from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, load_tokens
 from querylens_fast.runs import processes
 from querylens_fast.runs.atomic_write import write_whole
+from querylens_fast.runs.run_record import DESCRIBING
 from querylens_fast.transport.transport import Transport
 
 __all__ = [
@@ -240,5 +241,6 @@ def _identity(selected: Sequence[Selected], batches: Sequence[Batch]) -> dict[st
         "features": hashlib.sha256(repr(members).encode()).hexdigest()[:16],
         "n_features": sum(len(batch.ids) for batch in batches),
         "dictionary_fingerprints": [some.fingerprint for some in selected],
+        **{name: list(dict.fromkeys(getattr(d, name) for d in dictionaries)) for name in DESCRIBING},
         **({} if block_rows is None else {"block_rows": block_rows}),
     }

@@ -12,32 +12,65 @@ from typing import Annotated
 
 import typer
 
-from querylens_fast.cli import (
-    browsing,
-    computing,
-    console,
-    evaluating,
-    explaining,
-    exporting,
-    lenses,
-    relating,
-    reliability,
-    reporting,
-    serving,
-    showing,
-)
+from querylens_fast.cli import console
+from querylens_fast.cli.lazy import lazy_group
+
+COMMANDS = {
+    "demo": "showing.demo",
+    "run": "computing.run",
+    "transport": "computing.transport",
+    "signatures": "computing.signatures",
+    "show": "browsing.show",
+    "search": "browsing.search",
+    "verify": "browsing.verify",
+    "serve": "serving.serve",
+    "downstream": "relating.downstream",
+    "upstream": "relating.upstream",
+    "flow": "relating.flow",
+    "chains": "relating.chains",
+    "neighbours": "relating.neighbours",
+    "token-features": "relating.token_features",
+    "weight-lens": "explaining.weight_lens",
+    "output-features": "explaining.output_features",
+    "attention-pairs": "explaining.attention_pairs",
+    "attention-profiles": "explaining.attention_profiles",
+    "channels": "explaining.channels",
+    "report": "reporting.report",
+    "stability": "reliability.stability",
+    "sample": "evaluating.sample",
+    "steer": "evaluating.steer",
+    "judge": "evaluating.judge",
+    "topk": "computing.topk",
+    "export": "exporting.export",
+    "annotate-graph": "exporting.annotate_graph",
+    "convert-transport": "lenses.convert_transport",
+    "convert-features": "computing.convert_features",
+    "bench": "showing.bench",
+}
+"""The module and function of each command."""
+EVALUATE_COMMANDS = {
+    "input": "evaluating.input_score",
+    "scores": "evaluating.scores",
+    "report": "evaluating.report",
+}
+OWN_ARGUMENTS = ("run", "bench")
+"""Commands that take any further arguments."""
 
 app = typer.Typer(
+    cls=lazy_group(COMMANDS, OWN_ARGUMENTS),
     help="Token signatures for every feature of sparse autoencoders and transcoders.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-evaluate = typer.Typer(help="Check signatures against what features do on held-out text.", no_args_is_help=True)
+evaluate = typer.Typer(
+    cls=lazy_group(EVALUATE_COMMANDS),
+    help="Check signatures against what features do on held-out text.",
+    no_args_is_help=True,
+)
 SHARED = ("transport", "signatures", "run", "evaluate")
 """Commands whose work several processes share."""
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, too.")]
-OWN_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @app.callback()
@@ -58,37 +91,4 @@ def _refuse_torchrun(context: typer.Context) -> None:
         raise typer.Exit(2)
 
 
-app.command()(showing.demo)
-app.command(context_settings=OWN_ARGUMENTS)(computing.run)
-app.command()(computing.transport)
-app.command()(computing.signatures)
-app.command()(browsing.show)
-app.command()(browsing.search)
-app.command()(browsing.verify)
-app.command()(serving.serve)
-app.command()(relating.downstream)
-app.command()(relating.upstream)
-app.command()(relating.flow)
-app.command()(relating.chains)
-app.command()(relating.neighbours)
-app.command("token-features")(relating.token_features)
-app.command("weight-lens")(explaining.weight_lens)
-app.command("output-features")(explaining.output_features)
-app.command("attention-pairs")(explaining.attention_pairs)
-app.command("attention-profiles")(explaining.attention_profiles)
-app.command()(explaining.channels)
-app.command("report")(reporting.report)
 app.add_typer(evaluate, name="evaluate")
-app.command()(reliability.stability)
-evaluate.command("input")(evaluating.input_score)
-evaluate.command()(evaluating.scores)
-evaluate.command()(evaluating.report)
-app.command()(evaluating.sample)
-app.command()(evaluating.steer)
-app.command()(evaluating.judge)
-app.command()(computing.topk)
-app.command()(exporting.export)
-app.command("annotate-graph")(exporting.annotate_graph)
-app.command("convert-transport")(lenses.convert_transport)
-app.command("convert-features")(computing.convert_features)
-app.command(context_settings=OWN_ARGUMENTS)(showing.bench)

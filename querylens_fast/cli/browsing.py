@@ -54,8 +54,7 @@ def search(
     with reported_errors():
         from rich.table import Table
 
-        from querylens_fast.lens.search import SIDES, tokens_like
-        from querylens_fast.lens.search import search as find
+        from querylens_fast.lens.search import SIDES, ranked_hits, tokens_like
         from querylens_fast.lens.search import show as rows_of
 
         if (id is None) == (token == ""):
@@ -63,22 +62,21 @@ def search(
         if side not in ("top", "bottom", "both"):
             raise ValueError(f"side is {side!r}; expected top, bottom or both")
         wanted: Any = token if id is None else id
-        sides: tuple[Any, ...] = SIDES if side == "both" else (side,)
-        found = [find(result, wanted, side=one, exact=exact, model=model) for one in sides]
-        if id is None and model is None and not any(map(len, found)):
+        sides = SIDES if side == "both" else (side,)
+        found = [ranked_hits(result, wanted, one, exact=exact, model=model) for one in sides]
+        if id is None and model is None and not any(len(features) for features, *_ in found):
             like = ", ".join(map(repr, tokens_like(result, token)))
             raise ValueError(f"no signature holds {token!r}" + (f"; tokens like it: {like}" if like else ""))
-    for hits in found:
-        say(f"{len(hits)} features have it among their {hits.side} tokens")
+    for one, columns in zip(sides, found, strict=True):
+        say(f"{len(columns[0])} features have it among their {one} tokens")
         table = Table()
         for name in ("feature", "layer", "score", "rank", "token"):
             table.add_column(name, justify="right")
-        columns = (hits.features, hits.layers, hits.scores, hits.ranks, hits.token_ids)
         names: dict[int, str] = {}
         for feature, layer, score, rank, token_id in zip(*(c[:limit].tolist() for c in columns), strict=True):
             if token_id not in names:
                 row = next(row for row in rows_of(result, feature, model=model) if row["layer"] == layer)
-                names[token_id] = _cells(row, hits.side)[rank][0]
+                names[token_id] = _cells(row, one)[rank][0]
             table.add_row(str(feature), str(layer), f"{score:.4f}", str(rank + 1), names[token_id])
         wide_console(100).print(table, markup=False)
 

@@ -28,7 +28,18 @@ PRODUCT = flags_of(ql.streamed_topk, "backend", "precision", helps={"precision":
 DICTIONARY = flags_of(ql.load_dictionary, "sae_id", "layer", "kind", "hook_name", "hook_name_out")
 LENS = flags_of(
     LensOptions,
-    *("preset", "transport", "tokens", "tuned_lens", "features", "k", "stats", "layers", "token_change_value"),
+    *(
+        "preset",
+        "transport",
+        "tokens",
+        "tuned_lens",
+        "features",
+        "k",
+        "stats",
+        "layers",
+        "histogram",
+        "token_change_value",
+    ),
     *("adaptive_threshold", "final_norm", "unit_norm", "unembedding", "submodule", "through_norms"),
     *("format", "token_strings", "block_rows", "resume", "progress", "backend", "max_memory_gib"),
     defaults={"features": "all"},

@@ -91,7 +91,7 @@ def rows_per_block(pipeline: Pipeline) -> int:
     lists = 1 + (pipeline.model.n_layers if pipeline.options.layers else 0)
     vectors = pipeline.model.d_model * torch.promote_types(pipeline.model.dtype, torch.float32).itemsize
     limit = BLOCK_BYTES if pipeline.options.out is not None else IN_MEMORY * BLOCK_BYTES
-    n = limit // max(vectors, 24 * pipeline.options.k * lists)
+    n = limit // max(vectors, 24 * pipeline.options.k * lists + 8 * pipeline.options.histogram)
     return max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, 1 << (n.bit_length() - 1)))
 
 

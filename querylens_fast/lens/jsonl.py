@@ -21,13 +21,15 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from querylens_fast.lens.results import Signatures
-from querylens_fast.models.model import Model
 from querylens_fast.runs import processes as ranks
 from querylens_fast.runs.atomic_write import output_file, remove_leftovers, whole
 from querylens_fast.runs.run_record import DamagedFile, digest_of, read_record, refuse_others, write_record
+
+if TYPE_CHECKING:
+    from querylens_fast.lens.results import Signatures
+    from querylens_fast.models.model import Model
 
 MAX_WARNINGS = 5
 """Damaged rows named in each file."""

@@ -18,6 +18,7 @@ from querylens_fast.lens.presets import Preset, find_preset
 from querylens_fast.lens.tuned_lens import TunedLens
 from querylens_fast.models.tokens import Tokens
 from querylens_fast.runs.arguments import finite_number, whole_number
+from querylens_fast.topk.arguments import MAX_BINS
 from querylens_fast.transport.jacobians import Submodule
 from querylens_fast.transport.transport import Transport
 
@@ -51,6 +52,7 @@ class LensOptions:
         stats: "auto" gives what costs nothing; "rel_var" requires the transport's energies; "exact" gives all of the
             reference's statistics, at the cost of carrying each feature through the model; "none".
         layers: For first-order presets: each layer's own tokens and energy too.
+        histogram: Bins of a histogram of all scores of each feature, from its lowest to its highest; 0: none.
         token_change_value: The activation that token_change sets.
         adaptive_threshold: None: query_lens_value_adaptive mixes the full transport with the direct path by the
             relative variance. A number: it takes the most faithful transition with at most this variance instead.
@@ -82,6 +84,7 @@ class LensOptions:
     tuned_lens: TunedLens | str | Path | None = None
     stats: Stats = "auto"
     layers: bool = False
+    histogram: int = 0
     token_change_value: float = 10.0
     adaptive_threshold: float | None = None
     final_norm: bool = True
@@ -116,6 +119,8 @@ class LensOptions:
             value = getattr(self, name)
             if value is not None or name == "k":
                 whole_number(name, value, least)
+        if whole_number("histogram", self.histogram, 0) > MAX_BINS:
+            raise ValueError(f"histogram is {self.histogram}; expected a number of bins from 0 (none) to {MAX_BINS}")
         finite_number("max_memory_gib", self.max_memory_gib, above=0)
         finite_number("token_change_value", self.token_change_value)
         if self.adaptive_threshold is not None and finite_number("adaptive_threshold", self.adaptive_threshold, 0) > 1:

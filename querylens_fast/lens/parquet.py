@@ -13,12 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from querylens_fast.lens.results import Signatures
-from querylens_fast.models.model import Model
 from querylens_fast.runs.part_writer import PartWriter
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from querylens_fast.lens.results import Signatures
+    from querylens_fast.models.model import Model
 
 ROW_GROUP = 1 << 15
 """Rows read together: few enough for one feature to be quick, many enough for a scan of a million."""
@@ -72,6 +73,8 @@ class ParquetSink:
         columns |= {name: pa.array(column.numpy()) for name, column in found.stats.items()}
         if found.top_se is not None:
             columns["top_se"] = _lists(pa.array(found.top_se.flatten().numpy()), found.top_se.shape)
+        if found.histogram is not None:
+            columns["histogram"] = _lists(pa.array(found.histogram.int().flatten().numpy()), found.histogram.shape)
         if found.choices is not None:
             columns["transition"] = pa.array(found.choices)
         fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]

@@ -26,6 +26,7 @@ from querylens_fast.lens.tuned_lens import TunedLens
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import at_least_float32
 from querylens_fast.models.tokens import Tokens
+from querylens_fast.topk.api import TopK
 from querylens_fast.transport.transport import Transport
 
 ENERGY_EPS = 1e-12
@@ -77,7 +78,7 @@ class Pipeline:
         """The signatures of features ids [n] with vectors [n, D] (`read` has them)."""
         vectors = self._placed(vectors)
         moved = self.transition(ids, vectors)
-        found = self.readout.topk(moved.vectors, self.options.k, self.backend).to("cpu")
+        found = self._topk(moved.vectors)
         sides: dict[str, Any] = found.sides()
         self._check_finite(ids, sides)
         stats = {} if self.options.stats == "none" else dict(moved.stats)
@@ -91,6 +92,7 @@ class Pipeline:
             stats={name: column.cpu() for name, column in stats.items()},
             top_se=None if top_se is None else top_se.cpu(),
             choices=moved.choices,
+            histogram=None if found.statistics is None else found.statistics.histogram,
             layer_terms=self._layer_terms(moved) if self.options.layers else None,
             vectors=moved.vectors.cpu() if self.options.vectors else None,
             handle=self,
@@ -145,6 +147,9 @@ class Pipeline:
         options, transition = self.options, self.preset.stream_transition
         given = {"submodule": options.submodule, "through_norms": options.through_norms}
         given["unit_norm"] = options.at_unit_length or None
+        given["histogram"] = options.histogram or None
+        read, written = self.dictionary.hook_name, self.dictionary.hook_name_out
+        given |= {"hook_name": read or None, "hook_name_out": written if written not in ("", read) else None}
         given["unembedding"] = options.unembedding if self.preset.is_dashboard else None
         return {
             "preset": self.preset.name,
@@ -169,6 +174,12 @@ class Pipeline:
             "layers": options.layers,
             **{name: value for name, value in given.items() if value is not None},
         }
+
+    def _topk(self, vectors: Tensor) -> TopK:
+        k, bins = self.options.k, self.options.histogram
+        if bins:
+            return self.scorer.topk(vectors, k, self.backend, histogram=bins).to("cpu")
+        return self.readout.topk(vectors, k, self.backend).to("cpu")
 
     def _placed(self, vectors: Tensor) -> Tensor:
         if self.options.at_unit_length and self.transition.reads_vectors:

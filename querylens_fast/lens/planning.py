@@ -17,7 +17,7 @@ from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.lens.options import LensOptions
 from querylens_fast.lens.pipeline import Pipeline
 from querylens_fast.lens.presets import Preset
-from querylens_fast.lens.readouts import find_readout
+from querylens_fast.lens.readouts import Scorer, find_readout
 from querylens_fast.lens.transitions import (
     Ablated,
     Adaptive,
@@ -86,6 +86,8 @@ def plan(
         tuned_lens = load_tuned_lens(tuned_lens)
     planned = _Plan(model, dictionary, preset, given, transport, tokens, tuned_lens, total)
     readout = find_readout(model, preset, planned.centre(), given.final_norm, given.unembedding)
+    if given.histogram and not isinstance(readout, Scorer):
+        raise ValueError(f"histogram={given.histogram}: preset {preset.name!r} of this model has none; leave it out")
     return Pipeline(model, dictionary, preset, given, planned.transition(), readout, transport, tokens, tuned_lens)
 
 

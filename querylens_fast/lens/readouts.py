@@ -40,7 +40,14 @@ class Scorer:
     final_norm: bool = False
 
     def topk(
-        self, vectors: Tensor, k: int, backend: str = "auto", *, bottom: bool = True, statistics: bool = False
+        self,
+        vectors: Tensor,
+        k: int,
+        backend: str = "auto",
+        *,
+        bottom: bool = True,
+        statistics: bool = False,
+        histogram: int = 0,
     ) -> ops.TopK:
         """The k highest and k lowest tokens of each vector [n, D]; scores in raw units of the readout."""
         x, offset = self.prepare(vectors)
@@ -54,6 +61,7 @@ class Scorer:
             bottom=bottom,
             backend=backend,
             statistics=statistics,
+            histogram=histogram or None,
         )
 
     def scores_at(self, vectors: Tensor, token_ids: Tensor) -> Tensor:

@@ -63,6 +63,8 @@ class Signatures:
         choices: What the adaptive preset took for each feature ("shrunk", or a transition's name), or None.
         top_se: Standard error of each top score over samples of text, [n, k]; of a transport fitted with groups, whose
             column "stable_k" in stats says how many of the k top tokens stay without any one group. Else None.
+        histogram: How many tokens score in each of as many equal steps from the lowest score to the highest, [n, bins],
+            when asked for.
         layer_terms: The first order's layers, in the reference's order, when asked for.
         vectors: The vectors that were read out, [n, D], when asked for.
         handle: The lens, for token strings and further scores; None in a result that was unpickled.
@@ -78,6 +80,7 @@ class Signatures:
     stats: dict[str, Tensor] = field(default_factory=dict)
     choices: list[str] | None = None
     top_se: Tensor | None = None
+    histogram: Tensor | None = None
     layer_terms: list[LayerTerm] | None = None
     vectors: Tensor | None = None
     handle: Handle | None = field(default=None, repr=False)
@@ -140,6 +143,8 @@ class Signatures:
                 row["transition"] = self.choices[i]
             if self.top_se is not None:
                 row["top_se"] = self.top_se[i].tolist()
+            if self.histogram is not None:
+                row["histogram"] = self.histogram[i].tolist()
             if self.layer_terms is not None:
                 row |= self._layer_row(i)
             yield row
@@ -213,6 +218,7 @@ def concatenate(parts: Sequence[Signatures]) -> Signatures:
         stats={name: torch.cat([p.stats[name] for p in parts]) for name in first.stats},
         choices=None if first.choices is None else [c for p in parts for c in p.choices or []],
         top_se=None if first.top_se is None else cat("top_se"),
+        histogram=None if first.histogram is None else cat("histogram"),
         layer_terms=terms,
         vectors=None if first.vectors is None else cat("vectors"),
         handle=first.handle,

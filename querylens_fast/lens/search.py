@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
 from querylens_fast.lens.storage import FORMATS, read_identity, read_jsonl, refuse_other_columns
-from querylens_fast.models.folders import load_tokenizer
 from querylens_fast.runs.sealed_parquet import opened
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    from torch import Tensor
 
 SIDES = ("top", "bottom")
 N_CANDIDATES = 10
@@ -75,6 +72,21 @@ def search(
         ValueError: It is no result of this package, holds no token strings while no model is given, or the string is
             not one token of the model.
     """
+    import torch
+
+    return Hits(side, *map(torch.from_numpy, ranked_hits(path, token, side, exact=exact, limit=limit, model=model)))
+
+
+def ranked_hits(
+    path: str | Path,
+    token: str | int | Sequence[int],
+    side: str,
+    *,
+    exact: bool = False,
+    limit: int | None = None,
+    model: Any = None,
+) -> tuple[np.ndarray, ...]:
+    """`search` without torch: features, layers, scores, ranks and token ids of the hits."""
     if side not in SIDES:
         raise ValueError(f"side is {side!r}; expected 'top' or 'bottom'")
     spellings: list[str] | None = None
@@ -198,20 +210,15 @@ def _dictionary(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
     return _numbers(values.indices), values.dictionary
 
 
-def _ranked(side: str, parts: Sequence[tuple[np.ndarray, ...]], limit: int | None) -> Hits:
+def _ranked(side: str, parts: Sequence[tuple[np.ndarray, ...]], limit: int | None) -> tuple[np.ndarray, ...]:
     import numpy as np
 
     if not parts:
         parts = [tuple(np.zeros(0, t) for t in ("i8", "i8", "f4", "i8", "i8"))]
     features, layers, scores, ranks, token_ids = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((features, -scores if side == "top" else scores))[:limit]
-
-    def whole(column: np.ndarray) -> Tensor:
-        return torch.from_numpy(column[order].astype("i8"))
-
-    return Hits(
-        side, whole(features), whole(layers), torch.from_numpy(scores[order].copy()), whole(ranks), whole(token_ids)
-    )
+    found = [column[order] for column in (features, layers, scores, ranks, token_ids)]
+    return tuple(column if column.dtype.kind == "f" else column.astype("i8") for column in found)
 
 
 def _rows_of(path: Path, feature: int) -> list[dict[str, Any]]:
@@ -237,6 +244,8 @@ def _rows_of(path: Path, feature: int) -> list[dict[str, Any]]:
 def _tokenizer(model: Any) -> Any:
     """The tokenizer of a `Model`, a tokenizer itself, or the one at a folder or hub id."""
     if isinstance(model, (str, Path)):
+        from querylens_fast.models.folders import load_tokenizer
+
         return load_tokenizer(model, None, required=True)
     found = getattr(model, "tokenizer", model)
     if found is None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from querylens_fast.lens.jsonl import JsonlSink, has_checksums, jsonl_problems, read_jsonl, read_jsonl_identity
 from querylens_fast.lens.parquet import ParquetSink
-from querylens_fast.lens.results import Signatures
-from querylens_fast.models.model import Model
 from querylens_fast.runs import part_writer, sealed_parquet, sealed_tensors
+
+if TYPE_CHECKING:
+    from querylens_fast.lens.results import Signatures
+    from querylens_fast.models.model import Model
 
 __all__ = ["FORMATS", "Sink", "StoredSignatures", "format_of", "open_sink", "read_identity", "read_jsonl", "verify"]
 

@@ -102,8 +102,12 @@ def _split_layer(own: OwnLayers, index: int) -> Split | None:
         order = min(errors, key=errors.__getitem__)
         if not errors[order] <= added:
             return None
+        if own.token_dependent:  # the MLP's Jacobian is taken without tokens: it may not read them
+            without_tokens = own.call(index, no_attention, mid, own.any_tokens(masking.shape))
+            if not float((without_tokens - chained).norm()) <= added:
+                return None
         adds = [_adds_directly(own, index, x, masking, silenced(attention, mlp), name) for name in (attention, mlp)]
-    except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
         logger.debug("%s: layer %d cannot be split (%s)", own.name, index, error)
         return None
     return Split(no_mlp, no_attention, order, *adds)
@@ -224,15 +228,14 @@ class AutodiffMLP(NoSingleWeights):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The residual contribution [B, S, D] of x [B, S, D]."""
-        return self.part(x, _plain(x))
+        return self.part(x, self._masking(x))
 
     def linearise(self, x: Tensor, through_norms: bool = True) -> LinearByAutodiff:
         """The contribution and its Jacobian at x [B, S, D]."""
-        return self.part.linearise(x, _plain(x), through_norms)
+        return self.part.linearise(x, self._masking(x), through_norms)
 
-
-def _plain(x: Tensor) -> Masking:
-    return Masking(None, (x.shape[0], x.shape[1]), x.device)
+    def _masking(self, x: Tensor) -> Masking:
+        return self.part.own.any_tokens((x.shape[0], x.shape[1]))
 
 
 class LinearByAutodiff:

@@ -7,7 +7,6 @@ enters the stream. What does not have this form is refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,8 +99,8 @@ def _after_head(own: OwnLayers, ids: Tensor, vocab: int, config: Any, name: str)
 def _embedding(own: OwnLayers, embedding: Any, config: Any) -> tuple[Tensor, float]:
     """(W_E [V, D], scale): embed_scale·W_E is what a token adds to the stream before layer 0, positions aside.
 
-    Where the token embeddings go through a norm of their own first (BLOOM), W_E holds them after it. Where a norm takes
-    in the positions as well, W_E is the raw table.
+    Where the token embeddings go through a norm or a matrix of their own first (BLOOM), W_E holds them after it; where
+    that takes in the positions as well (BART, BERT), at position 0.
     """
     W_E = embedding.weight.detach()
     first = torch.arange(min(12, own.vocab_size), device=own.device)[None]
@@ -115,11 +114,8 @@ def _embedding(own: OwnLayers, embedding: Any, config: Any) -> tuple[Tensor, flo
         named += [None if own_scale is None else float(torch.as_tensor(own_scale).to(W_E.dtype))]
         near = [float(c) for c in named if isinstance(c, int | float) and _close(float(c), measured, W_E.dtype)]
         return W_E, near[-1] if near else measured
-    alone = own.front(first[:, :1].expand(1, 4))
-    if not torch.equal(alone[0, 0], alone[0, 3]):
-        return W_E, 1.0
-    table = [own.front(ids[None])[0] for ids in torch.arange(len(W_E), device=own.device).split(EMBEDDED_AT_ONCE)]
-    return torch.cat(table), 1.0
+    tokens = torch.arange(len(W_E), device=own.device)
+    return torch.cat([own.front(ids[:, None])[:, 0] for ids in tokens.split(EMBEDDED_AT_ONCE)]), 1.0
 
 
 def _close(named: float, measured: float, dtype: torch.dtype) -> bool:
@@ -146,60 +142,3 @@ def position_limit(source: nn.Module) -> int | None:
         if hasattr(module, "build_mpt_alibi_tensor"):  # made once for this length
             found.append(source.config.max_seq_len)  # type: ignore
     return min(found, default=None)
-
-
-FINAL_NORMS = (
-    "ln_f",
-    "norm",
-    "final_layernorm",
-    "final_layer_norm",
-    "norm_f",
-    "embedding_norm",
-    "layer_norm",
-    "final_norm",
-    "ln_out",
-)
-
-
-@dataclass(frozen=True)
-class NamedReadout:
-    """The readout as names in module and config say it; `measured_frame` agrees wherever a model can be run."""
-
-    final_norm: nn.Module | None
-    embed_scale: float
-    logit_scale: float
-    softcap: float | None
-
-
-def named_readout(skeleton: nn.Module, dtype: torch.dtype, name: str) -> NamedReadout:
-    """Find the final norm and the factors of a transformers causal LM without running it.
-
-    Raises:
-        UnsupportedModelError: No module beside the layers is called as final norms are, or embeddings are normed.
-    """
-    model: Any = skeleton
-    config, embedding = model.config.get_text_config(), model.get_input_embeddings()
-    decoder = next((m for m in skeleton.modules() if any(c is embedding for c in m.children())), skeleton)
-    norm = next((getattr(decoder, n) for n in FINAL_NORMS if isinstance(getattr(decoder, n, None), nn.Module)), None)
-    if norm is None or hasattr(decoder, "word_embeddings_layernorm"):
-        raise UnsupportedModelError(
-            f"model {name!r}: {type(decoder).__name__} has no final norm under {', '.join(FINAL_NORMS)}, or norms its "
-            "embeddings; load it with its layers"
-        )
-    scale = getattr(embedding, "scalar_embed_scale", None)
-    scale = scale if scale is not None else getattr(config, "embedding_multiplier", None)
-    own = getattr(embedding, "embed_scale", None)
-    if scale is None and isinstance(own, float):
-        scale = own
-    if hasattr(decoder, "normalizer"):  # RecurrentGemma keeps it in bfloat16, whatever the model's dtype
-        scale = float(torch.tensor(config.hidden_size**0.5).bfloat16())
-    logits = 1.0
-    for attribute, value in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
-        factor = getattr(config, attribute, None)
-        logits *= float(factor) ** value if isinstance(factor, int | float) else 1.0
-    return NamedReadout(
-        norm,
-        1.0 if scale is None else float(torch.tensor(scale).to(dtype)),
-        logits,
-        next((c for c in (getattr(config, n, None) for n in SOFT_CAPS) if c), None),
-    )

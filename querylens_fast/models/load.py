@@ -165,7 +165,8 @@ def _adapt(source: Any, name: str, tokenizer: Any, linearisation: Linearisation)
 def _linearised(source: Any, name: str, tokenizer: Any, linearisation: Linearisation) -> Model:
     config = source.config.get_text_config()
     forward = _logits_of(source)
-    ids = probe_ids(len(source.get_input_embeddings().weight), next(source.parameters()).device)
+    weight = source.get_input_embeddings().weight
+    ids = probe_ids(len(weight), weight.device)
     try:
         theirs = at_least_float32(forward(ids))
     except Exception as error:
@@ -175,7 +176,7 @@ def _linearised(source: Any, name: str, tokenizer: Any, linearisation: Linearisa
         ) from error
     if not bool(torch.isfinite(theirs).all()):
         raise_not_finite(source, _layout(source, name), name)
-    refuse_encoder(forward, ids, theirs, name)
+    refuse_encoder(forward, ids, theirs, name, weight.dtype)
     reason = f"no linearisation is written out for its type {config.model_type!r}"
     if linearisation == "hand-written" or (linearisation == "auto" and config.model_type in FAMILIES):
         try:
@@ -203,6 +204,8 @@ def _why(loaded: Model, reason: str, linearisation: Linearisation) -> str:
         parts.append("; each layer is one unit, so resid_mid points, the first order and single modules are refused")
     if loaded.own.token_dependent:
         parts.append("; what its layers read beside the stream (embeddings of their own) is held fixed")
+    if loaded.W_E.data_ptr() != loaded.raw_embedding.data_ptr():
+        parts.append("; token embeddings are taken as they enter layer 0, alone at position 0")
     if loaded.mixture_of_experts:
         parts.append("; the experts' routing is held fixed")
     return "".join(parts)

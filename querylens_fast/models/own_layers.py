@@ -39,11 +39,14 @@ class Passes(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """The readout's modules as one forward pass called them: the final norm (None: there is none) and the head."""
+    """The readout's modules as one forward pass called them.
+
+    ``final_norm`` is what reads the last layer's output, and where others follow (the dense layer of a BERT's head),
+    all of them in a sequence; None: there is none. ``normed`` [B, S, D] is what it gave, or the last layer.
+    """
 
     final_norm: nn.Module | None
     normed: Tensor
-    """What the final norm gave (or the last layer), [B, S, D]."""
     head_input: Tensor
 
 
@@ -56,8 +59,21 @@ class OwnLayers:
     """
 
     def __init__(self, source: Any, name: str) -> None:
-        self.name = name
         self.model = share(source)
+        self._prepare(name)
+        self.layers = self._find_layers()
+        self.token_dependent = self._check_arguments()
+
+    @classmethod
+    def around(cls, model: Any, layers: list[nn.Module], name: str) -> OwnLayers:
+        """Of a model that may be changed and whose layers are known already; nothing is checked."""
+        made = cls.__new__(cls)
+        made.model, made.layers = model.eval(), layers
+        made._prepare(name)
+        return made
+
+    def _prepare(self, name: str) -> None:
+        self.name, self.token_dependent = name, False
         for config in _configs(self.model):
             for field in EAGER:
                 if field in vars(config):
@@ -65,14 +81,11 @@ class OwnLayers:
             if getattr(config, "use_cache", False):
                 config.use_cache = False
         self.vocab_size = len(self.model.get_input_embeddings().weight)
-        self.device = next(self.model.parameters()).device
+        self.device = self.model.get_input_embeddings().weight.device
         decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
         self._takes = {n for m in (self.model, decoder) for n in inspect.signature(m.forward).parameters}
         self._pass = lru_cache(maxsize=4)(self._pass)
-        self._plain = lru_cache(maxsize=4)(lambda shape: Masking(None, shape, self.device))
-        self.layers = self._find_layers()
-        self.token_dependent = False
-        self.token_dependent = self._check_arguments()
+        self.any_tokens = lru_cache(maxsize=4)(self._any_tokens)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -92,18 +105,16 @@ class OwnLayers:
 
         The last four maskings' passes are kept: masks and rotary angles are the same for every direction.
         """
-        if masking.ids is None and masking.valid is None:
-            masking = self._plain(masking.shape)
-        return self._pass(masking)
+        if masking.ids is None and self.token_dependent:
+            raise UnsupportedModelError(
+                f"model {self.name!r} gives its layers inputs that depend on the tokens, so a changed residual stream "
+                "cannot be run on from there without them"
+            )
+        return self._pass(self.any_tokens(masking.shape) if masking.ids is None and masking.valid is None else masking)
 
     def _pass(self, masking: Masking) -> Passes:
         ids = masking.ids
         if ids is None:
-            if self.token_dependent:
-                raise UnsupportedModelError(
-                    f"model {self.name!r} gives its layers inputs that depend on the tokens, so a changed residual "
-                    "stream cannot be run on from there without them"
-                )
             ids = torch.zeros(masking.shape, dtype=torch.int64, device=self.device)
         streams: list[Tensor] = []
         arguments: list[Arguments] = []
@@ -123,6 +134,10 @@ class OwnLayers:
             hooks.enter_context(_removing(self.layers[-1].register_forward_hook(after)))
             self.forward(ids, masking.valid)
         return Passes(streams, arguments, final[-1])
+
+    def _any_tokens(self, shape: tuple[int, int]) -> Masking:
+        """An unmasked pass over token 0, one object a shape, for what depends on neither tokens nor padding."""
+        return Masking(None, shape, self.device, torch.zeros(shape, dtype=torch.int64, device=self.device))
 
     def call(self, layer: int, module: nn.Module, x: Tensor, masking: Masking) -> Tensor:
         """The output [B, S, D] of ``module`` (layer ``layer`` or a version of it) on x [B, S, D]."""
@@ -166,9 +181,15 @@ class OwnLayers:
                 if id(module) not in inside or module is self.layers[-1]:
                     hooks.enter_context(_removing(module.register_forward_hook(record, with_kwargs=True)))
             self.forward(ids)
-        norms = [(m, out) for m, x, out in calls if x.shape == last[0].shape and torch.equal(x, last[0])]
-        found = norms[0] if norms else (None, last[0])
-        return Trace(*found, given[0] if given else last[0])
+        chain: list[nn.Module] = []
+        state = last[0]
+        for position, (module, x, out) in enumerate(calls):
+            # A module is noted after those inside it: take the outermost of those that read the same.
+            if same(x, state) and not any(same(x, later) for _, later, _ in calls[position + 1 :]):
+                chain.append(module)
+                state = out
+        norm = nn.Sequential(*chain) if len(chain) > 1 else next(iter(chain), None)
+        return Trace(norm, state, given[0] if given else last[0])
 
     def between_head_and_logits(self, ids: Tensor, values: Tensor) -> Tensor:
         """What the model makes of the head's output ``values`` [B, S, V] before it returns logits (scale, cap)."""
@@ -193,14 +214,17 @@ class OwnLayers:
         outer = [(p, m) for p, m in ran if not any(p.startswith(other + ".") for other, _ in ran)]
         streams = [(p, m) for p, m in outer if all(_is_stream(*called[id(c)][0]) for c in m)]
         if len(streams) != 1:
+            again = [p for p, m in lists if any(len(called.get(id(child), ())) > 1 for child in m)]
+            more = f"; more than once a pass: {again}" if again else ""
             raise UnsupportedModelError(
                 f"model {self.name!r} ({type(self.model).__name__}): no single list of layers takes one residual "
-                f"stream [batch, positions, d_model] through it (lists that ran: {[p for p, _ in outer] or 'none'})"
+                f"stream [batch, positions, d_model] through it (lists that ran: {[p for p, _ in outer] or 'none'}"
+                f"{more})"
             )
         layers = list(streams[0][1])
         for i in range(len(layers) - 1):
             out, following = called[id(layers[i])][0][1], called[id(layers[i + 1])][0][0]
-            if out is None or following is None or not torch.equal(out, following):
+            if out is None or following is None or not same(out, following):
                 raise UnsupportedModelError(
                     f"model {self.name!r} ({type(self.model).__name__}) changes its residual stream between layers "
                     f"{i} and {i + 1}, so its layers alone do not carry a direction"
@@ -225,16 +249,22 @@ class OwnLayers:
 
         with _removing(self.layers[0].register_forward_hook(shifted)):
             third = self._pass(Masking(None, shape, self.device, ids))
-        for i, expected in enumerate((*third.streams[2:], third.final), start=1):
+        after_later = (*third.streams[2:], third.final)[: len(self.layers) - 1]
+        for i, expected in enumerate(after_later, start=1):
             with torch.no_grad():
                 found = first_tensor(self.layers[i](third.streams[i], *first[i].positional, **first[i].named))
             if not (found - expected).norm() <= 1e-3 * expected.norm():
                 raise UnsupportedModelError(
                     f"model {self.name!r} ({type(self.model).__name__}): layer {i} reads what earlier layers hand it "
-                    "beside the residual stream (keys and values shared between layers), so the stream alone does not "
-                    "carry a direction"
+                    "beside the residual stream (keys and values or router states shared between layers), so the "
+                    "stream alone does not carry a direction"
                 )
         return not all(alike(a[:2], b[:2]) for a, b in zip(first, second, strict=True))
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one shape and the same numbers."""
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 class _Reached(Exception):

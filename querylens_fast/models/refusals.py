@@ -51,7 +51,7 @@ def _reasons(source: nn.Module) -> Iterator[str]:
         if weight.is_meta:
             yield (
                 f"has weights that are not in memory ({name} is on the meta device: not loaded, or offloaded to disk); "
-                "load it whole, or with linearisation='none'"
+                "load it whole (nnsight: dispatch=True), or with linearisation='none'"
             )
         if weight.dtype in NARROW or not weight.is_floating_point() or type(weight.data) is not Tensor:
             kind = weight.dtype if type(weight.data) is Tensor else type(weight.data).__name__
@@ -69,17 +69,21 @@ def _reasons(source: nn.Module) -> Iterator[str]:
         )
     if getattr(config, "is_encoder_decoder", False):
         yield "is an encoder-decoder model: only decoders have one residual stream from token to logit"
+    if "MaskedLM" in type(source).__name__:
+        yield "is a masked language model: an encoder, whose positions see later tokens; load a causal language model"
     if config is not None and hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None:
         yield "has no unembedding (it was loaded without its head); load it with AutoModelForCausalLM"
 
 
-def refuse_encoder(forward: Callable[[Tensor], Tensor], ids: Tensor, logits: Tensor, name: str) -> None:
-    """Raise UnsupportedModelError when a later token changes an earlier position's logits."""
+def refuse_encoder(
+    forward: Callable[[Tensor], Tensor], ids: Tensor, logits: Tensor, name: str, dtype: torch.dtype
+) -> None:
+    """Raise UnsupportedModelError when a later token changes an earlier position's logits. ``dtype``: the weights'."""
     changed = ids.clone()
     changed[:, -1] = (changed[:, -1] + 1) % logits.shape[-1]
     before, after = logits[:, :-1], forward(changed).to(logits)[:, :-1]
     difference = (before - after).norm()
-    if not difference <= {torch.float64: 1e-6, torch.float32: 1e-3}.get(logits.dtype, 0.03) * before.norm():
+    if not difference <= {torch.float64: 1e-6, torch.float32: 1e-5}.get(dtype, 0.01) * before.norm():
         raise UnsupportedModelError(
             f"model {name!r} has a variation this package does not reproduce: it looks at later tokens, as encoders do "
             "and causal LMs do not, so a transport has no direction in it"

@@ -28,7 +28,7 @@ REFERENCE_HOLDOUT = 1000
 
 @dataclass(frozen=True)
 class Tokens:
-    """A token sample: ids [B, S] int64 and valid_mask [B, S] bool, both on the CPU."""
+    """A token sample: ids [B, S] int64 and valid_mask [B, S] bool (or zeros and ones), both on the CPU."""
 
     ids: Tensor
     valid_mask: Tensor
@@ -42,6 +42,8 @@ class Tokens:
             raise ValueError(
                 f"tokens from {self.source} are {list(self.ids.shape)}; expected [B, S] with at least one token"
             )
+        _check_ids(self.ids, f"tokens from {self.source}")
+        object.__setattr__(self, "valid_mask", _as_mask(self.valid_mask, self.source))
         if self.valid_mask.shape != self.ids.shape:
             raise ValueError(
                 f"tokens from {self.source}: valid_mask is {list(self.valid_mask.shape)} but tokens are "
@@ -85,7 +87,7 @@ def as_tokens(tokens: Any, model: Any = None) -> Tokens:
         ids, mask = _rows(tokens["input_ids"])
         given = tokens.get("attention_mask")
         if given is not None:
-            mask = _rows(given, "attention_mask")[0].bool()
+            mask = _as_mask(_rows(given, "attention_mask")[0], "memory")
         return _checked(ids, mask, model, "memory", {})
     if isinstance(tokens, list | tuple) and tokens and all(isinstance(t, str) for t in tokens):
         encoded = _tokenizer(model)(list(tokens), add_special_tokens=False)["input_ids"]
@@ -106,10 +108,26 @@ def _rows(tokens: Any, name: str = "tokens") -> tuple[Tensor, Tensor | None]:
         ids = torch.as_tensor(tokens).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} is a {type(tokens).__name__} that is no [B, S] of integer ids ({error})") from error
+    if name == "tokens":
+        _check_ids(ids, name)
+        ids = ids.long()
+    return ids, mask
+
+
+def _check_ids(ids: Tensor, name: str) -> None:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        expected = "integer token ids" if name == "tokens" else "zeros and ones as integers"
-        raise ValueError(f"{name} has dtype {ids.dtype} and shape {list(ids.shape)}; expected {expected}")
-    return ids.long(), mask
+        raise ValueError(f"{name} has dtype {ids.dtype} and shape {list(ids.shape)}; expected integer token ids")
+
+
+def _as_mask(given: Any, source: str) -> Tensor:
+    """A mask as bool. Raises ValueError where it holds more than zeros and ones, as additive or soft masks do."""
+    mask = torch.as_tensor(given).detach().cpu()
+    strange = mask[(mask != 0) & (mask != 1)]
+    if len(strange):
+        raise ValueError(
+            f"tokens from {source}: the mask holds {strange[0].item()}; expected only 1 (valid) and 0 (padding)"
+        )
+    return mask.bool()
 
 
 def load_tokens(
@@ -138,6 +156,8 @@ def load_tokens(
         FileNotFoundError: The file or dataset cannot be had.
         ValueError: The file is damaged, holds no tokens, or ids outside the model's vocabulary.
     """
+    if max_length < 1:
+        raise ValueError(f"max_length is {max_length}; expected at least 1")
     if not isinstance(source, (str, Path)):
         if _is_dataset(source):
             dataset: Any = source
@@ -191,11 +211,10 @@ def _read_safetensors(path: Path) -> tuple[Tensor, Tensor | None]:
     if "tokens" not in tensors:
         raise ValueError(f"token file {str(path)!r} holds {sorted(tensors)}; expected a tensor named 'tokens' [B, S]")
     ids, mask = tensors["tokens"], tensors.get("valid_mask")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"token file {str(path)!r}: 'tokens' has dtype {ids.dtype}; expected int64")
+    _check_ids(ids, f"token file {str(path)!r}: 'tokens'")
     ids = ids[None] if ids.ndim == 1 else ids
     mask = mask[None] if mask is not None and mask.ndim == 1 else mask
-    return ids.long(), None if mask is None else mask.bool()
+    return ids.long(), mask if mask is None else _as_mask(mask, str(path))
 
 
 def _checked(ids: Tensor, mask: Tensor | None, model: Any, source: str, details: dict[str, str]) -> Tokens:

@@ -1,26 +1,33 @@
-"""Embedding, unembedding and final norm of a checkpoint, read without the rest: ``linearisation="none"``.
+"""Embedding, unembedding and final norm of a checkpoint, read without its layers: ``linearisation="none"``.
 
 That is all that the identity presets, `token_features` and `neighbours` read, and with an imported Jacobian lens the
-value side too. The architecture is built without memory (meta device) to find the names of the three, and only these
-tensors are read from the safetensors files.
+value side too. The architecture is built with its large tensors on the meta device and its layers replaced by ones that
+pass the stream on. One forward pass over that shows which modules lie around the layers; their tensors, and no others,
+are read from the safetensors files, and the readout is measured as that of a whole model is (`frame`).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from querylens_fast.models.blocks import Block
 from querylens_fast.models.errors import UnsupportedModelError
 from querylens_fast.models.folders import check_folder, load_config, load_tokenizer
-from querylens_fast.models.frame import named_readout
+from querylens_fast.models.frame import measured_frame
 from querylens_fast.models.model import Model
 from querylens_fast.models.moe import NoSingleWeights
-from querylens_fast.models.norms import OwnNorm
+from querylens_fast.models.own_layers import OwnLayers, probe_ids
+
+LARGE = 1 << 20
+"""Elements from which a tensor of the architecture is left without memory."""
+MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 
 
 class Unread(NoSingleWeights):
@@ -48,47 +55,140 @@ def load_weights_only(
 
     Raises:
         FileNotFoundError: The folder or hub id cannot be had, or holds no safetensors files.
-        UnsupportedModelError: Its readout cannot be named without running the model.
+        UnsupportedModelError: What lies around its layers cannot be run or read by itself.
     """
     import transformers
 
     check_folder(name)
     config = load_config(name, revision)
     try:
-        with torch.device("meta"):
-            skeleton = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError as error:
-        raise UnsupportedModelError(f"model {name!r} is no causal LM of transformers ({str(error)[:200]})") from error
-    parts = named_readout(skeleton, dtype, name)
-    wanted = {"W_E": skeleton.get_input_embeddings(), "W_U": skeleton.get_output_embeddings(), "norm": parts.final_norm}
-    files = _Files(name, revision)
-    tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
-    for part, module in wanted.items():
-        if part == "W_U" and tied:
-            module.weight = wanted["W_E"].weight
-        elif module is not None:
-            _fill(module, skeleton, files, dtype, device)
-    embedding, head = wanted["W_E"], wanted["W_U"]
-    n_layers = int(config.get_text_config().num_hidden_layers)
+        with _LargeOnMeta():
+            skeleton = transformers.AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, attn_implementation="eager", dtype=dtype
+            )
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"model {name!r}: its architecture cannot be built without its weights ({str(error)[:200]})"
+        ) from error
+    if skeleton.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"model {name!r} has no unembedding; load one with AutoModelForCausalLM's head")
+    try:
+        own = _around_layers(skeleton, name, _Filler(skeleton, _Files(name, revision), dtype, device))
+        frame = measured_frame(skeleton, own, name, load_tokenizer(tokenizer or name, revision, bool(tokenizer)))
+    except (RuntimeError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
+        raise UnsupportedModelError(
+            f"model {name!r} ({type(skeleton).__name__}): what lies around its layers cannot be run by itself "
+            f"({type(error).__name__}: {str(error)[:200]}); load the model with its layers"
+        ) from error
+    if skeleton.get_input_embeddings().weight.data_ptr() != frame.W_E.data_ptr():
+        raise UnsupportedModelError(
+            f"model {name!r} does more to its token embeddings than scale them; load the model with its layers"
+        )
     unread = Unread(f"the layers of {name!r}")
-    return Model(
-        name=name,
-        architecture=config.get_text_config().model_type,
-        blocks=[Block(unread, unread)] * n_layers,
-        final_norm=OwnNorm(wanted["norm"]),
-        W_E=embedding.weight.detach(),
-        W_U=head.weight.detach(),
-        b_U=None if getattr(head, "bias", None) is None else head.bias.detach(),
-        embed_scale=parts.embed_scale,
-        position_embedding=None,
-        logit_softcap=parts.softcap,
-        logit_scale=parts.logit_scale,
-        convention="raw lm_head",
-        tokenizer=load_tokenizer(tokenizer or name, revision, required=bool(tokenizer)),
-        source=None,
-        linearisation="none",
-        has_submodules=False,
-    )
+    frame.blocks = [Block(unread, unread)] * len(own)
+    frame.source, frame.linearisation, frame.has_submodules = None, "none", False
+    return frame
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """New large tensors are made on the meta device; small ones are real, as tables and scales have to be."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in MAKERS:
+            size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+            if torch.Size(size if not isinstance(size, int) else (size,)).numel() >= LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+class _Passes(nn.Module):
+    """Stands for a layer: gives the stream it is given, alone (``several`` 0) or first in a tuple of so many."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.several = 0
+        self.layer = [layer]  # not a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model asks of a layer (its type of attention, say)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["layer"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        return (x, *[None] * (self.several - 1)) if self.several else x
+
+
+def _around_layers(skeleton: Any, name: str, fill: Callable[[nn.Module], None]) -> OwnLayers:
+    """The skeleton with layers that do nothing; every module that is called has its tensors filled in before."""
+    decoder = skeleton.get_decoder() if hasattr(skeleton, "get_decoder") else skeleton.base_model
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise UnsupportedModelError(f"model {name!r} ({type(skeleton).__name__}) has no list of layers")
+    layers = max(lists, key=len)
+    originals = list(layers)
+    for i, layer in enumerate(originals):
+        layers[i] = _Passes(layer)
+    embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    for module in (embedding, head):
+        fill(module)
+    for module in skeleton.modules():
+        module.register_forward_pre_hook(lambda module, _args: fill(module))
+    own = OwnLayers.around(skeleton, list(layers), name)
+    ids = probe_ids(len(embedding.weight), embedding.weight.device)
+    failure: Exception | None = None
+    for several in range(4):
+        for layer in layers:
+            layer.several = several  # type: ignore[assignment]
+        try:
+            if own.forward(ids).shape == (*ids.shape, len(head.weight)):
+                return own
+        except UnsupportedModelError:
+            raise
+        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
+            failure = failure or error
+    raise RuntimeError("its layers return something else than the stream") from failure
+
+
+class _Filler:
+    """Puts the checkpoint's tensors in a module's own parameters, those that modules share once."""
+
+    def __init__(self, skeleton: nn.Module, files: _Files, dtype: torch.dtype, device: torch.device) -> None:
+        self.skeleton, self.files, self.dtype, self.device = skeleton, files, dtype, device
+        self.paths: dict[nn.Parameter, list[str]] = {}
+        for path, parameter in skeleton.named_parameters(remove_duplicate=False):
+            self.paths.setdefault(parameter, []).append(path)
+        self.read: dict[nn.Parameter, nn.Parameter] = {}
+
+    def __call__(self, module: nn.Module) -> None:
+        for own, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in self.paths:
+                continue
+            if parameter not in self.read:
+                found = self.files.read(self.paths[parameter], self.skeleton)
+                if found.shape != parameter.shape:
+                    raise ValueError(
+                        f"model {self.files.name!r}: its files hold {self.paths[parameter][0]} as {list(found.shape)}, "
+                        f"but its config says {list(parameter.shape)}"
+                    )
+                self.read[parameter] = nn.Parameter(found.to(self.device, self.dtype), requires_grad=False)
+            setattr(module, own, self.read[parameter])
+
+
+def _names_on_loading(skeleton: Any, keys: list[str]) -> dict[str, str]:
+    """Parameter path → key, for keys of the files that transformers renames on loading."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # versions that rename nothing
+        return {}
+    known = dict.fromkeys(skeleton.state_dict(), True)
+    renamings = [r for r in get_model_conversion_mapping(skeleton) if isinstance(r, WeightRenaming)]
+    prefix = str(getattr(skeleton, "base_model_prefix", ""))
+    return {rename_source_key(key, renamings, [], prefix, known)[0]: key for key in keys}
 
 
 class _Files:
@@ -98,16 +198,35 @@ class _Files:
         self.name, self.revision = name, revision
         self.folder = Path(name) if Path(name).is_dir() else None
         self.place = self._index()
+        self._names: dict[str, str] | None = None
 
-    def read(self, key: str) -> Tensor:
-        """One tensor."""
+    def read(self, paths: list[str], skeleton: nn.Module) -> Tensor:
+        """The tensor of a parameter of ``skeleton`` that has these paths (several where weights are tied).
+
+        Raises:
+            UnsupportedModelError: The files do not hold it, or hold something that becomes it on loading.
+        """
         from safetensors import SafetensorError, safe_open
 
+        key = next((p for p in paths if p in self.place), None)
+        if key is None:
+            key = next((self._renamed(skeleton)[p] for p in paths if p in self._renamed(skeleton)), None)
+        if key is None:
+            raise UnsupportedModelError(
+                f"model {self.name!r}: its files hold no tensor that is {' or '.join(paths)}, so the readout cannot be "
+                "read by itself; load the model with its layers"
+            )
         try:
             with safe_open(str(self._path(self.place[key])), framework="pt") as opened:
                 return opened.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"model {self.name!r}: {self.place[key]} is damaged or truncated ({error})") from error
+
+    def _renamed(self, skeleton: nn.Module) -> dict[str, str]:
+        """Parameter path → the name in the files that transformers loads it from."""
+        if self._names is None:
+            self._names = _names_on_loading(skeleton, list(self.place))
+        return self._names
 
     def _index(self) -> dict[str, str]:
         """Tensor name → file name."""
@@ -148,31 +267,3 @@ class _Files:
         except OSError as error:
             raise FileNotFoundError(f"model {self.name!r}: {file} could not be fetched ({error})") from error
         return None if found is None else Path(found)
-
-
-def _fill(module: nn.Module, skeleton: nn.Module, files: _Files, dtype: torch.dtype, device: torch.device) -> None:
-    """Put the checkpoint's tensors in the module's place-holders."""
-    aliases: dict[int, list[str]] = {}
-    for path, parameter in skeleton.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(path)
-    for own, parameter in list(module.named_parameters(recurse=False)):
-        known = aliases.get(id(parameter), [own])
-        key = _key(known, tuple(parameter.shape), files)
-        setattr(module, own, nn.Parameter(files.read(key).to(device, dtype), requires_grad=False))
-
-
-def _key(paths: list[str], shape: tuple[int, ...], files: _Files) -> str:
-    """The checkpoint's name of a parameter: its own, one with another prefix, or that of the weight it is tied to."""
-    for path in paths:
-        if path in files.place:
-            return path
-    for path in paths:
-        tail = path.split(".")[-2:]
-        near = [k for k in files.place if k.split(".")[-2:] == tail and not any(p.isdigit() for p in k.split("."))]
-        near = [k for k in near if not any(tower in k for tower in ("vision", "visual", "audio"))]
-        if len(near) == 1:
-            return near[0]
-    raise UnsupportedModelError(
-        f"model {files.name!r}: its files hold no tensor under any of {', '.join(paths)} ({list(shape)}), so the "
-        "readout cannot be read by itself"
-    )

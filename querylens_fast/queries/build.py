@@ -153,8 +153,11 @@ def _plan(file: ResultFile, parquet: pq.ParquetFile, counted: Counted) -> tuple[
         first = parquet.read_row_group(0, ["layer_indices", "layer_top_ids"]).slice(0, 1).to_pylist()[0]
         layers = first["layer_indices"]
         terms = len(layers), len(first["layer_top_ids"][0]) if layers else 0
+    bins = 0
+    if "histogram" in schema.names and counted.n:
+        bins = len(parquet.read_row_group(0, ["histogram"])["histogram"][0])
     choices = _choices(parquet) if "transition" in schema.names else []
-    record = {"k": counted.k, "scores": scores.str, "errors": "top_se" in schema.names, "terms": terms}
+    record = {"k": counted.k, "scores": scores.str, "errors": "top_se" in schema.names, "terms": terms, "bins": bins}
     values = {"layers": counted.layers.astype(np.int32), "features": counted.features, **_text(parquet)}
     values |= {f"{end}_starts": counted.starts[end] for end in ENDS}
     arrays = {name: (array.dtype, array.shape) for name, array in values.items()}

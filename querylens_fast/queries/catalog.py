@@ -61,6 +61,14 @@ class Entry:
         some = [self.sample] if self.sample is not None else []
         return [*(m.file for m in self.members), *some, *(file for file, _ in self.scores), *self.relations]
 
+    @property
+    def hook_point(self) -> str | None:
+        """Where the dictionary reads and, where that is another place, writes; None in results of earlier versions."""
+        for said in (m.file.identity for m in self.members if not m.several_layers):
+            if said.get("hook_name"):
+                return " → ".join(filter(None, (said["hook_name"], said.get("hook_name_out"))))
+        return None
+
     def member(self, label: str) -> Member:
         """The member of a label. Raises ValueError for an unknown one."""
         for member in self.members:

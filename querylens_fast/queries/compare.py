@@ -133,8 +133,8 @@ def _matched(
         match,
         cosine,
         len(shared) / len(set(ids) | set(others)),
-        tuple(map(words.token, ids[:N_TOKENS])),
-        tuple(map(words.token, others[:N_TOKENS])),
+        words.tokens(ids[:N_TOKENS]),
+        words.tokens(others[:N_TOKENS]),
         tuple(shared),
     )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 
-from querylens_fast.models.tokens import Tokens, load_tokens
 from querylens_fast.queries.files import ResultFile
+from querylens_fast.runs.sealed_tensors import check_seal
 
 WIDTH = 12
 """Tokens on each side of a peak."""
@@ -27,9 +28,9 @@ class SampleTokens:
         """The token file in the sample's folder whose digest is the one that the sample was made with."""
         wanted = sample.identity.get("tokens_digest")
         for path in sorted(sample.path.parent.glob("*.safetensors")):
-            found = _tokens_of(path)
-            if found is not None and found.digest == wanted:
-                return cls(found.ids.numpy().astype(np.int32), found.valid_mask.numpy())
+            ids, valid = _tokens_of(path)
+            if ids is not None and valid.shape == ids.shape and _digest(ids, valid) == wanted:
+                return cls(ids.astype(np.int32), valid)
         return None
 
     def around(self, sequence: int, position: int) -> tuple[list[int], list[int]]:
@@ -41,16 +42,28 @@ class SampleTokens:
         return before.tolist(), after.tolist()
 
 
-def _tokens_of(path: Path) -> Tokens | None:
-    """The file's token sample, or None where it is none."""
+def _tokens_of(path: Path) -> tuple[np.ndarray | None, np.ndarray]:
+    """(Ids [B, S] int64, mask [B, S] bool) of a token sample; (None, nothing) where the file is none.
+
+    As `models.tokens` reads it, without torch.
+    """
     from safetensors import SafetensorError, safe_open
 
+    nothing = np.zeros(0, bool)
     try:
         if path.stat().st_size > MAX_BYTES:
-            return None
+            return None, nothing
         with safe_open(path, framework="np") as file:
             if "tokens" not in file.keys():
-                return None
-        return load_tokens(path)
-    except (OSError, ValueError, SafetensorError):  # another kind of file that lies there
-        return None
+                return None, nothing
+            check_seal(path)
+            ids = np.atleast_2d(file.get_tensor("tokens")).astype(np.int64)
+            known = "valid_mask" in file.keys()
+            return ids, np.atleast_2d(file.get_tensor("valid_mask")).astype(bool) if known else np.ones_like(ids, bool)
+    except (OSError, ValueError, TypeError, SafetensorError):  # another kind of file that lies there
+        return None, nothing
+
+
+def _digest(ids: np.ndarray, valid: np.ndarray) -> str:
+    """`models.tokens.Tokens.digest` of the same sample."""
+    return hashlib.sha256(str(ids.shape).encode() + ids.tobytes() + valid.tobytes()).hexdigest()[:32]

@@ -32,7 +32,7 @@ def dictionary(found: OpenDictionary) -> DictionaryInfo:
         layer=entry.layer,
         kind=entry.kind,
         n_features=len(found.features) if entry.members else _sample_size(found),
-        hook_point=next((h for m in entry.members if (h := m.file.identity.get("hook_name"))), None),
+        hook_point=entry.hook_point,
         model=entry.model,
         presets=tuple(preset(found, member) for member in entry.members),
         fields=found.fields(),

@@ -16,6 +16,7 @@ from querylens_fast.queries.views import (
     Activity,
     Context,
     FeatureView,
+    Histogram,
     LayerTerm,
     Link,
     Score,
@@ -44,12 +45,12 @@ def feature_view(
         name=entry.name,
         layer=entry.layer,
         kind=entry.kind,
+        hook_point=entry.hook_point,
         feature=feature,
         signatures=tuple(_signature(found, *some, records) for some in records),
         activity=activity,
         scores=_scores(found, feature),
         links=_links(found, feature, others),
-        histogram=None,
         previous=before,
         next=after,
         python=_python(entry.slug, feature, paths),
@@ -81,6 +82,7 @@ def _signature(
         choice=record.choice,
         stable_k=None if stable is None else int(stable),
         layer_terms=_terms(found, record),
+        histogram=_histogram(record),
     )
 
 
@@ -104,9 +106,16 @@ def _terms(found: OpenDictionary, record: Record) -> tuple[LayerTerm, ...] | Non
         return None
     words = found.vocabulary
     return tuple(
-        LayerTerm(int(layer), float(energy), *(tuple(map(words.token, ids.tolist())) for ids in (top, bottom)))
+        LayerTerm(int(layer), float(energy), *(words.tokens(ids.tolist()) for ids in (top, bottom)))
         for layer, energy, top, bottom in zip(*record.terms, strict=True)
     )
+
+
+def _histogram(record: Record) -> Histogram | None:
+    if record.histogram is None or not len(record.histogram):
+        return None
+    edges = np.linspace(float(record.bottom_scores[0]), float(record.top_scores[0]), len(record.histogram) + 1)
+    return Histogram(tuple(edges.tolist()), tuple(record.histogram.tolist()))
 
 
 def _activity(found: OpenDictionary, feature: int) -> Activity | None:
@@ -129,7 +138,7 @@ def _contexts(found: OpenDictionary, examples: Sequence[tuple[float, int, int, i
     for value, sequence, position, token in examples:
         around = None
         if tokens is not None:
-            around = [tuple(map(words.token, ids)) for ids in tokens.around(sequence, position)]
+            around = [words.tokens(ids) for ids in tokens.around(sequence, position)]
         before, after = (None, None) if around is None else around
         yield Context(value, sequence, position, words.token(token), before, after)
 

@@ -5,7 +5,8 @@ result's own cannot be written), made by `queries.build`. Answers read the few h
 memory does not grow with the result, and a file that is cut off under way is a short read, not a crash.
 
     rows            [n] records: top_ids [k] int32, top_scores [k], bottom_ids, bottom_scores, and where the result has
-                    them top_se [k], layer energies [T] and layer top and bottom ids [T, kl]; sorted by layer, feature
+                    them top_se [k], histogram [bins] int32, layer energies [T] and layer top and bottom ids [T, kl];
+                    sorted by layer, feature
     layers, features                      [n]
     column:NAME                           [n] a statistic
     choices                               [n] places in the metadata's list, where the result has them
@@ -80,13 +81,15 @@ def is_own(folder: Path) -> bool:
     return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
 
 
-def record_dtype(k: int, scores: str, *, errors: bool, terms: tuple[int, int] | None) -> np.dtype:
-    """A row: ids and scores of both ends, standard errors, layer terms (T layers, kl tokens)."""
+def record_dtype(k: int, scores: str, *, errors: bool, terms: tuple[int, int] | None, bins: int = 0) -> np.dtype:
+    """A row: ids and scores of both ends, standard errors, histogram, layer terms (T layers, kl tokens)."""
     fields: list[Any] = []
     for end in ("top", "bottom"):
         fields += [(f"{end}_ids", "<i4", (k,)), (f"{end}_scores", scores, (k,))]
     if errors:
         fields.append(("top_se", scores, (k,)))
+    if bins:
+        fields.append(("histogram", "<i4", (bins,)))
     if terms is not None:
         fields += [("layer_energy", "<f4", (terms[0],)), *((f"layer_{e}_ids", "<i4", terms) for e in ("top", "bottom"))]
     return np.dtype(fields)
@@ -183,8 +186,15 @@ class Index:
         choice = None
         if "choices" in self.header:
             choice = self.said["choices"][int(self._value("choices", row))]
-        lists = (found[name] for name in ("top_ids", "top_scores", "bottom_ids", "bottom_scores"))
-        return Record(*lists, found["top_se"] if self.said["record"]["errors"] else None, choice, terms)  # type: ignore
+        names = ("top_ids", "top_scores", "bottom_ids", "bottom_scores", "top_se", "histogram")
+        there = self._record.names or ()
+        return Record(*(found[name] if name in there else None for name in names), choice, terms)  # type: ignore
+
+    def ids(self, row: int, end: str) -> list[int]:
+        """The tokens of one end of the row's signature."""
+        dtype, start = self._record.fields[f"{end}_ids"][:2]  # type: ignore[index]
+        place = self._offset("rows") + (self.first + row) * self._record.itemsize + start
+        return np.frombuffer(self._read(place, dtype.itemsize), np.int32).tolist()
 
     def value(self, name: str, row: int) -> float:
         """A statistic of one row."""

@@ -34,6 +34,8 @@ class Rows(Protocol):
 
     def record(self, row: int) -> Record: ...
 
+    def ids(self, row: int, end: str) -> list[int]: ...
+
     def value(self, name: str, row: int) -> float: ...
 
     def column(self, name: str) -> np.ndarray: ...
@@ -128,11 +130,23 @@ class OpenDictionary:
             return features - known[0]
         return np.searchsorted(known, features)
 
+    def place(self, feature: int) -> int:
+        """Where a feature that is there stands in `features`."""
+        return int(self.places(np.array([feature]))[0])
+
     def row_of(self, member: Member, feature: int) -> int | None:
         """The row of a feature in a result."""
         features = self.rows_of(member).features
-        place = int(np.searchsorted(features, feature))
+        # The place of a feature where none is left out, which is nearly always.
+        place = feature - int(features[0]) if len(features) else 0
+        if not (0 <= place < len(features) and features[place] == feature):
+            place = int(np.searchsorted(features, feature))
         return place if place < len(features) and features[place] == feature else None
+
+    def ids(self, member: Member, feature: int, end: str) -> list[int]:
+        """The tokens of one end of a feature's signature; none where the result does not hold the feature."""
+        row = self.row_of(member, feature)
+        return [] if row is None else self.rows_of(member).ids(row, end)
 
     def record(self, member: Member, feature: int) -> Record | None:
         """A feature's signature in a result."""

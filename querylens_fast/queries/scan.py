@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-LISTS = ("top_ids", "top_scores", "bottom_ids", "bottom_scores", "top_se")
+LISTS = ("top_ids", "top_scores", "bottom_ids", "bottom_scores", "top_se", "histogram")
 TERMS = ("layer_indices", "layer_energy_scores", "layer_top_ids", "layer_bottom_ids")
 NOT_STATISTICS = ("feature_index", "layer", "feature", "top_tokens", "bottom_tokens", "transition", *LISTS, *TERMS)
 
@@ -34,6 +34,8 @@ class Record(NamedTuple):
     bottom_ids: np.ndarray
     bottom_scores: np.ndarray
     top_se: np.ndarray | None
+    histogram: np.ndarray | None
+    """Counts in equal steps from the lowest score to the highest."""
     choice: str | None
     terms: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None
     """Layers [T], energies [T], top ids [T, k], bottom ids [T, k]."""
@@ -117,6 +119,11 @@ class Scan:
             terms = tuple(np.array(found[name]) for name in TERMS)
         lists = {name: np.array(found[name]) if name in found else None for name in LISTS}
         return Record(**lists, choice=found.get("transition"), terms=terms)  # type: ignore[arg-type]
+
+    def ids(self, row: int, end: str) -> list[int]:
+        """The tokens of one end of the row's signature."""
+        record = self.record(row)
+        return (record.top_ids if end == "top" else record.bottom_ids).tolist()
 
     def column(self, name: str) -> np.ndarray:
         """A statistic of every row, [n]."""

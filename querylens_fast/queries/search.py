@@ -68,29 +68,24 @@ class Lister:
         self.dictionary, self.member = source
         self.end: End = end
         entry = self.dictionary.entry
-        self.tops = [(side, entry.preferred(side)) for side in SIDES]
+        self.tops = [(side, member) for side in SIDES if (member := entry.preferred(side)) is not None]
         columns = {name: self.dictionary.values(name, self.member) for name in self.dictionary.fields(self.member)}
         self.columns = {name: column for name, column in columns.items() if column is not None}
 
     def row(self, feature: int, token: int | None, score: float | None) -> Row:
         """A feature in a list, with the first tokens of both sides."""
         found, member, words = self.dictionary, self.member, self.dictionary.vocabulary
-        tops: dict[str, tuple[Token, ...]] = {}
-        records = {}
-        for side, preferred in self.tops:
-            if preferred is not None:
-                records[preferred.label] = record = found.record(preferred, feature)
-                if record is not None:
-                    tops[side] = tuple(map(words.token, record.top_ids[:N_TOKENS].tolist()))
-        place = int(found.places(np.array([feature]))[0])
+        ids = {preferred.label: found.ids(preferred, feature, "top") for _, preferred in self.tops}
+        tops = {side: words.tokens(ids[preferred.label][:N_TOKENS]) for side, preferred in self.tops}
+        place = found.place(feature)
         values = {name: float(column[place]) for name, column in self.columns.items()}
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         given: dict[str, Any] = {}
         if member is not None and token is not None:
-            record = records[member.label] if member.label in records else found.record(member, feature)
-            ids = [] if record is None else (record.top_ids if self.end == "top" else record.bottom_ids).tolist()
+            own = ids.get(member.label) if self.end == "top" else None
+            rank = (own or found.ids(member, feature, self.end)).index(token)
             given = {"preset": member.label, "side": member.side, "end": self.end, "score": score}
-            given |= {"rank": ids.index(token), "token": words.token(token)}
+            given |= {"rank": rank, "token": words.token(token)}
         entry = found.entry
         return Row(entry.slug, entry.layer, feature, tops.get("key", ()), tops.get("value", ()), values=values, **given)
 

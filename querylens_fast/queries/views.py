@@ -31,6 +31,9 @@ class Token:
     """For people: spaces, line ends and invisible characters as marks (`display.shown`); "#id" without a text."""
     direction: Literal["ltr", "rtl"] = "ltr"
 
+    def __hash__(self) -> int:
+        return self.id
+
 
 @dataclass(frozen=True)
 class ScoredToken:
@@ -56,6 +59,14 @@ class LayerTerm:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """How many tokens score between one edge and the next."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class SignatureView:
     """A feature's signature under one preset."""
 
@@ -74,14 +85,8 @@ class SignatureView:
     stable_k: int | None = None
     """How many of the k top tokens stay without any one group of sequences."""
     layer_terms: tuple[LayerTerm, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """A histogram of all the logits of a feature."""
-
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
+    histogram: Histogram | None = None
+    """Of the scores of all tokens, where the result has it."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +155,13 @@ class FeatureView:
     name: str
     layer: int
     kind: str
+    hook_point: str | None
+    """Where the dictionary is attached, as it is named where it comes from."""
     feature: int
     signatures: tuple[SignatureView, ...]
     activity: Activity | None
     scores: tuple[Score, ...] | None
     links: tuple[Link, ...] | None
-    histogram: Histogram | None
     previous: int | None
     next: int | None
     python: str

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
 
 from querylens_fast.queries.display import direction, printable, shown
 from querylens_fast.queries.views import Token
@@ -15,10 +16,10 @@ class Vocabulary:
     def __init__(self, strings: Mapping[int, str]) -> None:
         """Take token strings by id."""
         self._strings = {i: printable(text) for i, text in strings.items()}
-        self._ids: dict[str, list[int]] = {}
+        self._ids: dict[str, tuple[int, ...]] = {}
         for i, text in self._strings.items():
-            self._ids.setdefault(text, []).append(i)
-        self._tokens: dict[int, Token] = {}
+            self._ids[text] = (*self._ids.get(text, ()), i)
+        self._tokens = _Made(self._token)
         # One long text, so that looking for a part is one pass of the regular expression engine.
         self._order = sorted(self._strings, key=lambda i: (len(self._strings[i]), i))
         folded = [self._strings[i].casefold().replace("\0", " ") for i in self._order]
@@ -32,15 +33,11 @@ class Vocabulary:
 
     def token(self, index: int) -> Token:
         """A token, the same object each time."""
-        found = self._tokens.get(index)
-        if found is None:
-            text = self._strings.get(index)
-            if text is None:
-                found = Token(index, None, f"#{index}")
-            else:
-                found = Token(index, text, shown(text), direction(text))
-            self._tokens[index] = found
-        return found
+        return self._tokens[index]
+
+    def tokens(self, ids: Iterable[int]) -> tuple[Token, ...]:
+        """Several tokens."""
+        return tuple(map(self._tokens.__getitem__, ids))
 
     def ids(self, text: str, exact: bool = False) -> list[int]:
         """The tokens that read as the text; without ``exact`` also those with a space before it."""
@@ -49,8 +46,6 @@ class Vocabulary:
 
     def like(self, text: str, limit: int = 10) -> list[Token]:
         """Tokens that contain the text, in any case, the shortest first."""
-        from bisect import bisect_right
-
         wanted, found = text.strip().casefold().replace("\0", " "), []
         if not wanted:
             return []
@@ -63,3 +58,17 @@ class Vocabulary:
             if len(found) >= limit:
                 break
         return found
+
+    def _token(self, index: int) -> Token:
+        text = self._strings.get(index)
+        return Token(index, None, f"#{index}") if text is None else Token(index, text, shown(text), direction(text))
+
+
+class _Made(dict[int, Token]):
+    """Tokens by id, each made when it is first looked up."""
+
+    def __init__(self, make: Callable[[int], Token]) -> None:
+        self.make = make
+
+    def __missing__(self, index: int) -> Token:
+        return self.setdefault(index, self.make(index))

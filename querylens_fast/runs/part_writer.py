@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from querylens_fast.runs import processes
 from querylens_fast.runs.atomic_write import fsync_folder, output_file, remove_leftovers, whole
-from querylens_fast.runs.run_record import DamagedFile, agree, digest_of, read_record, refuse_others, write_record
+from querylens_fast.runs.run_record import DamagedFile, differences, digest_of, read_record, refuse_others, write_record
 from querylens_fast.runs.sealed_parquet import (
     METADATA_KEY,
     opened,
@@ -206,7 +206,7 @@ class PartWriter:
         problem = None
         try:
             found, with_digest = read_record(self.parts / "run.json")
-            if agree(found, self.identity):
+            if not differences(found, self.identity):
                 self.identity, self._digest, self._all_sealed = found, digest_of(found), with_digest
                 return found
         except DamagedFile as error:

@@ -24,10 +24,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GRACE_S = 10.0
 """Seconds of silence after which a process counts as dead."""
@@ -302,6 +302,7 @@ def joined(grace_s: float = GRACE_S) -> Iterator[Ranks]:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"WORLD_SIZE is {size} but {', '.join(missing)} is not set: start the processes with torchrun")
+    import torch
     import torch.distributed as dist
 
     store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=60)))

@@ -11,6 +11,8 @@ from typing import Any
 from querylens_fast.runs.atomic_write import write_whole
 
 _DIGEST = "sha256"
+DESCRIBING = ("hook_name", "hook_name_out")
+"""Keys of an identity that earlier versions did not record, of what other keys tell apart: the dictionary's digest."""
 _FINGERPRINT = re.compile("[0-9a-f]{32}-[0-9a-f]{32}")
 
 
@@ -61,12 +63,17 @@ def agree(earlier: Any, now: Any) -> bool:
     return texts and bool(_FINGERPRINT.fullmatch(now)) and earlier == now[:32]
 
 
+def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys by which two identities are those of different runs."""
+    keys = (earlier.keys() | now.keys()) - {key for key in DESCRIBING if key not in earlier}
+    return sorted(key for key in keys if not agree(earlier.get(key), now.get(key)))
+
+
 def refuse_others(there: Path, earlier: dict[str, Any], identity: dict[str, Any], resume: bool) -> None:
     """Raise FileExistsError unless what lies ``there`` is of this run and may be gone on with."""
     if not resume:
         raise FileExistsError(f"{str(there)!r} exists already; delete it, choose another out, or use resume=True")
-    changed = sorted(key for key in earlier.keys() | identity.keys() if not agree(earlier.get(key), identity.get(key)))
-    if changed:
+    if changed := differences(earlier, identity):
         raise FileExistsError(
             f"{str(there)!r} holds the result of another run (different: {', '.join(changed)}); delete it or choose "
             "another out"

@@ -10,29 +10,29 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import IO
-
-import torch
-from torch import Tensor
+from typing import IO, TYPE_CHECKING
 
 from querylens_fast.runs.atomic_write import whole
 from querylens_fast.runs.run_record import DamagedFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SEAL_KEY = "querylens_fast.seal"
 _BLANK = b"sha256:" + b"0" * 64
 # By its form too: the damage may be in the key.
 _SEAL = re.compile(rb'"querylens_fast\.seal":"(?P<keyed>[^"]*)"|"sha256:(?P<digits>[0-9a-f]{64})"')
 _DTYPES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int16: "I16",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.bool: "BOOL",
+    "float64": "F64",
+    "int64": "I64",
+    "float32": "F32",
+    "int32": "I32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int16": "I16",
+    "uint8": "U8",
+    "int8": "I8",
+    "bool": "BOOL",
 }
 """Widest first, so that every tensor of a file is aligned."""
 _CHUNK = 1 << 22
@@ -44,12 +44,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
     safetensors' own writer makes a second temporary file beside ours, which a killed process leaves behind.
     """
-    order, place = list(_DTYPES), 0
-    kept = {k: t.detach().cpu().contiguous() for k, t in sorted(tensors.items(), key=lambda e: order.index(e[1].dtype))}
+    order, place = list(_DTYPES.values()), 0
+    widest_first = sorted(tensors.items(), key=lambda item: order.index(_kind(item[1])))
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in widest_first}
     header: dict[str, object] = {"__metadata__": {**metadata, SEAL_KEY: _BLANK.decode()}}
     for name, tensor in kept.items():
         end = place + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        header[name] = {
+            "dtype": _kind(tensor),
+            "shape": list(tensor.shape),
+            "data_offsets": [place, end],
+        }
         place = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -95,7 +100,13 @@ def problems(path: Path) -> list[str]:
     return []
 
 
+def _kind(tensor: Tensor) -> str:
+    return _DTYPES[str(tensor.dtype).removeprefix("torch.")]
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
+    import torch
+
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import sys
@@ -23,7 +24,6 @@ from querylens_fast.queries.files import ResultGone
 from querylens_fast.queries.results import Results
 from querylens_fast.serve import api, pages
 from querylens_fast.serve.security import Guard, is_local
-from querylens_fast.serve.try_it import TryIt
 
 STATIC = Path(__file__).parent / "static"
 THREADS = 4
@@ -74,7 +74,11 @@ def create_app(
     app.include_router(api.router)
     app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=STATIC))
-    app.state.try_it = None if model is None else TryIt(model, run or {}, results)
+    app.state.try_it = None
+    if model is not None:
+        from querylens_fast.serve.try_it import TryIt
+
+        app.state.try_it = TryIt(model, run or {}, results)
     return app
 
 
@@ -91,6 +95,9 @@ def serve(app: FastAPI, listening: socket.socket) -> None:
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=1 << 16,
     )
+    # What is cached lives long: a full collection stops every answer for a tenth of a second and finds nothing there.
+    gc.freeze()
+    gc.set_threshold(gc.get_threshold()[0], 10, 1000)
     # uvicorn shuts down and then raises the signal again, which would end the process as if it had been killed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with suppress(KeyboardInterrupt):

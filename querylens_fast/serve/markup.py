@@ -62,9 +62,6 @@ class Links:
 
     only: frozenset[tuple[str, int]] | None = None
 
-    def token(self, token: Token) -> str | None:
-        return None if self.only is not None else f"/token/{token.id}"
-
     def feature(self, dictionary: str | None, feature: int) -> str | None:
         if dictionary is None:
             return None
@@ -77,7 +74,7 @@ def chip(token: Token, links: Links, shade: str = "z") -> Markup:
     """A token as a chip, a link where there is a page for it; its text is escaped and isolated from what is around."""
     from markupsafe import Markup
 
-    opening, closing = _chip(token, links.token(token))
+    opening, closing = _chip(token, links.only is None)
     return Markup(f"{opening}{shade}{closing}")
 
 
@@ -85,15 +82,15 @@ def chips(tokens: Iterable[Token], links: Links, here: Collection[int] = ()) -> 
     """A row of chips without scores; those whose ids are in ``here`` are outlined."""
     from markupsafe import Markup
 
-    pieces = ['<span class="chips">']
+    linked, pieces = links.only is None, []
     for token in tokens:
-        opening, closing = _chip(token, links.token(token))
-        pieces += opening, "z here" if token.id in here else "z", closing
-    return Markup("".join([*pieces, "</span>"]))
+        opening, closing = _chip(token, linked)
+        pieces.append(f"{opening}{'z here' if token.id in here else 'z'}{closing}")
+    return Markup(f'<span class="chips">{"".join(pieces)}</span>')
 
 
 @lru_cache(1 << 16)
-def _chip(token: Token, href: str | None) -> tuple[str, str]:
+def _chip(token: Token, linked: bool) -> tuple[str, str]:
     """The markup before and after a chip's classes."""
     from markupsafe import escape
 
@@ -103,9 +100,9 @@ def _chip(token: Token, href: str | None) -> tuple[str, str]:
     inner = "".join(f"<i>{escape(p)}</i>" if i % 2 else str(escape(p)) for i, p in enumerate(pieces))
     title = f"token {token.id}" if text is None else f"{text!r}, token {token.id}"
     spoken = "" if text is None else "".join(SPOKEN.get(c, c) for c in text)
-    label = f' aria-label="{escape(spoken)}"' if href and text is not None and spoken != text else ""
-    name = "a" if href else "span"
-    link = f' href="{href}"' if href else ""
+    label = f' aria-label="{escape(spoken)}"' if linked and text is not None and spoken != text else ""
+    name = "a" if linked else "span"
+    link = f' href="/token/{token.id}"' if linked else ""
     closing = f'"{link}{label} title="{escape(_printable(title))}"><bdi dir="{token.direction}">{inner}</bdi></{name}>'
     return f'<{name} class="tok ', closing
 
@@ -124,7 +121,7 @@ def signature_rows(tokens: Iterable[ScoredToken], most: float, links: Links) -> 
 
     rows = []
     for rank, t in enumerate(tokens, 1):
-        opening, closing = _chip(t.token, links.token(t.token))
+        opening, closing = _chip(t.token, links.only is None)
         error = "" if t.se is None else f" <small>±{fixed(t.se)}</small>"
         title = "" if t.se is None else f' title="± {number(t.se, 2)}"'
         rows.append(
@@ -229,12 +226,10 @@ def chief(signatures: Sequence[SignatureView]) -> SignatureView:
 def feature_context(view: FeatureView) -> dict[str, Any]:
     """What the parts of a feature's page need besides the view."""
     tokens = [t for s in view.signatures for t in (*s.top, *s.bottom)]
-    shape = view.histogram
     return {
         "view": view,
         "errors": any(t.se is not None for t in tokens),
         "shared": any(t.shared for t in tokens),
-        "plot": None if shape is None else histogram(shape.edges, shape.counts),
     }
 
 
@@ -272,6 +267,7 @@ def environment() -> jinja2.Environment:
         "by_side": by_side,
         "chief": chief,
         "query": query,
+        "histogram_plot": histogram,
         "field_names": FIELD_NAMES,
         "relation_names": RELATIONS,
         "links": Links(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request
@@ -15,7 +15,6 @@ from querylens_fast.queries.budget import Budget
 from querylens_fast.queries.catalog import PREFERRED
 from querylens_fast.queries.results import Filter, Results
 from querylens_fast.queries.views import FIELDS, DictionaryInfo
-from querylens_fast.serve import try_it
 from querylens_fast.serve.markup import (
     FIELD_NAMES,
     Links,
@@ -27,6 +26,9 @@ from querylens_fast.serve.markup import (
     query,
 )
 from querylens_fast.serve.plots import LinePlot, line_plot
+
+if TYPE_CHECKING:
+    from querylens_fast.serve.try_it import Firing, TryIt
 
 PAGES = (("/", "Overview"), ("/search", "Search"), ("/compare", "Compare"), ("/try", "Try it"))
 SHORT = 10
@@ -178,12 +180,14 @@ def compare(request: Request) -> HTMLResponse:
 @router.get("/try")
 def try_page(request: Request) -> HTMLResponse:
     """Which features fire at each token of a text; the text under a steered feature."""
-    tried: try_it.TryIt | None = request.app.state.try_it
+    tried: TryIt | None = request.app.state.try_it
     asked = {n: request.query_params.get(n, "") for n in ("text", "prompt", "dictionary", "feature", "strength", "n")}
     asked["n"] = asked["n"] or "20"
     firing = steered = problem = None
     slugs = [] if tried is None else list(tried.dictionaries)
     if tried is not None and (asked["text"] or asked["prompt"]):
+        from querylens_fast.serve.try_it import Busy, TooLong
+
         if asked["dictionary"] not in slugs:
             raise LookupError(f"dictionary is {asked['dictionary']!r}; those that can be run: {', '.join(slugs)}")
         try:
@@ -193,13 +197,8 @@ def try_page(request: Request) -> HTMLResponse:
                 chosen, n = _number_of(asked["feature"], "feature"), _number_of(asked["n"], "n")
                 strength = _bound(asked["strength"], "strength") or 0.0
                 steered = tried.steer(asked["dictionary"], chosen, strength, asked["prompt"], n)
-        except (ValueError, LookupError, try_it.Busy, try_it.TooLong) as error:
+        except (ValueError, LookupError, Busy, TooLong) as error:
             problem = str(error)
-    limits = {
-        "tokens": try_it.MAX_TOKENS,
-        "characters": try_it.MAX_CHARACTERS,
-        "new_tokens": try_it.MAX_NEW_TOKENS,
-    }
     return _page(
         request,
         "try",
@@ -209,7 +208,7 @@ def try_page(request: Request) -> HTMLResponse:
         firing=firing,
         steered=steered,
         problem=problem,
-        limits=limits,
+        limits={} if tried is None else tried.limits,
         tokens_of={} if firing is None else _written(_results(request), firing),
     )
 
@@ -333,7 +332,7 @@ def _rel_var_plot(found: Sequence[DictionaryInfo]) -> LinePlot | None:
     return line_plot(lines, "layer", "mean relative variance")
 
 
-def _written(results: Results, firing: try_it.Firing) -> dict[int, Any]:
+def _written(results: Results, firing: Firing) -> dict[int, Any]:
     """First value tokens of the features that fire, where the results have them."""
     found = {}
     for one in firing.features:

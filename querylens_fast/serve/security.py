@@ -19,6 +19,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from html import escape
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -37,6 +38,11 @@ MAX_ADDRESS = 1 << 15
 MAX_AT_A_TIME = 128
 COOKIE = "querylens_token"
 PARAMETER = "access_token"
+REFUSAL = (
+    '<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    "<title>Refused · querylens-fast</title>\n<h1>The request was refused</h1>\n<p>{message}</p>\n"
+    "<p><small>status {status}</small></p></html>\n"
+)
 HEADERS = (
     (b"content-security-policy", b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"),
     (b"x-content-type-options", b"nosniff"),
@@ -91,9 +97,10 @@ class Guard:
                 await self.app(scope, receive, send)
             return
         headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
+        as_page = "text/html" in headers.get(b"accept", "") and not scope["path"].startswith("/api/")
         refusal = self._refusal(scope, headers)
         if refusal is not None:
-            await _answer(send, *refusal)
+            await _answer(send, *refusal, as_page=as_page)
             return
         entry = _entry_address(scope, self.token)
         if entry is not None:
@@ -104,10 +111,11 @@ class Guard:
                 f"this server needs its token: open the address that it printed (?{PARAMETER}=…), or send it as "
                 "'Authorization: Bearer …'"
             )
-            await _answer(send, 401, message, [(b"www-authenticate", b"Bearer")])
+            await _answer(send, 401, message, [(b"www-authenticate", b"Bearer")], as_page=as_page)
             return
         if self.at_a_time >= MAX_AT_A_TIME:
-            await _answer(send, 503, "too many requests at a time; try again", [(b"retry-after", b"1")])
+            message = "too many requests at a time; try again"
+            await _answer(send, 503, message, [(b"retry-after", b"1")], as_page=as_page)
             return
         self.at_a_time += 1
         try:
@@ -222,8 +230,13 @@ def _same(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "replace"), token.encode("utf-8", "replace"))
 
 
-async def _answer(send: Send, status: int, message: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-    body = json.dumps({"error": message}).encode() if message else b""
-    kind = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": [*kind, *headers, *HEADERS]})
+async def _answer(
+    send: Send, status: int, message: str, headers: Sequence[tuple[bytes, bytes]] = (), as_page: bool = False
+) -> None:
+    """Say why a request is refused: as JSON, or to a browser as a page that needs no other file."""
+    kind, body = b"application/json", json.dumps({"error": message}).encode() if message else b""
+    if message and as_page:
+        kind, body = b"text/html; charset=utf-8", REFUSAL.format(status=status, message=escape(message)).encode()
+    about = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*about, *headers, *HEADERS]})
     await send({"type": "http.response.body", "body": body})

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -76,6 +76,8 @@ class Firing:
 
 class TryIt:
     """A model and dictionaries that can be run, by their names in the results."""
+
+    limits: ClassVar = {"tokens": MAX_TOKENS, "characters": MAX_CHARACTERS, "new_tokens": MAX_NEW_TOKENS}
 
     def __init__(self, model: Any, dictionaries: Mapping[str, Any], results: Results) -> None:
         """Load them.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from querylens_fast.topk import torch_backend
-from querylens_fast.topk.narrow import EXTRA, MAX_COPY_BYTES, NarrowProduct
-from querylens_fast.topk.panel import Candidates, Panel
+from querylens_fast.topk.narrow import MAX_COPY_BYTES, NarrowProduct
+from querylens_fast.topk.panel import GROUP, Candidates, Found, Panel
 from querylens_fast.topk.products import NARROW, faster_in_bfloat16, full_float32
 from querylens_fast.topk.request import Outcome, Request, Side
 from querylens_fast.topk.rescore import pair_scores
@@ -58,15 +58,16 @@ class _Pass:
     """The bfloat16 pass of one call."""
 
     def __init__(self, request: Request) -> None:
-        W, limit = request.W, request.max_bytes
+        limit = request.max_bytes
         self.request, self.sides = request, request.empty_sides()
-        keep = MAX_COPY_BYTES if limit is None else limit // 2
+        keep = MAX_COPY_BYTES if limit is None else min(MAX_COPY_BYTES, limit // 2)
         with torch.no_grad():
             self.product = NarrowProduct(request, exact=True, keep=keep)
-        copied = 0 if self.product.copy is None else 2 * len(W) * (W.shape[1] + EXTRA)
-        rest = None if limit is None else max(limit // 4, limit - copied)
-        V = self.product.n_columns
-        self.plan = plan(len(request.F), V, NARROW, block_rows=request.block_rows, max_bytes=rest, whole=False)
+        V, row_bytes = self.product.n_columns, 2 * self.product.width
+        held = max(GROUP, min(V, keep // row_bytes))
+        rest = None if limit is None else max(limit // 4, limit - held * row_bytes)
+        cuts = plan(len(request.F), V, NARROW, block_rows=request.block_rows, max_bytes=rest, whole=False)
+        self.plan = cuts._replace(columns=min(cuts.columns, held))
         self.wide = False
         """Whether the probes needed the sharpest limits, so that every row gets them at once."""
 
@@ -145,39 +146,42 @@ class _Pass:
         """Propose, rescore and certify some rows, in batches; results are kept where they are proved."""
         step = max(self.plan.rows, BATCH_ELEMENTS // self.request.F.shape[1] // self.plan.rows * self.plan.rows)
         for batch in rows.split(step) if len(rows) else ():
-            proposals = {largest: _Proposal() for largest in proved}
-            for start in range(0, len(batch), self.plan.rows):
-                self._propose(batch[start : start + self.plan.rows], start, proposals, wide)
+            blocks = [
+                {largest: _Block(part, i * self.plan.rows) for largest in proved}
+                for i, part in enumerate(batch.split(self.plan.rows))
+            ]
+            for columns in self.plan.panels(self.product.n_columns):
+                self.product.load(columns)
+                for sides in blocks:
+                    self._propose(sides, columns, wide)
+            proposals = {
+                largest: _Proposal([sides[largest] for sides in blocks], self.product.apart) for largest in proved
+            }
             self._settle(batch, proposals, proved)
 
-    def _propose(self, rows: Tensor, first: int, proposals: dict[bool, _Proposal], wide: bool) -> None:
-        """Add the candidates of a block of rows, whose places in its batch begin at first."""
+    def _propose(self, sides: dict[bool, _Block], columns: slice, wide: bool) -> None:
+        """Add the candidates of a block of rows among some columns of the product."""
         request, product = self.request, self.product
+        rows = next(iter(sides.values())).rows
         product.start(rows)
-        F, epilogue = request.F[rows], request.epilogue.of_rows(rows)
-        blocks = {largest: _Block(len(rows), request.F.device) for largest in proposals}
-        for columns in self.plan.panels(product.n_columns):
-            n_columns = columns.stop - columns.start
-            panel = Panel(len(rows), n_columns, request.k, NARROW, F.device, tuple(proposals), total=wide)
-            for t, tile in enumerate(panel.tiles):
-                product.write(slice(columns.start + tile.start, columns.start + tile.stop), panel.tile(t))
-                panel.add(t)
-            error = product.bound([slice(columns.start + t.start, columns.start + t.stop) for t in panel.tiles])
-            errors = error.rows(F, epilogue)
-            for largest, block in blocks.items():
-                found = panel.search(largest, block.limit, errors, fine=wide)
-                block.add(found.candidates, columns.start, product.columns)
-                block.limit = found.limit
-                block.open |= found.unordered | found.crowded | found.invalid
-        for largest, block in blocks.items():
-            proposals[largest].add(block, first, product.apart)
+        panel = Panel(
+            len(rows), columns.stop - columns.start, request.k, NARROW, rows.device, tuple(sides),
+            total=wide, descending=product.descending,
+        )  # fmt: skip
+        tiles = [slice(columns.start + tile.start, columns.start + tile.stop) for tile in panel.tiles]
+        for t, tile in enumerate(tiles):
+            product.write(tile, panel.tile(t))
+            panel.add(t)
+        errors = product.bound(tiles).rows(request.F[rows], request.epilogue.of_rows(rows))
+        for largest, block in sides.items():
+            block.add(panel.search(largest, block.shown, errors, fine=wide), columns.start, product.columns)
 
     def _settle(self, batch: Tensor, proposals: dict[bool, _Proposal], proved: dict[bool, Tensor]) -> None:
         """Score the candidates of a batch of rows exactly and keep what is proved."""
         request, n = self.request, len(batch)
         sides = list(proposals)
-        lines = torch.cat([i * n + proposals[largest].rows() for i, largest in enumerate(sides)])
-        columns = torch.cat([proposals[largest].columns() for largest in sides])
+        lines = torch.cat([i * n + proposals[largest].rows for i, largest in enumerate(sides)])
+        columns = torch.cat([proposals[largest].columns for largest in sides])
         # In the order of columns, as rows of W lie in memory; then by line.
         _, order = torch.sort(columns * (len(sides) * n) + lines)
         lines, columns = lines.index_select(0, order), columns.index_select(0, order)
@@ -190,62 +194,53 @@ class _Pass:
             side = Side(best.scores[part], best.columns[part])
             kth = side.scores[:, -1] if largest else -side.scores[:, -1]
             proposal = proposals[largest]
-            sure = best.enough[part] & ~proposal.open() & (kth > proposal.limit())
+            sure = best.enough[part] & ~proposal.open & (kth > proposal.limit)
             done = batch[sure]
             self.sides[largest].scores[done], self.sides[largest].ids[done] = side.scores[sure], side.ids[sure]
             proved[largest][done] = True
 
 
 class _Block:
-    """One side of a block of rows while its panels pass."""
+    """One side of a block of rows: what the panels so far have shown."""
 
-    def __init__(self, n: int, device: torch.device) -> None:
-        self.limit: Tensor | None = None
-        self.open = torch.zeros(n, dtype=torch.bool, device=device)
+    def __init__(self, rows: Tensor, first: int) -> None:
+        """Rows of F, of which the first has this place in its batch."""
+        self.rows, self.first = rows, first
+        self.shown: Tensor | None = None
+        self.limit = torch.empty(0, device=rows.device)
+        self.open = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         self.parts: list[Candidates] = []
 
-    def add(self, found: Candidates, first_column: int, columns: Tensor | None) -> None:
-        """Candidates of a panel, whose columns begin at first_column and are rows of W by ``columns``."""
-        places = found.columns + first_column
-        self.parts.append(found._replace(columns=places if columns is None else columns[places]))
+    def add(self, found: Found, first_column: int, columns: Tensor | None) -> None:
+        """What was found in a panel, whose columns begin at first_column and are rows of W by ``columns``."""
+        places = found.candidates.columns + first_column
+        self.parts.append(found.candidates._replace(columns=places if columns is None else columns[places]))
+        self.shown, self.limit = found.shown, found.limit
+        self.open |= found.unordered | found.crowded | found.invalid
+
+    def candidates(self) -> Candidates:
+        """Of all panels."""
+        rows, columns, reach = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
+        if len(self.parts) > 1:
+            # Later panels have raised the limit.
+            kept = (reach >= self.limit[rows]).nonzero().squeeze(1)
+            rows, columns, reach = (x.index_select(0, kept) for x in (rows, columns, reach))
+        return Candidates(rows, columns, reach)
 
 
 class _Proposal:
     """One side of a batch of rows: candidates, and what no other column reaches."""
 
-    def __init__(self) -> None:
-        self._rows: list[Tensor] = []
-        self._columns: list[Tensor] = []
-        self._limits: list[Tensor] = []
-        self._open: list[Tensor] = []
-
-    def add(self, block: _Block, first: int, apart: Tensor) -> None:
-        """Add a block of rows; the columns apart are candidates of each."""
-        rows, columns, reach = (torch.cat(parts) for parts in zip(*block.parts, strict=True))
-        assert block.limit is not None
-        if len(block.parts) > 1:
-            # Later panels have raised the limit.
-            kept = reach >= block.limit[rows]
-            rows, columns = rows[kept], columns[kept]
-        n = len(block.open)
-        every = torch.arange(n, device=rows.device)
-        self._rows += [first + rows, first + every.repeat_interleave(len(apart))]
-        self._columns += [columns, apart.repeat(n)]
-        self._limits.append(block.limit)
-        self._open.append(block.open)
-
-    def rows(self) -> Tensor:
+    def __init__(self, blocks: list[_Block], apart: Tensor) -> None:
+        """From blocks of rows; the columns apart are candidates of each row."""
+        found = [block.candidates() for block in blocks]
+        n = sum(len(block.rows) for block in blocks)
+        every = torch.arange(n, device=apart.device).repeat_interleave(len(apart))
+        self.rows = torch.cat([block.first + part.rows for block, part in zip(blocks, found, strict=True)] + [every])
         """[m] places in the batch."""
-        return torch.cat(self._rows)
-
-    def columns(self) -> Tensor:
+        self.columns = torch.cat([part.columns for part in found] + [apart.repeat(n)])
         """[m] rows of W."""
-        return torch.cat(self._columns)
-
-    def limit(self) -> Tensor:
+        self.limit = torch.cat([block.limit for block in blocks])
         """[n]: every column left out has an exact gain below this."""
-        return torch.cat(self._limits)
-
-    def open(self) -> Tensor:
+        self.open = torch.cat([block.open for block in blocks])
         """[n] rows without candidates."""
-        return torch.cat(self._open)

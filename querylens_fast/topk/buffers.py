@@ -37,6 +37,11 @@ def take(name: str, n_elements: int, dtype: torch.dtype, device: torch.device) -
     return kept[:n_bytes].view(dtype)
 
 
+def converted(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of x in another dtype; valid until the same thread takes this name again."""
+    return take(name, x.numel(), dtype, x.device).view(x.shape).copy_(x)
+
+
 def release() -> None:
     """Give the calling thread's buffers back."""
     _kept.buffers.clear()

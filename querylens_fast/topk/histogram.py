@@ -91,10 +91,13 @@ class BinCounts:
         rows = slice(first_row, first_row + len(tiles[0]))
         low = torch.stack([tile.amin(1) for tile in tiles]).amin(0)
         high = torch.stack([tile.amax(1) for tile in tiles]).amax(0)
-        finite = low.isfinite() & high.isfinite()
-        # As torch.histc: a row of equals lies in the middle of two units.
-        equal = low == high
-        low, high = low - equal.to(low), high + equal.to(high)
+        if bool((torch.maximum(low.abs(), high.abs()) > 2.0**96).any()):
+            # Their differences, times the number of bins, may not fit into float32.
+            tiles, low, high = [tile.double() for tile in tiles], low.double(), high.double()
+        # As torch.histc: a row of equals lies in the middle of two units, or of what a large number can be told from.
+        apart = (low == high) * low.abs().mul(2.0**-22).clamp_(min=1)
+        low, high = low - apart, high + apart
+        finite = ((high - low) * self.bins).isfinite()
         low, high = low.masked_fill(~finite, torch.nan), high.masked_fill(~finite, torch.nan)
         self.low[rows], self.high[rows] = low.double(), high.double()
         for tile in tiles:

@@ -37,9 +37,10 @@ def moved(gains: Tensor, rounding: float, error: Tensor | None, sign: float) -> 
     return scaled + sign * (error[:, :, None] if gains.ndim == 3 else error)
 
 
-def kth(gains: Tensor, k: int) -> Tensor:
-    """The k-th largest of gains [T, r, s] for each row; -inf where there are fewer."""
+def k_best(gains: Tensor, k: int, earlier: Tensor | None = None) -> Tensor:
+    """The k largest [r, k] of gains [T, r, s] and of earlier ones [r, k], in no order; -inf where there are fewer."""
     flat = gains.permute(1, 0, 2).flatten(1)
     if flat.shape[1] < k:
-        return flat.new_full((len(flat),), -math.inf)
-    return flat.topk(k, dim=1, sorted=False).values.amin(1)
+        flat = torch.nn.functional.pad(flat, (0, k - flat.shape[1]), value=-math.inf)
+    best = flat.topk(k, dim=1, sorted=False).values
+    return best if earlier is None else torch.cat([best, earlier], 1).topk(k, dim=1, sorted=False).values

@@ -18,8 +18,8 @@ from querylens_fast.topk.bounds import Bound
 from querylens_fast.topk.products import NARROW
 from querylens_fast.topk.request import Epilogue, Request
 
-MAX_COPY_BYTES = 1 << 31
-"""Largest copy of W that is kept; beyond it tiles are made again for every block of rows."""
+MAX_COPY_BYTES = 1 << 28
+"""Rounded rows of W that are held at a time: all of them, or a panel (fresh memory costs more than rounding again)."""
 MAX_APART = 16
 """Rows of W, at most, that are kept out of the product and scored exactly for every row of F."""
 EXTRA = 32
@@ -34,7 +34,7 @@ class NarrowProduct:
     Args:
         request: the call.
         exact: measure the bound, set outlying rows of W apart, and sort the others by length where they differ much.
-        keep: bytes of W that may be copied.
+        keep: bytes of rounded rows of W that may be held.
     """
 
     dtype = NARROW
@@ -46,19 +46,18 @@ class NarrowProduct:
         self.width = W.shape[1] if self.plain else W.shape[1] + EXTRA
         self.columns: Tensor | None = None
         """Rows of W in the order of the product; None: all of them as they are."""
+        self.descending = False
+        """Whether they come in the order of their norms, the longest first."""
         self.apart = torch.empty(0, dtype=torch.int64, device=W.device)
         """Rows of W outside it."""
-        self.copy: Tensor | None = None
+        self._panel = slice(0, 0), torch.empty(0, self.width, dtype=NARROW, device=W.device)
+        """Columns that are held, and what they hold."""
         self.scale, self.bias = bounds.largest_terms(epilogue)
-        ready = self.plain and W.dtype == NARROW
-        copied = not ready and 2 * len(W) * self.width <= keep
-        if copied:
-            self.copy = buffers.take("narrow W", len(W) * self.width, NARROW, W.device).view(len(W), self.width)
         if exact:
             self.norms, self.roundings = self._measure()
             self._arrange()
-        elif copied:
-            self._measure()
+        if 2 * self.n_columns * self.width <= keep:
+            self.load(slice(0, self.n_columns))
 
     @property
     def n_columns(self) -> int:
@@ -84,31 +83,59 @@ class NarrowProduct:
         """Write the scores of the block with some columns into out."""
         torch.mm(self._F, self._tile(columns).T, out=out)
 
+    def load(self, columns: slice) -> None:
+        """Round some columns, of which tiles will be asked for several times."""
+        if self._ready or self._holds(columns):
+            return
+        n = columns.stop - columns.start
+        room = buffers.take("narrow W", n * self.width, NARROW, self.request.W.device).view(n, self.width)
+        step = max(1, STEP_ELEMENTS // self.width)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            self._round(slice(columns.start + start, columns.start + stop), room[start:stop])
+        self._panel = columns, room
+
+    def _holds(self, columns: slice) -> bool:
+        held = self._panel[0]
+        return held.start <= columns.start and columns.stop <= held.stop
+
     def _tile(self, columns: slice) -> Tensor:
-        if self.copy is not None:
-            return self.copy[columns]
+        if self._ready:
+            return self.request.W[columns]
+        if self._holds(columns):
+            held, room = self._panel
+            return room[columns.start - held.start : columns.stop - held.start]
+        return self._round(columns, self._empty(columns.stop - columns.start))
+
+    @property
+    def _ready(self) -> bool:
+        """Whether rows of W are multiplied as they lie in memory."""
+        return self.plain and self.request.W.dtype == NARROW and self.columns is None
+
+    def _round(self, columns: slice, out: Tensor) -> Tensor:
         chosen = columns if self.columns is None else self.columns[columns]
-        W = self.request.W[chosen]
-        return W.to(NARROW) if self.plain else fold_columns(W, _of_columns(self.request.epilogue, chosen))
+        return fold_columns(self.request.W[chosen], _of_columns(self.request.epilogue, chosen), out)
+
+    def _empty(self, n: int) -> Tensor:
+        return torch.empty(n, self.width, dtype=NARROW, device=self.request.W.device)
 
     def _measure(self) -> tuple[Tensor, Tensor]:
-        """Norms of (scaled) rows of W and of what rounding takes from them; the copy is written on the way."""
+        """Norms of (scaled) rows of W and of what rounding takes from them."""
         W, epilogue = self.request.W, self.request.epilogue
         V, d = W.shape
         norms, roundings = torch.empty(2, V, device=W.device)
         step = max(1, STEP_ELEMENTS // d)
         for start in range(0, V, step):
             rows = slice(start, min(start + step, V))
-            block, terms = W[rows].float(), _of_columns(epilogue, rows)
+            block, terms = W[rows], _of_columns(epilogue, rows)
+            block = block if W.dtype == torch.float32 else buffers.converted("wide rows", block, torch.float32)
             block = block if terms.scale is None else block * terms.scale[:, None].float()
             norms[rows] = torch.linalg.vector_norm(block, dim=1)
-            if self.copy is None and self.plain and W.dtype == NARROW:
+            if self.plain and W.dtype == NARROW:
                 roundings[rows] = 0
                 continue
-            room = (len(block), self.width)
-            out = torch.empty(room, dtype=NARROW, device=W.device) if self.copy is None else self.copy[rows]
-            fold_columns(block, terms._replace(scale=None), out, scale=terms.scale)
-            difference = out[:, :d].float().sub_(block)
+            out = fold_columns(block, terms._replace(scale=None), self._empty(len(block)), scale=terms.scale)
+            difference = buffers.converted("differences", out[:, :d], torch.float32).sub_(block)
             roundings[rows] = torch.linalg.vector_norm(difference, dim=1)
         lost = bounds.norm_underflow(d)
         return norms + lost, roundings + lost
@@ -126,9 +153,9 @@ class NarrowProduct:
         uneven = len(rest) > 0 and float(rest.max()) > 2 * float(rest.median())
         if len(self.apart) or uneven:
             columns = inside.nonzero().squeeze(1)
-            self.columns = columns[rest.argsort(stable=True)] if uneven else columns
+            self.descending = uneven
+            self.columns = columns[rest.argsort(descending=True, stable=True)] if uneven else columns
             self.norms, self.roundings = self.norms[self.columns], self.roundings[self.columns]
-            self.copy = None if self.copy is None else self.copy[self.columns]
 
 
 def _outlying(norms: Tensor) -> Tensor:
@@ -145,17 +172,16 @@ def _of_columns(epilogue: Epilogue, columns: slice | Tensor) -> Epilogue:
     return Epilogue(None if bias is None else bias[columns], None if scale is None else scale[columns], offset)
 
 
-def fold_columns(W: Tensor, epilogue: Epilogue, out: Tensor | None = None, *, scale: Tensor | None = None) -> Tensor:
-    """Rows of W [c, d] for the product, [c, d + EXTRA] (or [c, d] where out has no room for terms).
+def fold_columns(W: Tensor, epilogue: Epilogue, out: Tensor, *, scale: Tensor | None = None) -> Tensor:
+    """Rows of W [c, d] for the product: written to out [c, d + EXTRA] (or [c, d] without room for terms).
 
     Args:
         W: rows.
         epilogue: of these rows; they are multiplied by its scale.
-        out: where to write.
+        out: [c, ...] bfloat16.
         scale: a scale that W already holds.
     """
     c, d = W.shape
-    out = torch.empty(c, d + EXTRA, dtype=NARROW, device=W.device) if out is None else out
     if epilogue.scale is not None:
         scale = epilogue.scale.float()
         W = W.float() * scale[:, None]

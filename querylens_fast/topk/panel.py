@@ -22,13 +22,15 @@ import torch
 from torch import Tensor
 
 from querylens_fast.topk import buffers
-from querylens_fast.topk.keys import INTEGERS, flipped, keys_of, kth, moved
+from querylens_fast.topk.keys import INTEGERS, flipped, k_best, keys_of, moved
 
 TILE_COLUMNS = 2048
 MIN_TILE = 64
 """Columns of the last tile, at least."""
 GROUP = 16
 """Columns in a group; fewer where k is large for the number of columns."""
+PIECE = 256
+"""Columns that are searched at a time for equals of a limit: the first ones are usually enough."""
 MIN_GROUPS = 192
 """Groups, at least, whose extremes set the limit of a row; and at least LIMIT_GROUPS * k."""
 LIMIT_GROUPS = 8
@@ -36,7 +38,7 @@ LIMIT_GROUPS = 8
 
 def most_crowded(k: int, *, certain: bool) -> int:
     """Groups of a row that are looked into, at most; certain: scores have no error, so that few more than k do."""
-    return 2 * k + 32 if certain else 4 * k + 64
+    return 2 * k + 32 if certain else 8 * k + 128
 
 
 class Candidates(NamedTuple):
@@ -54,6 +56,8 @@ class Found(NamedTuple):
     """What a search found in one panel, on one side."""
 
     candidates: Candidates
+    shown: Tensor
+    """[r, k], in no order: the i-th largest gain of this panel and of earlier ones is at least the i-th of these."""
     limit: Tensor
     """[r]: at least k columns, of this panel or of earlier ones, have a gain of this or more."""
     unordered: Tensor
@@ -77,13 +81,15 @@ class Panel:
         sides: tuple[bool, ...],
         *,
         total: bool = False,
+        descending: bool = False,
     ) -> None:
+        """Take the room; descending: rows of W come longest first, so that the first tiles hold most of what counts."""
         self.width = _tile_width(columns)
         self.rows, self.k, self.dtype, self.device, self.sides = rows, k, dtype, device, sides
         self.tiles = [slice(a, min(a + self.width, columns)) for a in range(0, columns, self.width)]
         self.group = next(g for g in (GROUP, 4, 1) if g == 1 or columns >= 2 * g * k)
         self.integers = dtype.itemsize == 2
-        self.total = total or not self.integers
+        self.total, self.descending = total or not self.integers, descending
         self._key_dtype = INTEGERS[dtype] if self.integers else dtype
         ends = torch.iinfo(torch.int16)
         self._lowest, self._none = (ends.min, ends.max) if self.integers else (-math.inf, math.nan)
@@ -141,12 +147,12 @@ class Panel:
             head = out[:, : c - full * g]
             either(head, keys[:, full * g :], out=head)
 
-    def search(self, largest: bool, limit: Tensor | None, error: Tensor | None, *, fine: bool = False) -> Found:
+    def search(self, largest: bool, shown: Tensor | None, error: Tensor | None, *, fine: bool = False) -> Found:
         """Candidates of every row.
 
         Args:
             largest: the side.
-            limit: [r], what earlier panels have shown.
+            shown: [r, k], `Found.shown` of the panels before.
             error: [T, r] bounds on what the gains of each tile may be off by, before they were rounded to the panel's
                 dtype; None: they are what is asked for, and `Found.crowded` rows are left out on account of ties only.
             fine: set the limit by the extremes of all groups, not of a few larger ones.
@@ -155,9 +161,11 @@ class Panel:
         extremes = self.extremes[largest]
         sample = extremes if fine else self._sample(extremes)
         gains = self._gains(sample)
-        invalid = (sample > self._infinity() if self.integers else sample.isnan()).any(2).any(0)
-        shown = kth(moved(gains, -rounding, error, -1.0), self.k)
-        limit = shown if limit is None else torch.maximum(shown, limit)
+        every = extremes if self.descending else sample
+        invalid = (every > self._infinity() if self.integers else every.isnan()).any(2).any(0)
+        off = None if error is None else error[: len(sample)]
+        shown = k_best(moved(gains, -rounding, off, -1.0), self.k, shown)
+        limit = shown.amin(1)
         if error is None and self.total:
             # Fewer than k numbers so far: NaN may have to fill up, which no extreme shows.
             invalid |= limit == -math.inf
@@ -170,7 +178,8 @@ class Panel:
         unordered = ~invalid & ~positive if not self.total else torch.zeros_like(invalid)
         crowded, most = torch.zeros_like(invalid), most_crowded(self.k, certain=error is None)
         if not fine and sample is not extremes:
-            crowded = ((sample >= keys[:, :, None]).sum((0, 2)) > most) & ~invalid & ~unordered
+            beyond = (sample >= keys[: len(sample), :, None]).sum((0, 2))
+            crowded = (beyond > most) & ~invalid & ~unordered
         keys = keys.masked_fill(invalid | unordered | crowded, self._none)
         tiles, rows, groups = self._hits(extremes, keys)
         full = torch.bincount(rows, minlength=self.rows) > most
@@ -179,37 +188,38 @@ class Panel:
             kept = ~full[rows]
             tiles, rows, groups = tiles[kept], rows[kept], groups[kept]
         candidates = self._elements(largest, keys, tiles, rows, groups, rounding, error)
-        return Found(candidates, below, unordered, crowded, invalid)
+        return Found(candidates, shown, below, unordered, crowded, invalid)
 
-    def settle(self, rows: Tensor, limit: Tensor, largest: bool) -> tuple[Candidates, Tensor]:
-        """Candidates of crowded rows [f] whose gains are exact, and their limits: of equals the lower columns.
+    def settle(self, rows: Tensor, earlier: Tensor | None, largest: bool) -> tuple[Candidates, Tensor]:
+        """Candidates of crowded rows [f] whose gains are exact, and what they show [f, k]: of equals the lower columns.
 
-        The limit [f] is raised to the k-th best of all group extremes. Fewer than k groups are beyond that, so what
-        crowds a row then are equals at the limit, of which the first k columns do.
+        The limit is raised to the k-th best of all group extremes and of ``earlier``, what other panels show [f, k].
+        Fewer than k groups are beyond that, so what crowds a row then are equals at the limit, of which the first k
+        columns do.
         """
         extremes = self.extremes[largest][:, rows]
-        limit = torch.maximum(kth(self._gains(extremes), self.k), limit)
+        shown = k_best(self._gains(extremes), self.k, earlier)
+        limit = shown.amin(1)
         cut = limit.expand(len(self.tiles), -1)
         keys, beyond = self._cut_keys(cut)[0], self._cut_keys(cut, beyond=True)[0]
-        tiles, places, groups = self._hits(extremes, keys)
-        full = torch.bincount(places, minlength=len(rows)) > most_crowded(self.k, certain=True)
-        kept = ~full[places] | (extremes[tiles, places, groups] >= beyond[tiles, places])
+        full = (extremes >= keys[:, :, None]).sum((0, 2)) > most_crowded(self.k, certain=True)
         keys = torch.where(full, beyond, keys)
-        found = [self._elements(largest, keys, tiles[kept], places[kept], groups[kept], 0.0, None, rows)]
+        found = [self._elements(largest, keys, *self._hits(extremes, keys), 0.0, None, rows)]
         wanted = (self.k - torch.bincount(found[0].rows, minlength=self.rows)[rows]).where(full, 0)
         value = (limit if largest else -limit).to(self.dtype)
-        for t, columns in enumerate(self.tiles):
+        for t, start in ((t, a) for t, tile in enumerate(self.tiles) for a in range(0, tile.stop - tile.start, PIECE)):
             index = (wanted > 0).nonzero().squeeze(1)
             if not len(index):
                 break
-            place, column = (self.tile(t)[rows[index]] == value[index, None]).nonzero().unbind(1)
+            piece = self.tile(t)[:, start : start + PIECE][rows[index]]
+            place, column = (piece == value[index, None]).nonzero().unbind(1)
             counts = torch.bincount(place, minlength=len(index))
             rank = torch.arange(len(place), device=self.device) - (counts.cumsum(0) - counts)[place]
             kept = rank < wanted[index][place]
             place, column = index[place[kept]], column[kept]
-            found.append(Candidates(rows[place], columns.start + column, limit[place]))
+            found.append(Candidates(rows[place], self.tiles[t].start + start + column, limit[place]))
             wanted[index] -= counts
-        return _joined(found), limit
+        return _joined(found), shown
 
     def of_rows(self, rows: Tensor, largest: bool) -> Panel:
         """A copy of some rows for one side, in the total order."""
@@ -237,8 +247,10 @@ class Panel:
         return gains.masked_fill(gains.isnan() | (keys == self._lowest), -math.inf)
 
     def _sample(self, extremes: Tensor) -> Tensor:
-        """Extremes [T, r, s] of larger groups, as few as do."""
+        """Extremes [T, r, s] of larger groups, as few as do, or those of the first tiles."""
         s, wanted = self.groups, max(MIN_GROUPS, LIMIT_GROUPS * self.k)
+        if self.descending:
+            return extremes[: math.ceil(4 * wanted / s)]
         while s % 2 == 0 and (s // 2) * len(self.tiles) >= wanted:
             s //= 2
         while extremes.shape[2] > s:

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from querylens_fast.topk import buffers
 from querylens_fast.topk.products import full_float32
 from querylens_fast.topk.request import Epilogue, accumulation_dtype
 
@@ -32,7 +33,9 @@ def pair_scores(F: Tensor, W: Tensor, rows: Tensor, columns: Tensor, epilogue: E
         bounds = torch.searchsorted(columns, edges).tolist()
         for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
             if a < b:
-                block = W[i * step : (i + 1) * step].to(dtype).contiguous()
+                block = W[i * step : (i + 1) * step]
+                if block.dtype != dtype or not block.is_contiguous():
+                    block = buffers.converted("widened W", block, dtype)
                 dots[a:b] = _sampled(wide, block, rows[a:b], columns[a:b] - i * step)
         return epilogue.at(dots, rows, columns)
 

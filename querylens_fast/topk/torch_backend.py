@@ -115,7 +115,8 @@ class _Line:
     """One side of a block of rows: candidates of the panels so far."""
 
     def __init__(self) -> None:
-        self.limit: Tensor | None = None
+        self.shown: Tensor | None = None
+        """[n, k], `panel.Found.shown`."""
         self.parts: list[Candidates] = []
 
     def add(self, candidates: Candidates, first_column: int) -> None:
@@ -151,27 +152,28 @@ def _search_panel(
 
 def _search_side(panel: Panel, line: _Line, first_column: int, largest: bool) -> int:
     """Add a panel's candidates to a side; how many rows the raw order did not do for."""
-    found = panel.search(largest, line.limit, None)
+    earlier = line.shown
+    found = panel.search(largest, earlier, None)
     line.add(found.candidates, first_column)
-    limit = found.limit
+    line.shown = shown = found.shown
     crowded = found.crowded.nonzero().squeeze(1)
     if len(crowded):
-        candidates, limit[crowded] = panel.settle(crowded, limit[crowded], largest)
+        before = None if earlier is None else earlier[crowded]
+        candidates, shown[crowded] = panel.settle(crowded, before, largest)
         line.add(candidates, first_column)
     unordered = found.unordered.nonzero().squeeze(1)
     for rows in _parts(unordered):
         part = panel.of_rows(rows, largest)
         inner = _Line()
-        inner.limit = limit[rows]
+        inner.shown = None if earlier is None else earlier[rows]
         _search_side(part, inner, first_column, largest)
-        limit[rows] = inner.limit
+        shown[rows] = inner.shown
         line.parts += [c._replace(rows=rows[c.rows]) for c in inner.parts]
     for rows in _parts(found.invalid.nonzero().squeeze(1)):
         best = best_by_sort(panel.whole(rows), panel.k, largest=largest)
-        gains = (best.scores if largest else -best.scores).to(limit.dtype)
+        gains = (best.scores if largest else -best.scores).to(shown.dtype)
         places = rows.repeat_interleave(best.ids.shape[1])
         line.add(Candidates(places, best.ids.flatten(), gains.flatten()), first_column)
-    line.limit = limit
     return len(unordered)
 
 
