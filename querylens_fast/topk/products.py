@@ -63,7 +63,7 @@ class FasterLinear(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function is torch.nn.functional.linear and not kwargs and not torch.is_grad_enabled():
-            x, W, bias = (*args, None)[:3]
+            (x, W), bias = args[:2], args[2] if len(args) > 2 else None
             plain = x.dtype == W.dtype == torch.float32 and x.device.type == "cpu"
             if plain and min(*x.shape, *W.shape) > 0 and onednn_is_faster():
                 return torch.ops.mkldnn._linear_pointwise(x.contiguous(), W.contiguous(), bias, "none", [], "")
