@@ -105,6 +105,22 @@ def test_scores_over_two_processes(tmp_path: Path) -> None:
     assert (one.output_score - two.output_score).abs().max() <= 0.1
 
 
+@pytest.mark.slow
+def test_input_score_over_two_processes(tmp_path: Path) -> None:
+    """One table, and the means of one process but for what the order of a sum makes of near-ties."""
+    from test_ranks import torchrun
+
+    files = {"--model": "model", "--dictionary": "sae_layer2", "--tokens": "tokens.safetensors"}
+    args = ["evaluate", "input", *(word for flag, name in files.items() for word in (flag, str(ASSETS / name)))]
+    args += ["--presets", "logit_lens_key,query_lens_key_approx", "--examples", "5", "--min-examples", "5", "--out"]
+    done = torchrun([*args, str(tmp_path / "two.json")], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Input score") == 1
+    run(*args, str(tmp_path / "one.json"))
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert [row["mean"] for row in one] == pytest.approx([row["mean"] for row in two], abs=2e-3)
+
+
 def test_scores(tmp_path: Path) -> None:
     """One Parquet row a feature, method and k; a second call computes nothing again; what is gained is shown."""
     out = tmp_path / "out"

@@ -72,6 +72,17 @@ def test_statistics_equal_the_notebooks(sae, model, cosine_sim) -> None:
     assert np.allclose(dense.to_numpy(), frame.to_numpy(), rtol=1e-5, atol=1e-5)
 
 
+def test_statistics_of_tiny_and_huge_decoders(sae, model) -> None:
+    """Dead features' decoders decay: the fourth powers of their scores are no float32."""
+    scales = torch.tensor([1.0, 1e-12, 1e-25, 1e12])
+    rows = sae.W_dec[:1].detach() * scales[:, None]
+    frame, lazy = ours.get_W_U_W_dec_stats_df(rows, SimpleNamespace(W_U=model.W_U.T))
+    for found in (frame, ours.get_stats_df(lazy[:])):
+        for name, size in (("mean", scales), ("std", scales), ("skewness", 1), ("kurtosis", 1)):
+            values = torch.tensor(found[name].to_numpy()) / size
+            assert torch.allclose(values, values[0].expand(4), rtol=1e-4), name
+
+
 def test_all_stats_have_sparsity_and_layer(sae, model) -> None:
     hooked, keys = SimpleNamespace(W_U=model.W_U.T), ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_post")
     sparsities = {key: torch.linspace(-9, 0, len(sae.W_dec)) for key in keys}

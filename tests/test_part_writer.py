@@ -19,6 +19,7 @@ import querylens_fast as ql
 from querylens_fast.cli import app
 from querylens_fast.demo import ASSETS
 from querylens_fast.relations.tables import Block, tabulate
+from querylens_fast.runs import processes
 from querylens_fast.runs.atomic_write import whole, write_whole
 from querylens_fast.runs.part_writer import PartWriter, read_identity, verify
 from querylens_fast.runs.run_lock import held
@@ -367,6 +368,21 @@ def test_reading_verifies_what_it_reads(gpt2: ql.Model, tmp_path: Path) -> None:
                     assert call() == truth
                 except ValueError as error:
                     assert str(file) in str(error)
+
+
+def test_a_process_whose_shared_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its first part, too: it does not make a folder of its own, where nobody would look for its rows."""
+
+    class Second(processes.Ranks):
+        rank, size = 1, 2
+
+    monkeypatch.setattr(processes, "_current", Second())
+    (tmp_path / "shared").mkdir()
+    writer = PartWriter(tmp_path / "shared" / "out.parquet", IDENTITY)
+    (tmp_path / "shared").rmdir()
+    with pytest.raises(FileNotFoundError, match="the folder that the processes share is gone.*out.parquet"):
+        writer.write(0, rows(0))
+    assert not (tmp_path / "shared").exists()
 
 
 def test_a_run_from_before_hook_points_were_recorded_goes_on(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from querylens_fast.topk import bf16_candidates, torch_backend
 from querylens_fast.topk import buffers as workspace
 from querylens_fast.topk.api import TopK, streamed_topk
+from querylens_fast.topk.products import FasterLinear
 from querylens_fast.topk.request import Request
 
 
@@ -190,3 +191,17 @@ def test_errors(options: dict, message: str) -> None:
 def test_bf16_of_float64_is_refused() -> None:
     with pytest.raises(ValueError, match="'bf16' but F is torch.float64"):
         streamed_topk(torch.zeros(2, 3).double(), torch.zeros(4, 3).double(), 1, precision="bf16")
+
+
+def test_faster_linear_is_linear() -> None:
+    """The layers above a spliced dictionary run in it: weights of either layout, with and without bias and axes."""
+    draw = torch.Generator().manual_seed(3)
+    x, W, bias = (torch.randn(*shape, generator=draw) for shape in ((2, 7, 33), (50, 33), (50,)))
+    for weight in (W, W.T.contiguous().T):
+        for b in (bias, None):
+            with torch.no_grad(), FasterLinear():
+                found = torch.nn.functional.linear(x, weight, b)
+            expected = torch.nn.functional.linear(x.double(), W.double(), None if b is None else b.double())
+            assert found.shape == (2, 7, 50) and torch.allclose(found.double(), expected, atol=1e-5)
+    with FasterLinear():
+        assert torch.nn.functional.linear(x, W.clone().requires_grad_(), bias).requires_grad

@@ -70,31 +70,25 @@ evaluate = typer.Typer(
 )
 SHARED = ("transport", "signatures", "run", "evaluate")
 """Commands whose work several processes share."""
-SHARED_EVALUATIONS = ("scores", "report")
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, too.")]
 
 
 @app.callback()
 def _setup(context: typer.Context, debug: DebugOption = False) -> None:
     console.debug(debug)
-    _refuse_torchrun(context, SHARED)
+    _refuse_torchrun(context)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("transformers", "httpx", "datasets", "jax"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
-def _refuse_torchrun(context: typer.Context, shared: tuple[str, ...]) -> None:
+def _refuse_torchrun(context: typer.Context) -> None:
     """Refuse to do the same work once in each of several processes: one line, from the first of them."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in shared:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in SHARED:
         if os.environ.get("RANK", "0") == "0":
             said = f"{context.invoked_subcommand} takes one process: start it without torchrun"
-            typer.secho(f"error: {said} ({', '.join(shared)} share their work)", fg="red", err=True)
+            typer.secho(f"error: {said} ({', '.join(SHARED)} share their work)", fg="red", err=True)
         raise typer.Exit(2)
-
-
-@evaluate.callback()
-def _setup_evaluate(context: typer.Context) -> None:
-    _refuse_torchrun(context, SHARED_EVALUATIONS)
 
 
 app.add_typer(evaluate, name="evaluate")

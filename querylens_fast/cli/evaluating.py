@@ -17,6 +17,7 @@ from querylens_fast.demo import ASSETS
 from querylens_fast.evaluation.evaluate import EvaluationOptions
 from querylens_fast.evaluation.judge import DEFAULT_JUDGE
 from querylens_fast.evaluation.report import PROMPT
+from querylens_fast.evaluation.scores import Case, labels_of
 from querylens_fast.runs import processes
 
 ModelOption = Annotated[str | None, typer.Option(help="Default: the embedded model and dictionaries.")]
@@ -143,24 +144,25 @@ def input_score(
     loading: Flags = LOADING,
 ) -> None:
     """The paper's input score I(T): is what activates a feature in its signature? By layer, with 95 % intervals."""
-    with reported_errors():
+    with reported_errors(), processes.joined() as group:
         from querylens_fast.demo.showcase import FIT_SEQUENCES
         from querylens_fast.evaluation.means import mean_scores
         from querylens_fast.evaluation.methods import Context, find_methods, fit_for
-        from querylens_fast.evaluation.scores import Case, labels_of, score_methods
+        from querylens_fast.evaluation.scores import score_methods
         from querylens_fast.runs.atomic_write import write_whole
 
         quiet_loading()
+        loading |= {"device": group.device(loading["device"])}
         methods = find_methods(presets.split(","))
         loaded, sources, text = _subject(model, dictionaries, tokens, loading)
         # The embedded sample begins with what its own transports are fitted on.
         cut = min(FIT_SEQUENCES, len(text.ids) // 2) if transport is None or model is None else 0
-        held_out = ql.Tokens(text.ids[cut:], text.valid_mask[cut:], text.source)
         fitted = fit_for(methods, loaded, text.head(cut)) if transport is None else ql.load_transport(transport)
-        cases = []
-        for source, label in zip(sources, labels_of(sources), strict=True):
-            found = ql.feature_sample(source, loaded, held_out, n_examples=examples)
-            cases.append(Case(source, label, found.choose(source.n_features, min_examples), found))
+        if not group.leads:  # the fit was shared; the rest takes one process
+            group.wait("scores")
+            return
+        held_out = ql.Tokens(text.ids[cut:], text.valid_mask[cut:], text.source)
+        cases = _cases(loaded, sources, held_out, examples, min_examples)
         context = Context(loaded, fitted, text.head(cut or 1))
         scores = mean_scores(score_methods(cases, context, methods, ks=(k,), coherence=False, progress=True))
         if out is not None:
@@ -170,6 +172,7 @@ def input_score(
                 {"preset": s.method, **s.as_dict(), "n_left_out": n_all[s.dictionary] - s.n_features} for s in scores
             ]
             write_whole(out, json.dumps(rows, indent=1))
+        group.wait("scores")
     from rich.table import Table
 
     names = [*(case.label for case in cases), None]
@@ -182,6 +185,15 @@ def input_score(
     wide_console(200).print(table, markup=False)
     if out is not None:
         say(f"results: {out.resolve()}")
+
+
+def _cases(model: ql.Model, sources: list[Any], tokens: ql.Tokens, examples: int, min_examples: int) -> list[Case]:
+    """Each dictionary with all its features that have enough examples, and where they are active."""
+    cases = []
+    for source, label in zip(sources, labels_of(sources), strict=True):
+        found = ql.feature_sample(source, model, tokens, n_examples=examples)
+        cases.append(Case(source, label, found.choose(source.n_features, min_examples), found))
+    return cases
 
 
 @with_flags

@@ -22,6 +22,7 @@ from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.lens.splice import run_from, splice
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import at_least_float32
+from querylens_fast.topk.products import FasterLinear
 
 LOWEST_ALPHA, HIGHEST_ALPHA = 1e-3, 1e3
 """Where `calibrate` looks for α; the reference's upper bound is 1,000 too."""
@@ -77,8 +78,9 @@ class Steered:
 
     def _logits(self, stream: Tensor) -> Tensor:
         """Logits at the positions looked at for streams [C, B, S, D] at the splice's point."""
-        final = run_from(self.model, stream, self.splice.point, self.ids, last=self.n_predicted)
-        return at_least_float32(self.model.logits(final)).flatten(1, 2)
+        with FasterLinear():
+            final = run_from(self.model, stream, self.splice.point, self.ids, last=self.n_predicted)
+            return at_least_float32(self.model.logits(final)).flatten(1, 2)
 
 
 @dataclass(frozen=True)

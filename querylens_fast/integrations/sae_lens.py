@@ -81,12 +81,13 @@ class Projection:
         scores, squares = (W.new_empty(TILE[0] * TILE[1]) for _ in range(2))
         parts = []
         for rows in W_dec.to(W).split(TILE[0]):
+            rows, size = _near_one(rows)
             sums = torch.zeros(4, len(rows), dtype=torch.float64, device=W.device)
             for columns in W.split(TILE[1]):
                 shape = len(rows), len(columns)
                 tile, room = (x[: shape[0] * shape[1]].view(shape) for x in (scores, squares))
                 sums += _power_sums(product(rows, columns, tile), room)
-            parts.append(_moments(rows.double() @ center, sums / len(W)))
+            parts.append(_moments(rows.double() @ center, sums / len(W), size))
         return torch.cat(parts, 1)
 
 
@@ -112,10 +113,16 @@ def _moments_of_rows(projection: Tensor) -> Tensor:
     for rows in projection.detach().split(CACHED_ROWS):
         rows = at_least_float32(rows)
         mean = rows.mean(1, keepdim=True)
-        centered = rows - mean
+        centered, size = _near_one(rows - mean)
         sums = _power_sums(centered, torch.empty_like(centered))
-        parts.append(_moments(mean[:, 0].double(), sums / rows.shape[1]))
+        parts.append(_moments(mean[:, 0].double() / size, sums / rows.shape[1], size))
     return torch.cat(parts, 1)
+
+
+def _near_one(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows divided by a power of two that is their size [r], float64: the fourth powers of 1e-12 are 0 in float32."""
+    size = torch.ldexp(rows.new_ones(len(rows)), torch.frexp(rows.abs().amax(1)).exponent.clamp(-120, 120))
+    return rows / size[:, None], size.double()
 
 
 def _power_sums(scores: Tensor, room: Tensor) -> Tensor:
@@ -125,13 +132,14 @@ def _power_sums(scores: Tensor, room: Tensor) -> Tensor:
     return torch.stack([scores.sum(1).double(), second, squares.mul_(scores).sum(1).double(), fourth])
 
 
-def _moments(shift: Tensor, powers: Tensor) -> Tensor:
-    """Mean, standard deviation, skewness and kurtosis [4, r] from mean powers [4, r] about a shift [r]."""
+def _moments(shift: Tensor, powers: Tensor, size: Tensor) -> Tensor:
+    """Mean, standard deviation, skewness and kurtosis [4, r] of rows whose parts of ``size`` [r] have these mean powers
+    [4, r] about a shift [r]."""
     first, second, third, fourth = powers
     variance = (second - first**2).clamp_min(0)
     fourth = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
     third = third - 3 * first * second + 2 * first**3
-    return torch.stack([shift + first, variance.sqrt(), third / variance**1.5, fourth / variance**2])
+    return torch.stack([size * (shift + first), size * variance.sqrt(), third / variance**1.5, fourth / variance**2])
 
 
 def get_W_U_W_dec_stats_df(

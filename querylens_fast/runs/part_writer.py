@@ -13,6 +13,7 @@ processes may write parts of one result.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -23,6 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from querylens_fast.runs import processes
 from querylens_fast.runs.atomic_write import fsync_folder, output_file, remove_leftovers, whole
 from querylens_fast.runs.run_record import DamagedFile, differences, digest_of, read_record, refuse_others, write_record
 from querylens_fast.runs.sealed_parquet import (
@@ -107,7 +109,7 @@ class PartWriter:
         """Write the part that begins at row ``start``, whole or not at all.
 
         Raises:
-            OSError: The disk is full; what was written before stays.
+            OSError: The disk is full, or the folder that several processes share is gone; what was written stays.
         """
         self._begin()
         mark = {PART_KEY: json.dumps({"run": self._digest, "start": start}).encode()}
@@ -190,7 +192,11 @@ class PartWriter:
         """Say what the parts are of; not before there is one, so that a mistake leaves nothing behind."""
         if self._begun:
             return
-        self.parts.mkdir(parents=True, exist_ok=True)
+        shared = processes.current().size > 1
+        if shared and not self._out.parent.is_dir():  # rank 0 has made it: this process would write to another one
+            missing = "the folder that the processes share is gone, or is not shared with this process"
+            raise FileNotFoundError(errno.ENOENT, missing, str(self.path))
+        self.parts.mkdir(parents=not shared, exist_ok=True)
         if self._all_sealed:
             write_record(self.parts / "run.json", self.identity)
         self._begun = True

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 NARROW = torch.bfloat16
 
@@ -53,6 +54,20 @@ def product(F: Tensor, W: Tensor, out: Tensor) -> Tensor:
     if F.dtype == torch.float32 and F.device.type == "cpu" and min(*F.shape, *W.shape) > 1 and onednn_is_faster():
         return out.copy_(_onednn(F.contiguous(), W.contiguous()))
     return torch.mm(F, W.T, out=out)
+
+
+class FasterLinear(TorchFunctionMode):
+    """Within it, ``nn.functional.linear`` of float32 on the CPU goes to the faster library. It has no gradient."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.nn.functional.linear and not kwargs and not torch.is_grad_enabled():
+            (x, W), bias = args[:2], args[2] if len(args) > 2 else None
+            plain = x.dtype == W.dtype == torch.float32 and x.device.type == "cpu"
+            if plain and min(*x.shape, *W.shape) > 0 and onednn_is_faster():
+                return torch.ops.mkldnn._linear_pointwise(x.contiguous(), W.contiguous(), bias, "none", [], "")
+        return function(*args, **(kwargs or {}))
 
 
 def _onednn(F: Tensor, W: Tensor) -> Tensor:
