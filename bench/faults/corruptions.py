@@ -53,8 +53,7 @@ def _readers(workload: Workload) -> list[tuple[Job, Callable[[Path], object]]]:
     """How a finished result of each job is read."""
 
     def rows(path: Path) -> object:
-        ql.search(path, 5), ql.show(path, 3)
-        return ql.read_signatures(path) if hasattr(ql, "read_signatures") else None
+        return ql.search(path, 5), ql.show(path, 3)
 
     readers: dict[str, Callable[[Path], object]] = {
         "signatures, Parquet": rows,
