@@ -13,11 +13,11 @@ from torch import Tensor
 
 from querylens_fast.topk import torch_backend
 from querylens_fast.topk.narrow import MAX_COPY_BYTES, NarrowProduct
-from querylens_fast.topk.panel import GROUP, Candidates, Found, Panel
+from querylens_fast.topk.panel import GROUP, Found, Panel
 from querylens_fast.topk.products import NARROW, faster_in_bfloat16, full_float32
 from querylens_fast.topk.request import Outcome, Request, Side
 from querylens_fast.topk.rescore import pair_scores
-from querylens_fast.topk.selection import best_of_pairs
+from querylens_fast.topk.selection import Candidates, best_of_pairs
 from querylens_fast.topk.torch_backend import plan
 
 MIN_ROWS = 192
@@ -222,12 +222,12 @@ class _Block:
 
     def candidates(self) -> Candidates:
         """Of all panels."""
-        rows, columns, reach = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
+        found = Candidates.joined(self.parts)
         if len(self.parts) > 1:
             # Later panels have raised the limit.
-            kept = (reach >= self.limit[rows]).nonzero().squeeze(1)
-            rows, columns, reach = (x.index_select(0, kept) for x in (rows, columns, reach))
-        return Candidates(rows, columns, reach)
+            kept = (found.reach >= self.limit[found.rows]).nonzero().squeeze(1)
+            found = Candidates(*(x.index_select(0, kept) for x in found))
+        return found
 
 
 class _Proposal:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from querylens_fast.topk import buffers
 from querylens_fast.topk.keys import INTEGERS, flipped, k_best, keys_of, moved
+from querylens_fast.topk.selection import Candidates
 
 TILE_COLUMNS = 2048
 MIN_TILE = 64
@@ -39,17 +40,6 @@ LIMIT_GROUPS = 8
 def most_crowded(k: int, *, certain: bool) -> int:
     """Groups of a row that are looked into, at most; certain: scores have no error, so that few more than k do."""
     return 2 * k + 32 if certain else 8 * k + 128
-
-
-class Candidates(NamedTuple):
-    """Columns that may be among the k best of their rows, in no order."""
-
-    rows: Tensor
-    """[m] int64 row of the block."""
-    columns: Tensor
-    """[m] int64."""
-    reach: Tensor
-    """[m]: no gain beyond this is possible there; with no error to account for, the gain itself."""
 
 
 class Found(NamedTuple):
@@ -219,7 +209,7 @@ class Panel:
             place, column = index[place[kept]], column[kept]
             found.append(Candidates(rows[place], self.tiles[t].start + start + column, limit[place]))
             wanted[index] -= counts
-        return _joined(found), shown
+        return Candidates.joined(found), shown
 
     def of_rows(self, rows: Tensor, largest: bool) -> Panel:
         """A copy of some rows for one side, in the total order."""
@@ -330,7 +320,7 @@ class Panel:
         if not found:
             none = rows[:0]
             return Candidates(none, none, none.to(torch.float64 if self.dtype == torch.float64 else torch.float32))
-        return _joined(found)
+        return Candidates.joined(found)
 
     def _in_fours(self, c: int) -> bool:
         """Whether groups of a tile of c columns are four times four neighbours, which are gathered as one integer.
@@ -354,7 +344,3 @@ def _tile_width(columns: int) -> int:
     if columns > TILE_COLUMNS and not 0 < columns % TILE_COLUMNS < MIN_TILE:
         return TILE_COLUMNS
     return min(16 * math.ceil(columns / math.ceil(columns / TILE_COLUMNS) / 16), max(columns, 1))
-
-
-def _joined(parts: list[Candidates]) -> Candidates:
-    return Candidates(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))

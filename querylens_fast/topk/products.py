@@ -112,11 +112,16 @@ def _normal(*shape: int) -> Tensor:
 
 
 def _shortest(*runs: Callable[[], object]) -> list[float]:
-    """Shortest time of each of some runs, which take turns: other work on the machine slows all of them."""
+    """Shortest processor time of each of some runs on one thread: what other work on the machine hardly changes."""
     times: list[list[float]] = [[] for _ in runs]
-    for _ in range(8):
-        for run, passed in zip(runs, times, strict=True):
-            start = time.perf_counter()
-            run()
-            passed.append(time.perf_counter() - start)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(8):
+            for run, passed in zip(runs, times, strict=True):
+                start = time.thread_time()
+                run()
+                passed.append(time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
     return [min(passed) for passed in times]

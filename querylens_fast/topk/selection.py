@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,22 @@ from torch import Tensor
 
 from querylens_fast.topk.keys import keys_of
 from querylens_fast.topk.request import Side
+
+
+class Candidates(NamedTuple):
+    """Columns that may be among the k best of their rows, in no order."""
+
+    rows: Tensor
+    """[m] int64 row of the block."""
+    columns: Tensor
+    """[m] int64."""
+    reach: Tensor
+    """[m]: no gain beyond this is possible there; with no error to account for, the gain itself."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Candidates]) -> Candidates:
+        """Several as one."""
+        return cls(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
 
 
 class Best(NamedTuple):

@@ -12,11 +12,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from querylens_fast.topk.panel import GROUP, MIN_TILE, TILE_COLUMNS, Candidates, Panel
+from querylens_fast.topk.panel import GROUP, MIN_TILE, TILE_COLUMNS, Panel
 from querylens_fast.topk.products import full_float32, product
 from querylens_fast.topk.request import Epilogue as Epilogue
 from querylens_fast.topk.request import Outcome, Request, Side
-from querylens_fast.topk.selection import best_by_sort, best_of_pairs
+from querylens_fast.topk.selection import Candidates, best_by_sort, best_of_pairs
 
 PANEL_BYTES = 1 << 27
 """Scores held at a time (128 MiB)."""
@@ -123,7 +123,7 @@ class _Line:
         self.parts.append(candidates._replace(columns=candidates.columns + first_column))
 
     def best(self, rows: slice, request: Request, largest: bool) -> Side:
-        lines, columns, gains = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
+        lines, columns, gains = Candidates.joined(self.parts)
         order = torch.sort(columns).indices
         lines, columns, gains = (x.index_select(0, order) for x in (lines, columns, gains))
         best = best_of_pairs(lines, columns, gains if largest else -gains, rows.stop - rows.start, request.k, largest)
