@@ -20,6 +20,11 @@ def source(name: str = "qwen3") -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
 
 
+def test_a_model_in_memory_needs_no_loading() -> None:
+    with pytest.raises(TypeError, match="Qwen3ForCausalLM; expected a hub id or a folder.*as_model"):
+        ql.load_model(source())  # type: ignore[arg-type]
+
+
 def test_wrappers_are_taken_off() -> None:
     model = source()
     plain = ql.as_model(model)

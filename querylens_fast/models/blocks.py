@@ -20,6 +20,7 @@ from torch import Tensor
 
 from querylens_fast.models.masking import Masking, turn, turn_back
 from querylens_fast.models.norms import IDENTITY, AnyLinearNorm, AnyNorm, at_least_float32
+from querylens_fast.topk.products import linear, onednn_is_faster
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -139,22 +140,22 @@ class LinearAttention:
         """J_A t for t [C, B, S, D]."""
         w = self.weights
         t = self.norm.jvp(t)
-        dq = self._turn(self.q_norm.jvp(w._heads(nnf.linear(t, w.W_Q), w.n_heads)))
-        dk = self._spread(self._turn(self.k_norm.jvp(w._heads(nnf.linear(t, w.W_K), w.n_kv_heads))))
-        dv = self._spread(w._heads(nnf.linear(t, w.W_V), w.n_kv_heads))
+        dq = self._turn(self.q_norm.jvp(w._heads(linear(t, w.W_Q), w.n_heads)))
+        dk = self._spread(self._turn(self.k_norm.jvp(w._heads(linear(t, w.W_K), w.n_kv_heads))))
+        dv = self._spread(w._heads(linear(t, w.W_V), w.n_kv_heads))
         dscores = dq @ self.k.mT + self.q @ dk.mT
         if self.slope is not None:
             dscores = dscores * self.slope
         dpattern = self._through_softmax(dscores)
         mixed = w._merge(dpattern @ self.v + self.pattern @ dv)
-        return self.post_norm.jvp(nnf.linear(mixed, w.W_O))
+        return self.post_norm.jvp(linear(mixed, w.W_O))
 
     def vjp(self, g: Tensor) -> Tensor:
         """J_Aᵀ g for g [C, B, S, D]."""
         w = self.weights
-        mixed = w._heads(nnf.linear(self.post_norm.vjp(g), w.W_O.mT), w.n_heads)
+        mixed = w._heads(linear(self.post_norm.vjp(g), w.W_O.mT), w.n_heads)
         dq, dk, dv = self.heads_vjp(mixed)
-        back = nnf.linear(w._merge(self.q_norm.vjp(self.turn_back(dq))), w.W_Q.mT)
+        back = linear(w._merge(self.q_norm.vjp(self.turn_back(dq))), w.W_Q.mT)
         _add_product(back, w._merge(self.k_norm.vjp(self.turn_back(self._gather(dk)))), w.W_K)
         _add_product(back, w._merge(self._gather(dv)), w.W_V)
         return self.norm.vjp(back)
@@ -190,8 +191,11 @@ class LinearAttention:
 
 
 def _add_product(total: Tensor, x: Tensor, weight: Tensor) -> None:
-    """total += x weight, within the matrix product; total [..., D], x [..., N], weight [N, D]."""
-    total.view(-1, total.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight)
+    """total += x weight; total [..., D], x [..., N], weight [N, D]."""
+    if total.dtype == torch.float32 and total.device.type == "cpu" and onednn_is_faster():
+        total += linear(x, weight.mT)
+    else:
+        total.view(-1, total.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight)
 
 
 @dataclass(frozen=True)
@@ -281,18 +285,18 @@ class LinearMLP:
         """J_M t for t [C, B, S, D]."""
         w = self.weights
         t = self.norm.jvp(t)
-        hidden = nnf.linear(t, w.W_in).mul_(self.by_up)
+        hidden = linear(t, w.W_in).mul_(self.by_up)
         if w.W_gate is not None and self.by_gate is not None:
-            hidden.addcmul_(nnf.linear(t, w.W_gate), self.by_gate)
-        return self.post_norm.jvp(nnf.linear(hidden, w.W_out))
+            hidden.addcmul_(linear(t, w.W_gate), self.by_gate)
+        return self.post_norm.jvp(linear(hidden, w.W_out))
 
     def vjp(self, g: Tensor) -> Tensor:
         """J_Mᵀ g for g [C, B, S, D]."""
         w = self.weights
-        hidden = nnf.linear(self.post_norm.vjp(g), w.W_out.mT)
+        hidden = linear(self.post_norm.vjp(g), w.W_out.mT)
         if w.W_gate is None or self.by_gate is None:
-            return self.norm.vjp(nnf.linear(hidden.mul_(self.by_up), w.W_in.mT))
-        back = nnf.linear(hidden * self.by_gate, w.W_gate.mT)
+            return self.norm.vjp(linear(hidden.mul_(self.by_up), w.W_in.mT))
+        back = linear(hidden * self.by_gate, w.W_gate.mT)
         _add_product(back, hidden.mul_(self.by_up), w.W_in)
         return self.norm.vjp(back)
 

@@ -94,8 +94,14 @@ def load_model(
         FileNotFoundError: The folder or hub id cannot be had.
         UnsupportedModelError: The architecture is not supported (the message says why).
         ValueError: Files are damaged or do not fit together.
+        TypeError: ``model`` is no name or folder.
     """
     _check_linearisation(linearisation)
+    if not isinstance(model, str | Path):
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected a hub id or a folder. A model in memory needs no loading: "
+            "pass it where a model is asked for, or to as_model"
+        )
     name, torch_dtype, place = str(model), parse_dtype(dtype), parse_device(device)
     if linearisation == "none":
         return load_weights_only(name, torch_dtype, place, tokenizer, revision)
