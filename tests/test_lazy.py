@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 import querylens_fast as ql
 from querylens_fast.cli import app
@@ -20,6 +21,10 @@ def test_the_stub_names_what_the_package_has() -> None:
         assert getattr(ql, name).__name__.rpartition(".")[2] == name if name != "PRESETS" else ql.PRESETS
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = ql.no_such_name
+
+
+def test_the_command_line_tells_its_version() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"querylens_fast {ql.__version__}\n"
 
 
 def test_listed_commands_have_their_own_help() -> None:

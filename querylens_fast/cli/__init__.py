@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from querylens_fast import __version__
 from querylens_fast.cli import console
 from querylens_fast.cli.lazy import lazy_group
 
@@ -70,11 +71,22 @@ evaluate = typer.Typer(
 )
 SHARED = ("transport", "signatures", "run", "evaluate")
 """Commands whose work several processes share."""
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"querylens_fast {__version__}")
+        raise typer.Exit()
+
+
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, too.")]
+VersionOption = Annotated[
+    bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
+]
 
 
 @app.callback()
-def _setup(context: typer.Context, debug: DebugOption = False) -> None:
+def _setup(context: typer.Context, debug: DebugOption = False, version: VersionOption = False) -> None:
     console.debug(debug)
     _refuse_torchrun(context)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
