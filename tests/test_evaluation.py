@@ -256,6 +256,11 @@ def test_steered_text(example: Example) -> None:
         ql.steer(example.model, example.dictionaries[0], 2035, 20.0, "")
     with pytest.raises(ValueError, match="strength is nan"):
         ql.steer(example.model, example.dictionaries[0], 2035, float("nan"), "x")
+    room = example.model.max_positions
+    with pytest.raises(
+        ValueError, match=f"n_tokens is 10000 after 1 tokens; .* positions for {room}, .* at most {room}"
+    ):
+        ql.steer(example.model, example.dictionaries[0], 2035, 20.0, " x", n_tokens=10000)
 
 
 def test_output_scores(promoted: Promoted) -> None:

@@ -96,6 +96,13 @@ def continuation(
     Stops when every row has written the end-of-text token.
     """
     n_tokens, temperature = whole_number("n_tokens", n_tokens), finite_number("temperature", temperature, 0)
+    room = model.max_positions
+    # The last token written is not read again.
+    if room is not None and ids.shape[1] + n_tokens - 1 > room:
+        raise ValueError(
+            f"n_tokens is {n_tokens} after {ids.shape[1]} tokens; the model has positions for {room}, so expected at "
+            f"most {max(room + 1 - ids.shape[1], 0)}"
+        )
     generator = torch.Generator().manual_seed(whole_number("seed", seed, least=0))
     end = getattr(model.tokenizer, "eos_token_id", None)
     ids = ids.to(model.device)
