@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,13 @@ def test_the_stub_names_what_the_package_has() -> None:
         assert getattr(ql, name).__name__.rpartition(".")[2] == name if name != "PRESETS" else ql.PRESETS
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = ql.no_such_name
+
+
+def test_import_is_light() -> None:
+    heavy = ("torch", "transformers", "triton", "sae_lens", "transformer_lens", "datasets", "pyarrow")
+    code = f"import sys, querylens_fast\nprint([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_the_command_line_tells_its_version() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import querylens_fast as ql
 from bench.brute_force import BruteForce
+from querylens_fast.topk import products
 from querylens_fast.transport.jacobians import Budget, Linearised
 from querylens_fast.transport.per_feature import walk_features
 
@@ -45,6 +46,22 @@ def test_matrices_agree_with_walks_at_every_point(tiny_model: ql.Model, sample: 
             for point in range(POINTS):
                 walked = walk_features(tiny_model, sample, vectors, point, side, order)
                 assert relative(transport.apply(vectors, side, order, point), walked.mean) < 1e-10
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+def test_float32_is_float64_rounded(
+    tiny_model: ql.Model, sample: ql.Tokens, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By either library, of which a processor takes the faster one."""
+    if onednn and not products.onednn_is_float32():
+        pytest.skip("oneDNN does not multiply float32 here")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
+    exact = ql.fit_transport(tiny_model, sample, orders=("full",), progress=False)
+    narrow = ql.as_model(copy.deepcopy(tiny_model.source).float())
+    found = ql.fit_transport(narrow, sample, orders=("full",), progress=False)
+    for side in ("value", "key"):
+        for point in range(POINTS):
+            assert relative(found.matrix(side, "full", point).double(), exact.matrix(side, "full", point)) < 1e-5
 
 
 def test_value_and_key_meet(tiny_model: ql.Model, unpadded: ql.Tokens) -> None:

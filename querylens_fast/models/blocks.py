@@ -20,7 +20,7 @@ from torch import Tensor
 
 from querylens_fast.models.masking import Masking, turn, turn_back
 from querylens_fast.models.norms import IDENTITY, AnyLinearNorm, AnyNorm, at_least_float32
-from querylens_fast.topk.products import linear, onednn_is_faster
+from querylens_fast.topk.products import add_product, linear
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -156,8 +156,8 @@ class LinearAttention:
         mixed = w._heads(linear(self.post_norm.vjp(g), w.W_O.mT), w.n_heads)
         dq, dk, dv = self.heads_vjp(mixed)
         back = linear(w._merge(self.q_norm.vjp(self.turn_back(dq))), w.W_Q.mT)
-        _add_product(back, w._merge(self.k_norm.vjp(self.turn_back(self._gather(dk)))), w.W_K)
-        _add_product(back, w._merge(self._gather(dv)), w.W_V)
+        add_product(back, w._merge(self.k_norm.vjp(self.turn_back(self._gather(dk)))), w.W_K)
+        add_product(back, w._merge(self._gather(dv)), w.W_V)
         return self.norm.vjp(back)
 
     def heads_vjp(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,14 +188,6 @@ class LinearAttention:
     def _gather(self, x: Tensor) -> Tensor:
         kv = self.weights.n_kv_heads
         return x if kv == self.weights.n_heads else x.unflatten(-3, (kv, -1)).sum(-3)
-
-
-def _add_product(total: Tensor, x: Tensor, weight: Tensor) -> None:
-    """total += x weight; total [..., D], x [..., N], weight [N, D]."""
-    if total.dtype == torch.float32 and total.device.type == "cpu" and onednn_is_faster():
-        total += linear(x, weight.mT)
-    else:
-        total.view(-1, total.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight)
 
 
 @dataclass(frozen=True)
@@ -297,7 +289,7 @@ class LinearMLP:
         if w.W_gate is None or self.by_gate is None:
             return self.norm.vjp(linear(hidden.mul_(self.by_up), w.W_in.mT))
         back = linear(hidden * self.by_gate, w.W_gate.mT)
-        _add_product(back, hidden.mul_(self.by_up), w.W_in)
+        add_product(back, hidden.mul_(self.by_up), w.W_in)
         return self.norm.vjp(back)
 
 

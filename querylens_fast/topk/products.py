@@ -51,17 +51,24 @@ def _ieee_backends() -> Iterator[None]:
 
 def product(F: Tensor, W: Tensor, out: Tensor) -> Tensor:
     """F Wᵀ [r, c] into out, contiguous and of F's and W's dtype; call within `full_float32`."""
-    if F.dtype == torch.float32 and F.device.type == "cpu" and min(*F.shape, *W.shape) > 1 and onednn_is_faster():
-        return out.copy_(_onednn(F.contiguous(), W.contiguous()))
+    if min(*F.shape, *W.shape) > 1 and _suits_onednn(F, W):
+        return out.copy_(_onednn(F, W))
     return torch.mm(F, W.T, out=out)
 
 
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + bias [..., n] for x [..., d] and W [n, d], by the faster library in float32 on the CPU. No gradients."""
-    plain = x.dtype == W.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
-    if plain and min(*x.shape, *W.shape) > 0 and onednn_is_faster():
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), W.contiguous(), bias, "none", [], "")
+    if _suits_onednn(x, W) and not torch.is_grad_enabled():
+        return _onednn(x, W, bias)
     return torch.nn.functional.linear(x, W, bias)
+
+
+def add_product(total: Tensor, x: Tensor, W: Tensor) -> None:
+    """total += x W, by the faster library as `linear`; total [..., n], x [..., d], W [d, n]."""
+    if _suits_onednn(x, W):
+        total += linear(x, W.mT)
+    else:
+        total.view(-1, total.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), W)
 
 
 class FasterLinear(TorchFunctionMode):
@@ -70,14 +77,19 @@ class FasterLinear(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is torch.nn.functional.linear:
-            return linear(*args, **(kwargs or {}))
+        if function is torch.nn.functional.linear and not kwargs:
+            return linear(*args)
         return function(*args, **(kwargs or {}))
 
 
-def _onednn(F: Tensor, W: Tensor) -> Tensor:
-    """F Wᵀ by oneDNN: on processors other than Intel's up to twice as fast as MKL's product behind torch.mm."""
-    return torch.ops.mkldnn._linear_pointwise(F, W, None, "none", [], "")
+def _suits_onednn(x: Tensor, W: Tensor) -> bool:
+    plain = x.dtype == W.dtype == torch.float32 and x.device.type == "cpu"
+    return plain and min(*x.shape, *W.shape) > 0 and onednn_is_faster()
+
+
+def _onednn(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias by oneDNN: on processors other than Intel's up to twice as fast as MKL's product behind torch.mm."""
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), W.contiguous(), bias, "none", [], "")
 
 
 @cache
