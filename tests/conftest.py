@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import shutil
+from pathlib import Path
 
 import torch
 
@@ -17,6 +19,8 @@ import pytest
 from tiny_models import ARCHITECTURES, save_tiny_model
 
 import querylens_fast as ql
+from querylens_fast.demo.showcase import Example, load_example
+from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     from bench.interpreter import widen_bfloat16
@@ -70,3 +74,39 @@ def sample() -> ql.Tokens:
     valid[1, 5:] = False
     valid[3, 2] = False
     return ql.Tokens(ids, valid)
+
+
+@pytest.fixture(scope="session")
+def served_model(served: Path) -> ql.Model:
+    """The model of ``served``."""
+    return ql.load_model(served / "model")
+
+
+@pytest.fixture
+def copied_results(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Results of ``served`` that a test may change; servers look for changes at every query."""
+    from querylens_fast.queries import results
+
+    monkeypatch.setattr(results, "LOOK_SECONDS", 0.0)
+    return Path(shutil.copytree(served / "results", tmp_path / "copied"))
+
+
+@pytest.fixture(scope="session")
+def example() -> Example:
+    """The demo's model and dictionaries."""
+    return load_example()
+
+
+@pytest.fixture(scope="session")
+def demo_tokens(example: Example) -> ql.Tokens:
+    """Held-out text, with padding at the end of one sequence."""
+    held_out = example.held_out.head(24)
+    valid = held_out.valid_mask.clone()
+    valid[2, 40:] = False
+    return ql.Tokens(held_out.ids, valid)
+
+
+@pytest.fixture(scope="session")
+def demo_sample(example: Example, demo_tokens: ql.Tokens) -> FeatureSample:
+    """Of the dictionary of layer 1."""
+    return feature_sample(example.dictionaries[1], example.model, demo_tokens, n_examples=5, progress=False)

@@ -7,6 +7,8 @@ import transformers
 from tokenizers import Tokenizer, models
 
 import querylens_fast as ql
+from querylens_fast.queries import Results
+from querylens_fast.queries.views import Row
 
 WORDS = (
     *("<unk>", "<eos>", "<pad>", "<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "שלום", " مرحبا"),
@@ -63,3 +65,15 @@ def write_results(model: ql.Model, folder: Path, k: int = 12) -> None:
         dictionary, model, preset="query_lens_value_approx", transport=transport, layers=True, k=5, out=first_order,
         progress=False,
     )  # fmt: skip
+
+
+def all_rows(found: Results, limit: int = 7, **options: object) -> list[Row]:
+    """The rows of every page."""
+    rows, after = [], None
+    while True:
+        page = found.search(after=after, limit=limit, **options)  # type: ignore[arg-type]
+        rows += page.rows
+        if page.next is None:
+            return rows
+        assert len(page.rows) == limit
+        after = page.next

@@ -1,4 +1,4 @@
-"""Feature samples, steering, output scores and the table of scores, on the embedded model against plain loops."""
+"""Steering, output scores and the table of scores, on the embedded model against plain loops."""
 
 from pathlib import Path
 
@@ -8,9 +8,8 @@ from golden_cases import CASES, golden
 from safetensors.torch import load_file
 
 import querylens_fast as ql
-from querylens_fast.demo.showcase import Example, load_example
-from querylens_fast.evaluation.contexts import feature_list
-from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample, load_feature_sample
+from querylens_fast.demo.showcase import Example
+from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample
 from querylens_fast.evaluation.means import MeanScore, by_thirds, gains, mean_scores
 from querylens_fast.evaluation.methods import Context, find_methods
 from querylens_fast.evaluation.output_score import (
@@ -31,25 +30,6 @@ FEATURES = torch.tensor([3, 40, 700, 1500])
 
 
 @pytest.fixture(scope="module")
-def example() -> Example:
-    return load_example()
-
-
-@pytest.fixture(scope="module")
-def tokens(example: Example) -> ql.Tokens:
-    """Held-out text, with padding at the end of one sequence."""
-    held_out = example.held_out.head(24)
-    valid = held_out.valid_mask.clone()
-    valid[2, 40:] = False
-    return ql.Tokens(held_out.ids, valid)
-
-
-@pytest.fixture(scope="module")
-def sample(example: Example, tokens: ql.Tokens) -> FeatureSample:
-    return feature_sample(example.dictionaries[1], example.model, tokens, n_examples=5, progress=False)
-
-
-@pytest.fixture(scope="module")
 def prefixes(example: Example) -> torch.Tensor:
     return example.held_out.ids[:12, :7]
 
@@ -57,95 +37,6 @@ def prefixes(example: Example) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def promoted(example: Example, prefixes: torch.Tensor) -> Promoted:
     return promoted_tokens(example.dictionaries[1], example.model, FEATURES, prefixes=prefixes, n_tokens=40)
-
-
-def test_activity_by_a_plain_loop(example: Example, tokens: ql.Tokens, sample: FeatureSample) -> None:
-    acts = activations(example.model, example.dictionaries[1], tokens.ids) * tokens.valid_mask[..., None]
-    assert torch.equal(sample.n_active, (acts > 0).sum((0, 1)))
-    assert torch.allclose(sample.density, (acts > 0).float().sum((0, 1)) / tokens.n_valid)
-    assert torch.allclose(sample.maximum, acts.amax((0, 1)))
-    means = acts.sum((0, 1)) / (acts > 0).sum((0, 1)).clamp_min(1)
-    assert torch.allclose(sample.mean, means, atol=1e-5)
-    for feature in FEATURES.tolist():
-        own = acts[:, :, feature]
-        peaks = own.amax(1)
-        order = [i for i in peaks.argsort(descending=True, stable=True).tolist() if peaks[i] > 0][:5]
-        found = sample.sequences[feature]
-        assert found[found >= 0].tolist() == order
-        for place, sequence in enumerate(order):
-            position = int(sample.positions[feature, place])
-            assert own[sequence, position] == peaks[sequence] == sample.values[feature, place]
-            assert sample.tokens[feature, place] == tokens.ids[sequence, position]
-        counted: dict[int, int] = {}
-        for sequence, position in (own > 0).nonzero().tolist():
-            token = int(tokens.ids[sequence, position])
-            counted[token] = counted.get(token, 0) + 1
-        assert dict(sample.top_tokens(feature, 10_000)) == counted
-
-
-def test_little_memory_gives_the_same_sample(example: Example, tokens: ql.Tokens, sample: FeatureSample) -> None:
-    """A few positions at a time, as wide dictionaries need it."""
-    few = ql.Tokens(tokens.ids[:6], tokens.valid_mask[:6])
-    arguments = {"n_examples": 3, "progress": False}
-    gib = 24 * 2048 * 20 / 2**30
-    whole, parts = (
-        feature_sample(example.dictionaries[1], example.model, few, max_memory_gib=memory, **arguments)
-        for memory in (2.0, gib)
-    )
-    assert torch.equal(whole.positions, parts.positions) and torch.equal(whole.n_active, parts.n_active)
-    assert torch.allclose(whole.values, parts.values, rtol=1e-4)
-    assert all(torch.equal(a, b) for a, b in zip(whole.pairs, parts.pairs, strict=True))
-
-
-def test_own_text(example: Example) -> None:
-    texts = ["def parse(self): return None", "import os\nimport sys"]
-    found = feature_sample(example.dictionaries[0], example.model, texts, n_examples=1, progress=False)
-    lengths = [len(example.model.tokenizer(text)["input_ids"]) for text in texts]
-    assert found.metadata["n_valid"] == sum(lengths) and found.metadata["n_sequences"] == 2
-    assert int(found.n_sequences.max()) == 2
-
-
-def test_a_sample_is_read_back(sample: FeatureSample, tmp_path: Path) -> None:
-    path = sample.save(tmp_path / "sample.parquet")
-    again = load_feature_sample(path)
-    assert again.metadata == sample.metadata
-    for name in ("n_active", "mean", "maximum", "n_sequences", "values", "sequences", "positions", "tokens"):
-        assert torch.equal(getattr(again, name), getattr(sample, name)), name
-    assert all(torch.equal(a, b) for a, b in zip(again.pairs, sample.pairs, strict=True))
-    with pytest.raises(FileNotFoundError, match="make one with feature_sample"):
-        load_feature_sample(tmp_path / "none.parquet")
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match="no feature sample of this package, or damaged"):
-        load_feature_sample(path)
-
-
-def test_chosen_features(sample: FeatureSample) -> None:
-    chosen = sample.choose(30, min_examples=4, seed=1)
-    assert len(chosen) == 30 and bool((sample.n_sequences[chosen] >= 4).all())
-    assert torch.equal(chosen, sample.choose(30, min_examples=4, seed=1))
-    assert not torch.equal(chosen, sample.choose(30, min_examples=4, seed=2))
-    with pytest.raises(ValueError, match="no feature of .* is active in 1000 sequences"):
-        sample.choose(min_examples=1000)
-
-
-def test_contexts_are_the_references_lists(
-    example: Example, tokens: ql.Tokens, sample: FeatureSample, tmp_path: Path
-) -> None:
-    from querylens_fast.dictionaries.feature_lists import load_features, save_features_json
-
-    chosen = sample.choose(3, min_examples=4)
-    features = feature_list(sample, example.dictionaries[1], example.model, tokens, chosen)
-    assert [f.feature for f in features] == chosen.tolist()
-    assert load_features(save_features_json(features, tmp_path / "features.json")) == features
-    for feature in features:
-        for place, activation in enumerate(feature.activations or []):
-            peak = activation.max_value_token_index
-            assert peak is not None
-            assert activation.get_values()[peak] == activation.max_value
-            assert activation.max_value == pytest.approx(float(sample.values[feature.feature, place]), rel=1e-5)
-    other = ql.Tokens(tokens.ids + 1, tokens.valid_mask)
-    with pytest.raises(ValueError, match="made with another tokens"):
-        feature_list(sample, example.dictionaries[1], example.model, other, chosen)
 
 
 def test_rank_sums_break_ties_by_the_lower_id() -> None:
@@ -317,29 +208,29 @@ def test_input_scores_count_repetitions() -> None:
 
 
 def test_table_of_scores(
-    example: Example, sample: FeatureSample, promoted: Promoted, tokens: ql.Tokens, tmp_path: Path
+    example: Example, demo_sample: FeatureSample, promoted: Promoted, demo_tokens: ql.Tokens, tmp_path: Path
 ) -> None:
     dictionary, model = example.dictionaries[1], example.model
     stored = [tmp_path / f"stored.{ending}" for ending in ("parquet", "jsonl")]
     for path in stored:
         ql.signatures(dictionary, model, preset="logit_lens_value", k=25, out=path, features=FEATURES, progress=False)
     methods = find_methods(["logit_lens_value", "token_change@5", *stored])
-    context = Context(model, tokens=tokens.head(2))
-    case = Case(dictionary, "sae", FEATURES, sample, promoted)
+    context = Context(model, tokens=demo_tokens.head(2))
+    case = Case(dictionary, "sae", FEATURES, demo_sample, promoted)
     found = score_methods([case], context, methods, ks=(5, 25, 30), out=tmp_path / "scores.parquet", progress=False)
     frame = found.pandas()
-    assert len(frame) == (3 + 3 + 2 + 2) * len(FEATURES), "the files have 25 tokens, and no score for 30"
+    assert len(frame) == (3 + 3 + 2 + 2) * len(FEATURES), "the files have 25 demo_tokens, and no score for 30"
     direct = frame[(frame.method == "logit_lens_value") & (frame.k < 30)].drop(columns="method").reset_index(drop=True)
     for name in ("stored.parquet", "stored.jsonl"):
         stored = frame[frame.method == name].drop(columns="method").reset_index(drop=True)
         assert direct.equals(stored)
     limits = coherent_from(model, "value", (5, 25, 30))
     assert (frame.coherent == [row.embedding_coherence > limits[row.k] for row in frame.itertuples()]).all()
-    ids = ql.signatures(dictionary, model, preset="token_change", token_change_value=5.0, tokens=tokens.head(2), k=25,
-                        features=FEATURES).top_ids  # fmt: skip
+    options = {"preset": "token_change", "token_change_value": 5.0, "tokens": demo_tokens.head(2), "features": FEATURES}
+    ids = ql.signatures(dictionary, model, k=25, **options).top_ids
     own = frame[(frame.method == "token_change@5") & (frame.k == 25)]
     assert own.output_score.to_list() == pytest.approx(output_scores(promoted, ids).tolist())
-    expected = input_scores(ids, sample.tokens[FEATURES])
+    expected = input_scores(ids, demo_sample.tokens[FEATURES])
     assert [x for x in own.input_score if x == x] == pytest.approx(expected[~expected.isnan()].tolist())
     means = mean_scores(found, "output_score")
     by_hand = own.output_score.mean(), 1.959964 * own.output_score.std() / len(own) ** 0.5
@@ -386,7 +277,7 @@ def test_means_by_thirds_of_the_depth() -> None:
     assert found[0].high - found[0].mean == pytest.approx(0.1 / 2**0.5)
 
 
-def test_mistakes(example: Example, sample: FeatureSample, tmp_path: Path) -> None:
+def test_mistakes(example: Example, demo_sample: FeatureSample, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected at least one, and each once"):
         find_methods(["logit_lens_key", "logit_lens_key"])
     with pytest.raises(ValueError, match="only token_change takes"):
@@ -400,5 +291,5 @@ def test_mistakes(example: Example, sample: FeatureSample, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="n_tokens is 0"):
         promoted_tokens(example.dictionaries[0], example.model, [1], n_tokens=0)
     with pytest.raises(ValueError, match="expected sizes of at least 1"):
-        case = Case(example.dictionaries[1], "sae", FEATURES, sample)
+        case = Case(example.dictionaries[1], "sae", FEATURES, demo_sample)
         score_methods([case], Context(example.model), find_methods(["logit_lens_key"]), ks=())
