@@ -256,6 +256,23 @@ def test_parquet_results_equal_results_in_memory(model, dictionary, tmp_path) ->
     assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
 
 
+def test_a_results_own_histogram_is_exported(model, dictionary, tmp_path, caplog) -> None:
+    options: dict[str, Any] = {"preset": "logit_lens_value", "k": 4, "histogram": 20}
+    found = ql.signatures(dictionary, model, **options)
+    files = [ql.signatures(dictionary, model, **options, out=tmp_path / f"r{x}").path for x in (".parquet", ".jsonl")]
+    exports = [
+        lines(ql.export_neuronpedia(source, model, tmp_path / str(i), **PLACE, k=2) / "features" / "batch-0.jsonl.gz")
+        for i, source in enumerate([found, *files])
+    ]
+    assert found.histogram is not None and "no histogram" not in caplog.text
+    assert exports[0] == exports[1] == exports[2]
+    for i, line in enumerate(exports[0]):
+        assert line["logits_hist_data_bar_heights"] == found.histogram[i].tolist() and len(line["pos_values"]) == 2
+        low, high = float(found.bottom_scores[i, 0]), float(found.top_scores[i, 0])
+        first, last = line["logits_hist_data_bar_values"][0], line["logits_hist_data_bar_values"][-1]
+        assert (first, last) == pytest.approx((low + (high - low) / 40, high - (high - low) / 40), abs=1e-5)
+
+
 def test_more_than_a_thousand_files_are_never_written(model, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(neuronpedia, "MAX_FILES", 3)
     big = ql.directions(torch.randn(10, model.d_model), layer=0)

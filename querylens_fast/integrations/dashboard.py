@@ -105,11 +105,15 @@ class Dashboard:
 
 
 def _histogram(found: TopK) -> Histogram | None:
-    """Heights from the statistics; bins between the largest and the smallest score, all equal where these are."""
     if found.statistics is None or found.top_scores is None or found.bottom_scores is None:
         return None
     heights = found.statistics.histogram
     assert heights is not None
-    low, high = found.bottom_scores[:, :1].double(), found.top_scores[:, :1].double()
+    return histogram_between(heights, found.bottom_scores[:, :1], found.top_scores[:, :1])
+
+
+def histogram_between(heights: Tensor, low: Tensor, high: Tensor) -> Histogram:
+    """Heights [n, bins] of bins between the lowest and the highest score [n, 1], all bins equal where these are."""
     middles = (torch.arange(heights.shape[1], dtype=torch.float64) + 0.5) / heights.shape[1]
+    low, high = low.double(), high.double()
     return Histogram(heights, low + (high - low) * middles)

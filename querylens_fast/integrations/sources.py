@@ -16,8 +16,8 @@ from torch import Tensor
 
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
-from querylens_fast.integrations.dashboard import Dashboard, Rows
-from querylens_fast.integrations.result_rows import COLUMNS, is_result, rows_of
+from querylens_fast.integrations.dashboard import Dashboard, Rows, histogram_between
+from querylens_fast.integrations.result_rows import HISTOGRAM, is_result, rows_of
 from querylens_fast.lens.results import Signatures
 from querylens_fast.lens.storage import StoredSignatures, read_identity, refuse_other_columns
 from querylens_fast.models.model import Model
@@ -77,7 +77,7 @@ def open_source(
         features: Of a dictionary: which of them. A result is exported whole.
         dictionary: Of a result: the dictionary it is of, for its vectors and neighbours.
         k: Tokens on each side; a result that holds fewer gives what it has.
-        bins: Of the histogram.
+        bins: Of the histogram; 0 leaves it out. A result gives as many as it holds.
         unit_norm: See `Dashboard`.
         unembedding: See `Dashboard`.
 
@@ -93,7 +93,7 @@ def open_source(
         return _of_dictionary(load_dictionary(source), model, features, k, bins, unit_norm, unembedding)
     if features is not None:
         raise ValueError("features= chooses from a dictionary; a result is exported whole")
-    return _of_result(source, model, k, None if dictionary is None else load_dictionary(dictionary))
+    return _of_result(source, model, k, bins, None if dictionary is None else load_dictionary(dictionary))
 
 
 def blocks_of(n: int, rows: int) -> list[slice]:
@@ -120,7 +120,7 @@ def _of_dictionary(
     )
 
 
-def _of_result(source: Any, model: Model | None, k: int, dictionary: Dictionary | None) -> Source:
+def _of_result(source: Any, model: Model | None, k: int, bins: int, dictionary: Dictionary | None) -> Source:
     path = source.path if isinstance(source, StoredSignatures) else source
     identity = _identity_in_memory(source) if isinstance(source, Signatures) else read_identity(path)
     if "preset" not in identity:
@@ -137,7 +137,12 @@ def _of_result(source: Any, model: Model | None, k: int, dictionary: Dictionary 
     stored = rows_of(source)
     features = stored.features()
     _check_dictionary(identity, features, model, dictionary)
-    missing = [f"the result ({identity['preset']}) holds no histogram of all logits: those fields are left empty"]
+    missing = []
+    if bins and HISTOGRAM not in stored.columns:
+        missing.append(
+            f"the result ({identity['preset']}) holds no histogram of all logits: those fields are left empty; compute "
+            f"it with histogram={bins}"
+        )
     if dictionary is None:
         missing.append("the result holds no vectors: pass dictionary= for vectors, alignments and neighbours")
 
@@ -145,8 +150,10 @@ def _of_result(source: Any, model: Model | None, k: int, dictionary: Dictionary 
         for rows in slices:
             ids = features[rows]
             vectors = None if dictionary is None else dictionary.values(ids)
-            sides: dict[str, Any] = {name: x[:, :k] for name, x in stored.read(rows).items()}
-            yield Rows(ids, **sides, vectors=vectors)
+            sides: dict[str, Any] = stored.read(rows)
+            heights, ends = sides.pop(HISTOGRAM, None), (sides["bottom_scores"][:, :1], sides["top_scores"][:, :1])
+            bars = None if heights is None or not bins else histogram_between(heights, *ends)
+            yield Rows(ids, **{name: x[:, :k] for name, x in sides.items()}, histogram=bars, vectors=vectors)
 
     kept = {name: identity[name] for name in sorted(identity) if name != "block_rows"}
     kept |= {"exported_k": k, "rows": hashlib.sha256(features.numpy().tobytes()).hexdigest()[:16]}
@@ -177,6 +184,6 @@ def _check_dictionary(
 
 def _identity_in_memory(found: Signatures) -> dict[str, Any]:
     digest = hashlib.sha256()
-    for name in COLUMNS:
+    for name in rows_of(found).columns:
         digest.update(getattr(found, name).contiguous().numpy().tobytes())
     return {"preset": found.preset, "layer": found.layer, "digest": digest.hexdigest()[:32]}
