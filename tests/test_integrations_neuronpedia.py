@@ -50,8 +50,9 @@ CREATE TABLE "Neuron" ("modelId" TEXT NOT NULL, "layer" TEXT NOT NULL, "index" T
   "topkCosSimIndices" INTEGER[], "topkCosSimValues" DOUBLE PRECISION[], "neuron_alignment_indices" INTEGER[],
   "neuron_alignment_values" DOUBLE PRECISION[], "neuron_alignment_l1" DOUBLE PRECISION[], "neg_str" TEXT[],
   "neg_values" DOUBLE PRECISION[], "pos_str" TEXT[], "pos_values" DOUBLE PRECISION[],
-  "frac_nonzero" DOUBLE PRECISION NOT NULL DEFAULT 0, "logits_hist_data_bar_heights" DOUBLE PRECISION[],
-  "logits_hist_data_bar_values" DOUBLE PRECISION[], PRIMARY KEY ("modelId", "layer", "index"),
+  "frac_nonzero" DOUBLE PRECISION NOT NULL DEFAULT 0, "decoder_weights_dist" DOUBLE PRECISION[],
+  "logits_hist_data_bar_heights" DOUBLE PRECISION[], "logits_hist_data_bar_values" DOUBLE PRECISION[],
+  PRIMARY KEY ("modelId", "layer", "index"),
   FOREIGN KEY ("modelId", "layer") REFERENCES "Source"("modelId", "id"),
   FOREIGN KEY ("modelId", "sourceSetName") REFERENCES "SourceSet"("modelId", "name"));
 CREATE TABLE "Activation" ("id" TEXT PRIMARY KEY, "tokens" TEXT[], "index" TEXT NOT NULL, "layer" TEXT NOT NULL,

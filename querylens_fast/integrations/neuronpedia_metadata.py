@@ -14,7 +14,7 @@ from querylens_fast.integrations.sources import Source
 from querylens_fast.integrations.tokens import clean
 from querylens_fast.models.model import Model
 
-_NOTED = ("preset", "unit_norm", "unembedding", "dictionary", "final_norm")
+_NOTED = ("preset", "unit_norm", "unembedding", "dictionary", "final_norm", "post_norm")
 """What of a source's identity is said on its page."""
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from querylens_fast.integrations.columns import alignment_fields, logit_fields
+from querylens_fast.integrations.columns import logit_fields, vector_fields
 from querylens_fast.integrations.dashboard import Rows
 from querylens_fast.integrations.folder import claimed, json_bytes, write_bytes
 from querylens_fast.integrations.saedashboard_tables import COLUMNAR, tables_of
@@ -162,7 +162,7 @@ def _write_batches(
     paths = [target / f"batch-{i}.json" for i in range(len(blocks))]
     pending = [i for i, path in enumerate(paths) if not path.exists()]
     for i, rows in zip(pending, source.read([blocks[i] for i in pending]), strict=True):
-        fields = zip(rows.features.tolist(), alignment_fields(rows), logit_fields(rows, strings), strict=True)
+        fields = zip(rows.features.tolist(), vector_fields(rows), logit_fields(rows, strings), strict=True)
         features = [{**_blank(feature), **alignment, **logits} for feature, alignment, logits in fields]
         write_bytes(paths[i], json_bytes({**head, "features": features}))
     return paths

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
+from querylens_fast.dictionaries.dashboard_values import as_dashboards, held, norm_left_out
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
-from querylens_fast.integrations.dashboard import Dashboard, Rows, histogram_between
+from querylens_fast.integrations.dashboard import Dashboard, Rows, heads_of, histogram_between
 from querylens_fast.integrations.result_rows import HISTOGRAM, is_result, rows_of
 from querylens_fast.lens.results import Signatures
 from querylens_fast.lens.storage import StoredSignatures, read_identity, refuse_other_columns
@@ -110,6 +111,12 @@ def _of_dictionary(
     if not 0 < len(ids.unique()) == len(ids):
         raise ValueError(f"features={features!r} chooses {len(ids)} features; expected at least one, and each once")
     identity = {**board.identity, "features": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]}
+    missing = []
+    if norm_left_out(dictionary, model):
+        missing.append(
+            f"{model.name!r} norms what is written at {dictionary.writes.name!r}; logits are without that norm, as "
+            "dashboards show them"
+        )
     return Source(
         ids,
         lambda slices: board.blocks([ids[rows] for rows in slices]),
@@ -117,6 +124,7 @@ def _of_dictionary(
         "dashboard",
         dictionary.layer,
         dictionary,
+        missing,
     )
 
 
@@ -146,14 +154,17 @@ def _of_result(source: Any, model: Model | None, k: int, bins: int, dictionary: 
     if dictionary is None:
         missing.append("the result holds no vectors: pass dictionary= for vectors, alignments and neighbours")
 
+    heads = 0 if dictionary is None or model is None else heads_of(dictionary, model)
+
     def read(slices: Sequence[slice]) -> Iterator[Rows]:
         for rows in slices:
             ids = features[rows]
-            vectors = None if dictionary is None else dictionary.values(ids)
-            sides: dict[str, Any] = stored.read(rows)
-            heights, ends = sides.pop(HISTOGRAM, None), (sides["bottom_scores"][:, :1], sides["top_scores"][:, :1])
+            vectors = None if dictionary is None else held(dictionary).values(ids)
+            columns = stored.read(rows)
+            heights, ends = columns.pop(HISTOGRAM, None), [columns[f"{end}_scores"][:, :1] for end in ("bottom", "top")]
             bars = None if heights is None or not bins else histogram_between(heights, *ends)
-            yield Rows(ids, **{name: x[:, :k] for name, x in sides.items()}, histogram=bars, vectors=vectors)
+            sides: dict[str, Any] = {name: x[:, :k] for name, x in columns.items()}
+            yield Rows(ids, **sides, histogram=bars, vectors=vectors, heads=heads)
 
     kept = {name: identity[name] for name in sorted(identity) if name != "block_rows"}
     kept |= {"exported_k": k, "rows": hashlib.sha256(features.numpy().tobytes()).hexdigest()[:16]}
@@ -174,12 +185,21 @@ def _check_dictionary(
     if model is not None:
         dictionary.check_model(model)
     dictionary.select(features)
-    known = identity.get("dictionary_fingerprint", dictionary.fingerprint)
-    if not agree(known, dictionary.fingerprint) or identity["layer"] != dictionary.layer:
+    known = identity.get("dictionary_fingerprint")
+    fits = known is None or any(agree(known, d.fingerprint) for d in _forms(dictionary, model))
+    if not fits or identity["layer"] != dictionary.layer:
         raise ValueError(
             f"dictionary {dictionary.name!r} (layer {dictionary.layer}) is not the one that the result is of: "
             f"{identity.get('dictionary')!r}, layer {identity['layer']}"
         )
+
+
+def _forms(dictionary: Dictionary, model: Model | None) -> Iterator[Dictionary]:
+    """A dictionary as it is, and with its values carried into the stream, as results are computed and record it."""
+    yield dictionary
+    if model is not None and dictionary.writes.site.carried_by:
+        yield held(dictionary).on(model)
+        yield from (as_dashboards(dictionary, model, unit_norm) for unit_norm in (True, False))
 
 
 def _identity_in_memory(found: Signatures) -> dict[str, Any]:
