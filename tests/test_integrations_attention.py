@@ -71,6 +71,8 @@ def test_exports_hold_the_heads_shares(model, tmp_path, caplog) -> None:
         assert torch.allclose(shares, wanted, atol=1e-5)
     first, notes = features_of(folder)[0], json.loads((folder / "source.jsonl").read_text())["notes"]
     assert (first["hookName"], len(first["vector"])) == ("blocks.1.attn.hook_z", W_dec.shape[1])
+    sourceset = json.loads((folder / "sourceset.jsonl").read_text())
+    assert sourceset["showHeadAttribution"] is True, "pages show the shares only then"
     normed = not attention.adds_directly
     assert ("logits are without that norm" in caplog.text) == normed
     assert ("post_norm=left out" in notes) == (found.metadata().get("post_norm") == "left out") == normed

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from querylens_fast.integrations.dashboard import heads_of
 from querylens_fast.integrations.neuronpedia_lines import Place
 from querylens_fast.integrations.neuronpedia_tables import SOURCE_EXTRAS
 from querylens_fast.integrations.sources import Source
@@ -88,6 +89,8 @@ def metadata_lines(place: Place, names: Names, source: Source, model: Model) -> 
                 **made,
                 "releaseName": names.release,
                 **public,
+                # Without it pages leave decoder_weights_dist out.
+                **({"showHeadAttribution": True} if source.dictionary and heads_of(source.dictionary, model) else {}),
             },
             "source": {
                 "id": place.source_id,

@@ -42,6 +42,7 @@ SOURCE_SET = {
     "releaseName": "text",
     "urls": "text[]",
     "visibility": '"Visibility"',
+    "showHeadAttribution": "boolean",
 }
 SOURCE = {
     "id": "text",
