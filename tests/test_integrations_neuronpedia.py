@@ -301,6 +301,12 @@ def test_what_is_missing_is_said_before_anything_is_written(model, dictionary, t
         ({"source_fields": {"setname": 1}}, "source_fields has setname"),
         ({"activations": features_with_texts(layer=7)}, "none of which is exported"),
         ({"explanations": {99: "x"}}, "feature 99"),
+        ({"explanations": {1: None}}, "has None for feature 1"),
+        ({"source_fields": {"num_prompts": "many"}}, "num_prompts='many'; expected int"),
+        ({"urls": "https://a.b"}, "urls is 'https://a.b'; expected a list"),
+        ({"layer": "1-x"}, "layer is '1-x'"),
+        ({"rows_per_file": 2.5}, "rows_per_file is 2.5"),
+        ({"k": 0}, "k is 0"),
         ({"neighbours": -1}, "neighbours is -1"),
         ({"unembedding": "other"}, "unembedding is 'other'"),
         ({"token_style": "html"}, "token_style is 'html'"),
@@ -310,7 +316,19 @@ def test_what_is_missing_is_said_before_anything_is_written(model, dictionary, t
             ql.export_neuronpedia(dictionary, model, tmp_path / "out", **{**PLACE, **wrong})
     with pytest.raises(ValueError, match="no tokenizer"):
         ql.export_neuronpedia(dictionary, nameless, tmp_path / "out", **PLACE)
+    broken = dictionary.values(slice(None)).clone()
+    broken[7, 3] = math.nan
+    with pytest.raises(ValueError, match="feature 7 holds NaN"):
+        ql.export_neuronpedia(ql.directions(broken, layer=1), model, tmp_path / "out", **PLACE, neighbours=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_its_layers_is_enough(dictionary, model, tmp_path) -> None:
+    frame = ql.load_model(ASSETS / "model", linearisation="none")
+    folders = [ql.export_neuronpedia(dictionary, m, tmp_path / str(i), **PLACE) for i, m in enumerate((model, frame))]
+    first, second = (folder / "features" / "batch-0.jsonl.gz" for folder in folders)
+    assert first.read_bytes() == second.read_bytes()
+    assert json.loads((folders[1] / "model.jsonl").read_text())["neuronsPerLayer"] == 0
 
 
 def test_token_strings_are_spelled_as_dashboards_do(model) -> None:

@@ -89,8 +89,6 @@ class Dashboard:
         as_dashboards(self.dictionary, self.model, self.unit_norm)
         if not 1 <= self.k <= self.model.vocab_size:
             raise ValueError(f"k is {self.k}; expected 1 to the vocabulary's {self.model.vocab_size}")
-        if self.bins < 0:
-            raise ValueError(f"bins is {self.bins}; expected 0 or more")
         dashboard(self.model, self.unembedding)
 
     def blocks(self, blocks: Sequence[Tensor]) -> Iterator[Rows]:

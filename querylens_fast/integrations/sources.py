@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from querylens_fast.integrations.result_rows import HISTOGRAM, is_result, rows_o
 from querylens_fast.lens.results import Signatures
 from querylens_fast.lens.storage import StoredSignatures, read_identity, refuse_other_columns
 from querylens_fast.models.model import Model
+from querylens_fast.runs.arguments import whole_number
 from querylens_fast.runs.run_record import agree
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,8 @@ def open_source(
         ValueError: What does not fit together.
         FileNotFoundError: No such file.
     """
+    whole_number("k", k)
+    whole_number("bins", bins, 0)
     if not is_result(source):
         if dictionary is not None:
             raise ValueError("dictionary= is for an export of a result; the first argument is a dictionary already")
@@ -95,6 +98,21 @@ def open_source(
     if features is not None:
         raise ValueError("features= chooses from a dictionary; a result is exported whole")
     return _of_result(source, model, k, bins, None if dictionary is None else load_dictionary(dictionary))
+
+
+def checked_texts(name: str, texts: Mapping[int, str] | None, features: Tensor) -> Mapping[int, str]:
+    """Texts by feature id.
+
+    Raises:
+        ValueError: One is of a feature that is not exported, or is no text.
+    """
+    known = set(features.tolist())
+    for feature, text in (texts or {}).items():
+        if feature not in known:
+            raise ValueError(f"{name} has feature {feature!r}, which is not exported")
+        if not isinstance(text, str):
+            raise ValueError(f"{name} has {text!r} for feature {feature}; expected a text")
+    return texts or {}
 
 
 def blocks_of(n: int, rows: int) -> list[slice]:
@@ -110,6 +128,7 @@ def _of_dictionary(
     ids = dictionary.select(features)
     if not 0 < len(ids.unique()) == len(ids):
         raise ValueError(f"features={features!r} chooses {len(ids)} features; expected at least one, and each once")
+    dictionary.check_finite("value", ids)
     identity = {**board.identity, "features": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]}
     missing = []
     if norm_left_out(dictionary, model):
@@ -148,8 +167,8 @@ def _of_result(source: Any, model: Model | None, k: int, bins: int, dictionary: 
     missing = []
     if bins and HISTOGRAM not in stored.columns:
         missing.append(
-            f"the result ({identity['preset']}) holds no histogram of all logits: those fields are left empty; compute "
-            f"it with histogram={bins}"
+            f"the result ({identity['preset']}) holds no histogram of all logits: those fields are not written; "
+            f"compute it with histogram={bins}"
         )
     if dictionary is None:
         missing.append("the result holds no vectors: pass dictionary= for vectors, alignments and neighbours")
@@ -184,7 +203,7 @@ def _check_dictionary(
         return
     if model is not None:
         dictionary.check_model(model)
-    dictionary.select(features)
+    dictionary.check_finite("value", dictionary.select(features))
     known = identity.get("dictionary_fingerprint")
     fits = known is None or any(agree(known, d.fingerprint) for d in _forms(dictionary, model))
     if not fits or identity["layer"] != dictionary.layer:
