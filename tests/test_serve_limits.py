@@ -91,9 +91,14 @@ def test_a_thousand_connections_are_answered(port: int, monkeypatch: pytest.Monk
 
 
 def test_hosts_that_are_no_name_or_given_twice_are_refused(port: int) -> None:
-    for hosts in (b"Host: 127.0.0.1\r\nHost: evil.example\r\n", b"Host: evil@127.0.0.1\r\n", b"Host: 127.0.0.1/x\r\n"):
+    for names, status in (
+        ((b"127.0.0.1", b"evil.example"), 400),
+        ((b"evil@127.0.0.1",), 421),
+        ((b"127.0.0.1/x",), 421),
+    ):
+        hosts = b"".join(b"Host: %b\r\n" % name for name in names)
         with opened(port, b"GET / HTTP/1.1\r\n" + hosts + b"\r\n") as connection:
-            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 421"), hosts
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 %d" % status), names
 
 
 def test_methods(served: Path) -> None:

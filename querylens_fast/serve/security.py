@@ -130,8 +130,9 @@ class Guard:
     def _refusal(self, scope: Scope, headers: dict[bytes, str]) -> tuple[int, str] | None:
         """(Status, message) where a request is refused whoever sends it."""
         name = _host_name(headers.get(b"host", ""))
-        several = [name for name, _ in scope["headers"]].count(b"host") > 1
-        if several or name is None or not self._is_ours(name):
+        if [name for name, _ in scope["headers"]].count(b"host") > 1:
+            return 400, "the request has several Host headers"
+        if name is None or not self._is_ours(name):
             return 421, f"Host is {headers.get(b'host', '')[:80]!r}, which is not a name of this server"
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_ADDRESS:
             return 414, f"the address is longer than {MAX_ADDRESS} bytes"
