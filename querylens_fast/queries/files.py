@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from querylens_fast.queries.views import Skipped
+from querylens_fast.queries.inventory import Skipped
 from querylens_fast.runs.run_record import DamagedFile, read_record
 from querylens_fast.runs.sealed_parquet import SEAL_KEY, opened, read_identity
 
