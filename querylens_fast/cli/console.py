@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +25,48 @@ EXPECTED = (ValueError, OSError, ImportError, RankStopped)
 """What the package raises for input that it cannot take."""
 INTERRUPTED = 130
 _debug = False
+_interrupted = _said = False
 
 
 def debug(on: bool) -> None:
     """Show the traceback of every error, too."""
     global _debug
     _debug = on
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """End with one line and exit code 130 on Ctrl-C, also where a library swallows it or makes another error of it."""
+    global _interrupted, _said
+
+    def interrupt(number: int, frame: Any) -> None:
+        global _interrupted
+        _interrupted = True
+        raise KeyboardInterrupt
+
+    def unraisable(raised: Any) -> None:
+        if not issubclass(raised.exc_type, KeyboardInterrupt):
+            told(raised)
+        elif not sys.is_finalizing():  # again, when this hook has returned: here it would be swallowed too
+            threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, in the background of a shell
+        yield
+        return
+    told, _said = sys.unraisablehook, False
+    try:
+        signal.signal(signal.SIGINT, interrupt)
+        sys.unraisablehook = unraisable
+        yield
+    except BaseException as raised:
+        if not (_interrupted or isinstance(raised, KeyboardInterrupt)):
+            raise
+        if not _said:
+            _say_stopped(raised)
+        sys.exit(INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook, _interrupted = told, False
 
 
 @contextmanager
@@ -38,12 +77,12 @@ def reported_errors() -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt as stop:
-        typer.secho(str(stop) or "stopped; start the same command again to go on", fg="yellow", err=True)
-        raise typer.Exit(INTERRUPTED) from stop
     except (typer.Exit, typer.Abort):
         raise
-    except Exception as raised:
+    except (Exception, KeyboardInterrupt) as raised:
+        if _interrupted or isinstance(raised, KeyboardInterrupt):
+            _say_stopped(raised)
+            raise typer.Exit(INTERRUPTED) from raised
         error = _as_expected(raised)
         if _debug:
             traceback.print_exc()
@@ -52,6 +91,14 @@ def reported_errors() -> Iterator[None]:
             for note in getattr(error, "__notes__", []):
                 typer.secho(f"  {note}", err=True)
         raise typer.Exit(2 if isinstance(error, EXPECTED) else 1) from raised
+
+
+def _say_stopped(raised: BaseException) -> None:
+    """Say that the command was stopped, and what is kept where the interrupt itself says so."""
+    global _said
+    _said = True
+    said = str(raised) if isinstance(raised, KeyboardInterrupt) else ""
+    typer.secho(said or "stopped; start the same command again to go on", fg="yellow", err=True)
 
 
 def _as_expected(error: Exception) -> Exception:
