@@ -60,6 +60,20 @@ def swallowed(name: str) -> None:
     raise ValueError("the interrupt was lost")
 
 
+def test_an_import_is_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native modules abort the process where they are: the interrupt comes when the import is over."""
+    (tmp_path / "being_imported.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stopped, console.interruptible():
+            being_imported = __import__("being_imported")
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 130 and being_imported.whole
+
+
 @pytest.mark.parametrize("library", [import_interrupted, error_made_of_it, swallowed])
 def test_ctrl_c_counts_whatever_libraries_make_of_it(
     library: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -39,18 +40,26 @@ def interruptible() -> Iterator[None]:
     """End with one line and exit code 130 on Ctrl-C, also where a library swallows it or makes another error of it."""
     global _interrupted, _said
 
-    def interrupt(number: int, frame: Any) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         global _interrupted
         _interrupted = True
-        raise KeyboardInterrupt
+        if _imports(frame):  # some libraries abort the process where their import is interrupted
+            again()
+        else:
+            raise KeyboardInterrupt
 
-    def unraisable(raised: Any) -> None:
-        if not issubclass(raised.exc_type, KeyboardInterrupt):
-            told(raised)
-        elif not sys.is_finalizing():  # again, when this hook has returned: here it would be swallowed too
+    def again() -> None:
+        if not sys.is_finalizing():
             threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
 
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, in the background of a shell
+    def unraisable(raised: Any) -> None:
+        if issubclass(raised.exc_type, KeyboardInterrupt):
+            again()  # when this hook has returned: here it would be swallowed too
+        else:
+            told(raised)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored in a shell's background
         yield
         return
     told, _said = sys.unraisablehook, False
@@ -91,6 +100,13 @@ def reported_errors() -> Iterator[None]:
             for note in getattr(error, "__notes__", []):
                 typer.secho(f"  {note}", err=True)
         raise typer.Exit(2 if isinstance(error, EXPECTED) else 1) from raised
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Is a module being imported in this frame or one that called it?"""
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _say_stopped(raised: BaseException) -> None:
