@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,7 @@ from querylens_fast.lens.search import show
 from querylens_fast.lens.storage import StoredSignatures, format_of, read_identity, refuse_other_columns
 from querylens_fast.models.load import load_model
 from querylens_fast.relations.tables import Block, Categories, RelationTable, read_table, rows, tabulate
+from querylens_fast.runs.run_record import digest_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -114,7 +116,7 @@ def judge_table(
 
     Raises:
         ValueError: No list has an answer.
-        FileExistsError: ``out`` exists.
+        FileExistsError: ``out`` holds other judgements.
     """
     keys = [list_key(one.tokens) for one in lists]
     own = [found.get(key) for key in keys]
@@ -143,4 +145,5 @@ def judge_table(
         return table
 
     metadata = {"what": "judgements", "result": source, "judge": judge, "prompt": prompt_digest()}
-    return tabulate([Block(len(own), compute)], metadata, out=out, resume=False, progress=False)
+    metadata["answers"] = digest_of([keys, [None if j is None else astuple(j) for j in own]])
+    return tabulate([Block(len(own), compute)], metadata, out=out, progress=False)
