@@ -31,11 +31,13 @@ from tqdm import tqdm
 
 from querylens_fast.models.model import Model
 from querylens_fast.runs.atomic_write import output_file, write_whole
+from querylens_fast.runs.input_file import fits_memory
 
 DEFAULT_JUDGE = "gpt-5-nano"
 """The reference's."""
 TIMEOUT_S = 60.0
 MAX_ANSWER_BYTES = 1 << 20
+MAX_LINE_BYTES = 1 << 24
 SYSTEM_PROMPT = files("querylens_fast.evaluation").joinpath("judge_prompt.txt").read_text(encoding="utf-8").strip()
 
 
@@ -111,13 +113,16 @@ def read_answers(path: str | Path) -> dict[str, Judgement]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: A line that is no answer (named by its number).
+        ValueError: A line that is no answer (named by its number), or no line at all.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"answer file {str(path)!r} does not exist")
     found: dict[str, list[Judgement]] = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
+    with open(path, "rb") as file:
+        for number, data in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+            if len(data) == MAX_LINE_BYTES:
+                raise ValueError(f"{str(path)!r} line {number} is too long for an answer of a judge")
+            line = data.decode(errors="replace")
             if not line.strip():
                 continue
             try:
@@ -128,6 +133,8 @@ def read_answers(path: str | Path) -> dict[str, Judgement]:
                     break  # the last line of a run that was killed while writing
                 raise ValueError(f"{str(path)!r} line {number} is no answer of a judge ({problem})") from problem
             found.setdefault(key, []).append(parse_answer(key, _content(answer)))
+    if not found:
+        raise ValueError(f"answer file {str(path)!r} holds no answers; submit the requests, or ask with base_url")
     return {key: median_judgement(several) for key, several in found.items()}
 
 
@@ -221,7 +228,8 @@ def _answered(answers: Path, judge: str) -> set[str]:
     if not answers.exists():
         return set()
     output_file(answers)
-    text = answers.read_bytes()
+    with fits_memory(answers):
+        text = answers.read_bytes()
     whole, half = text[: text.rfind(b"\n") + 1], text[text.rfind(b"\n") + 1 :]
     found = set()
     try:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from querylens_fast.runs.input_file import fits_memory, read_text
 from querylens_fast.runs.sealed_tensors import check_seal, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -204,8 +205,9 @@ def _read_safetensors(path: Path) -> tuple[Tensor, Tensor | None]:
     if not path.is_file():
         raise FileNotFoundError(f"token file {str(path)!r} does not exist")
     try:
-        check_seal(path)
-        tensors = load_file(str(path))
+        with fits_memory(path):
+            check_seal(path)
+            tensors = load_file(str(path))
     except SafetensorError as error:
         raise ValueError(f"token file {str(path)!r} is damaged or truncated: {error}") from error
     if "tokens" not in tensors:
@@ -258,7 +260,7 @@ def _is_dataset(source: Any) -> bool:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"text file {str(path)!r} is not UTF-8 ({error}); convert it first") from error
 

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
+from querylens_fast.runs.input_file import fits_memory
 from querylens_fast.runs.run_record import DamagedFile
 
 if TYPE_CHECKING:
@@ -241,7 +242,8 @@ def read_checked(path: Path) -> CheckedFile:
     Raises:
         DamagedFile: A byte of it has changed.
     """
-    data = path.read_bytes()
+    with fits_memory(path):
+        data = path.read_bytes()
     with _named(path):
         start = _start_of(len(data), data[-_TAIL:])
         found = CheckedFile(path, data, _parsed(path, data[start:]))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from querylens_fast.runs.input_file import fits_memory
 from querylens_fast.runs.sealed_tensors import SEAL_KEY, check_seal, write_tensors
 from querylens_fast.transport.jacobians import Order, Side
 
@@ -52,8 +53,9 @@ def read_transport(path: Path) -> tuple[dict[str, Table], dict[str, Tensor], dic
     tables: dict[str, Table] = {"matrix": {}, "energy": {}, "group": {}, "group_energy": {}}
     others: dict[str, Tensor] = {}
     try:
-        check_seal(path)
-        with safe_open(str(path), framework="pt") as file:
+        with fits_memory(path):
+            check_seal(path)
+        with fits_memory(path), safe_open(str(path), framework="pt") as file:
             metadata = {key: value for key, value in (file.metadata() or {}).items() if key != SEAL_KEY}
             layout = _Layout(path, metadata)
             for name in sorted(file.keys()):
