@@ -37,7 +37,10 @@ def debug(on: bool) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """End with one line and exit code 130 on Ctrl-C, also where a library swallows it or makes another error of it."""
+    """End with one line and exit code 130 on Ctrl-C, also where a library swallows it or makes another error of it.
+
+    Errors that no `reported_errors` has seen are one line, too.
+    """
     global _interrupted, _said
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -68,11 +71,9 @@ def interruptible() -> Iterator[None]:
         sys.unraisablehook = unraisable
         yield
     except BaseException as raised:
-        if not (_interrupted or isinstance(raised, KeyboardInterrupt)):
+        if not (_interrupted or isinstance(raised, (Exception, KeyboardInterrupt))):
             raise
-        if not _said:
-            _say_stopped(raised)
-        sys.exit(INTERRUPTED)
+        sys.exit(INTERRUPTED if _said else _exit_code(raised))
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.unraisablehook, _interrupted = told, False
@@ -89,17 +90,7 @@ def reported_errors() -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except (Exception, KeyboardInterrupt) as raised:
-        if _interrupted or isinstance(raised, KeyboardInterrupt):
-            _say_stopped(raised)
-            raise typer.Exit(INTERRUPTED) from raised
-        error = _as_expected(raised)
-        if _debug:
-            traceback.print_exc()
-        if not said_elsewhere(error):
-            typer.secho(f"error: {described(error)}", fg="red", err=True)
-            for note in getattr(error, "__notes__", []):
-                typer.secho(f"  {note}", err=True)
-        raise typer.Exit(2 if isinstance(error, EXPECTED) else 1) from raised
+        raise typer.Exit(_exit_code(raised)) from raised
 
 
 def _imports(frame: FrameType | None) -> bool:
@@ -109,12 +100,22 @@ def _imports(frame: FrameType | None) -> bool:
     return frame is not None
 
 
-def _say_stopped(raised: BaseException) -> None:
-    """Say that the command was stopped, and what is kept where the interrupt itself says so."""
+def _exit_code(raised: BaseException) -> int:
+    """Say what ended the command, and after Ctrl-C what is kept where the interrupt itself says so; the exit code."""
     global _said
-    _said = True
-    said = str(raised) if isinstance(raised, KeyboardInterrupt) else ""
-    typer.secho(said or "stopped; start the same command again to go on", fg="yellow", err=True)
+    if _interrupted or not isinstance(raised, Exception):
+        _said = True
+        said = str(raised) if isinstance(raised, KeyboardInterrupt) else ""
+        typer.secho(said or "stopped; start the same command again to go on", fg="yellow", err=True)
+        return INTERRUPTED
+    error = _as_expected(raised)
+    if _debug:
+        traceback.print_exception(raised)
+    if not said_elsewhere(error):
+        typer.secho(f"error: {described(error)}", fg="red", err=True)
+        for note in getattr(error, "__notes__", []):
+            typer.secho(f"  {note}", err=True)
+    return 2 if isinstance(error, EXPECTED) else 1
 
 
 def _as_expected(error: Exception) -> Exception:

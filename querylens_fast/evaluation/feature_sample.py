@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 METADATA_KEY = b"querylens_fast"
 WHAT = "feature sample"
-NEEDED = ("dictionary", "dictionary_fingerprint", "tokens", "tokens_digest", "n_valid", "n_examples")
+NEEDED = ("dictionary", "dictionary_fingerprint", "tokens", "tokens_digest", "n_valid", "n_sequences", "n_examples")
 """What a sample's metadata has to say."""
 BYTES_AN_ACTIVATION = 24
 """Of an activation while it is counted: encoded, masked, compared, and its peaks' places."""
@@ -266,6 +266,8 @@ def _from_table(metadata: dict[str, Any], table: pa.Table) -> FeatureSample:
     features = torch.arange(len(counts)).repeat_interleave(lengths)
     if not len(flat("token_ids")) == len(flat("token_counts")) == len(features):
         raise ValueError("its lists are of different lengths")
+    if not 0 <= int(flat("example_sequences").min()) <= int(flat("example_sequences").max()) < metadata["n_sequences"]:
+        raise ValueError("it has examples of other sequences than its own")
     return FeatureSample(
         metadata,
         column("n_active"),

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -190,7 +192,7 @@ def ask(
         OSError: The server cannot be reached, times out or answers with an error; the answers so far are kept, and the
             same call goes on from there.
     """
-    if urlsplit(base_url).scheme not in ("http", "https"):
+    if urlsplit(base_url).scheme not in ("http", "https") or re.search(r"[\s\x00-\x1f\x7f]", base_url):
         raise ValueError(f"base_url is {base_url!r}; expected an http address like 'http://127.0.0.1:8000/v1'")
     distinct, answers = _distinct(lists, queries), Path(answers)
     done = _answered(answers, judge)
@@ -260,7 +262,7 @@ def _post(base_url: str, body: dict[str, Any], api_key: str | None, timeout_s: f
     except error.HTTPError as problem:
         detail = " ".join(problem.read(500).decode(errors="replace").split())
         raise OSError(f"the judge at {url} answered {problem.code}: {detail}; {_KEPT}") from problem
-    except (OSError, ValueError, RecursionError) as problem:
+    except (OSError, HTTPException, ValueError, RecursionError) as problem:
         raise OSError(f"the judge at {url} could not be asked ({problem}); {_KEPT}") from problem
     return found if isinstance(found, dict) else {"error": str(found)[:200]}
 

@@ -55,6 +55,8 @@ def result_lists(path: str | Path, n_features: int, *, seed: int = 0, model: str
     refuse_other_columns(path)
     table = StoredSignatures(Path(path), 0, format_of(path)).table()
     features = table["feature"].to_pylist()
+    if not features:
+        raise ValueError(f"result {str(path)!r} holds no signatures to judge")
     if len(set(features)) != len(features):
         raise ValueError(f"result {str(path)!r} holds features of several layers; judge one layer's result at a time")
     places = _sample(len(features), n_features, seed)

@@ -179,7 +179,7 @@ def load_tokens(
     if path.suffix in (".txt", ".md", ".py", ".rst"):
         if not path.is_file():
             raise FileNotFoundError(f"text file {str(path)!r} does not exist")
-        rows = tokenize_and_concatenate([_text(path)], _tokenizer(model), max_length)
+        rows = tokenize_and_concatenate([read_text(path)], _tokenizer(model), max_length)
     elif path.suffix in (".jsonl", ".parquet"):
         rows = tokenize_and_concatenate(_column(path, column), _tokenizer(model), max_length)
     elif path.exists():
@@ -258,13 +258,6 @@ def _is_dataset(source: Any) -> bool:
     return hasattr(source, "column_names") and type(source).__module__.startswith("datasets")
 
 
-def _text(path: Path) -> str:
-    try:
-        return read_text(path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text file {str(path)!r} is not UTF-8 ({error}); convert it first") from error
-
-
 def _column(path: Path, column: str) -> list[str]:
     """The texts of one column of a .jsonl or Parquet file."""
     if not path.is_file():
@@ -275,7 +268,7 @@ def _column(path: Path, column: str) -> list[str]:
 
             texts = pq.read_table(path, columns=[column])[column].to_pylist()
         else:
-            texts = [json.loads(line)[column] for line in _text(path).splitlines() if line.strip()]
+            texts = [json.loads(line)[column] for line in read_text(path).splitlines() if line.strip()]
     except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as rows with a text column {column!r} ({error})") from error
     if not all(isinstance(text, str) for text in texts):

@@ -30,9 +30,12 @@ def fits_memory(path: str | Path) -> Iterator[None]:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file's text. Raises OSError as `fits_memory`, UnicodeDecodeError (a ValueError) for other bytes."""
-    with fits_memory(path):
-        return path.read_text(encoding="utf-8")
+    """A UTF-8 file's text. Raises OSError as `fits_memory`, and ValueError for other bytes."""
+    try:
+        with fits_memory(path):
+            return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text file {str(path)!r} is not UTF-8 ({error}); convert it first") from error
 
 
 def digest_of_file(path: str | Path) -> str:
