@@ -1,4 +1,4 @@
-"""What a pass has to know of W and the terms before it starts: the operand, bounds, columns set apart.
+"""Preparation of W and the terms, once a call: the operand of the pass, bounds, columns set apart.
 
 Columns that are not finite, or twice as long as all but 32, would spoil the bounds of all others: the pass sees zeros
 in their place, and every row scores them exactly.
@@ -17,7 +17,7 @@ from csrc_triton.rows import Columns
 
 
 class Prepared(NamedTuple):
-    """What is made of W and the terms, once a call."""
+    """W and the terms, prepared for a call."""
 
     W: Tensor
     """[V, D] operand of the pass, D a multiple of 16; columns set apart are zeros."""
@@ -79,7 +79,7 @@ def prepare(
     if bias is not None:
         sizes = bias[bias.isfinite()].abs()
         usual_bias = float(sizes.max())
-        # A few huge numbers would leave the others no units.
+        # With a few huge biases the units of the keys would be too coarse for the other scores.
         fixed = fixed and usual_bias <= 4096 * max(float(sizes.median()), float(norms.max()))
     largest_scale = 1.0 if scale is None else float(scale.abs().max())
     # Squares of numbers below 2^-75 vanish in float32, so a norm may be short by so much.
@@ -104,8 +104,7 @@ class _Apart(NamedTuple):
 
 
 def _set_apart(norms: Tensor, bias: Tensor | None) -> _Apart | None:
-    """Columns that are set apart; None where that does not help. The host waits for one answer, for two with columns
-    set apart."""
+    """Columns that are set apart; None where there are too many. One host synchronisation, or two."""
     V = len(norms)
     usual = norms.nan_to_num(math.inf, math.inf).topk(min(MAX_APART + 1, V)).values[-1]
     apart = ~(norms <= 2 * usual) if V > MAX_APART else ~norms.isfinite()

@@ -1,4 +1,4 @@
-"""The second stage: of each row's group winners, those that can belong to the k best, and a bound on the others.
+"""The second stage: of each row's group winners, those that can belong to the k best, and the best of the others.
 
 If t is the k-th best key and e the error bound of the pass, k columns score at least t - e exactly, so a column whose
 key is below t - 2e cannot be among the k best: the candidates are the winners from t - 2e on, as many as the row needs.
@@ -6,7 +6,7 @@ t is bisected over the best keys of the groups; second-best keys are fetched for
 than BLOCK are joined by their maxima first, and read again for the choice.
 """
 
-# The types of a kernel's values and launches are Triton's own business.
+# pyright does not know the types of a kernel's values and launches.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _select_kernel(
         tl.store(groups + out + slot, 2 * (start + at), mask=kept)
         rest = tl.maximum(rest, tl.max(tl.where(kept, _INT_MIN, mine), axis=0))
         written += tl.sum(chosen, axis=0)
-    # Stores of other threads of this program are seen behind the barrier.
+    # The barrier makes stores of this program's other threads visible.
     tl.debug_barrier()
     slots = tl.arange(0, SLOTS)
     there = slots < written
@@ -143,7 +143,7 @@ def select(winners: Tensor, rows: Rows, k: int, slots: int, keys: Keys) -> Candi
         winners: [sides, n, 2, G] int32 as the kernels write them.
         rows: of the block; where the error is inf or NaN everything is a candidate.
         k: how many are wanted in the end.
-        slots: room for candidates, a power of two ≥ k.
+        slots: candidates of a row and side, at most; a power of two ≥ k.
         keys: as they were written.
     """
     sides, n, _, G = winners.shape
