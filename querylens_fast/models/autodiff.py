@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from querylens_fast.models.blocks import Block, Masking
+from querylens_fast.models.derivatives import make_cheaper
 from querylens_fast.models.errors import UnsupportedModelError
 from querylens_fast.models.model import Model
 from querylens_fast.models.moe import NoSingleWeights
@@ -31,6 +32,7 @@ from querylens_fast.models.units import Nothing
 def from_autodiff(frame: Model, own: OwnLayers) -> Model:
     """``frame`` (embedding, final norm, unembedding) with blocks that differentiate the model's own layers."""
     for layer in own.layers:
+        make_cheaper(layer)
         for router in routers(layer):
             router.register_forward_hook(lambda _module, _args, out: _detached(out))
     splits = [split_layer(own, i) for i in range(len(own))]
@@ -195,7 +197,7 @@ class LinearByAutodiff:
     def _through(self, output: Tensor, at: Tensor, g: Tensor) -> Tensor:
         if self._batched:
             try:
-                return torch.autograd.grad(output, at, g, retain_graph=True, is_grads_batched=True)[0]
+                return torch.func.vmap(lambda one: torch.autograd.grad(output, at, one, retain_graph=True)[0])(g)
             except RuntimeError as error:
                 if "out of memory" in str(error).lower():
                     raise
