@@ -36,6 +36,8 @@ class Stamp:
 
     size: int
     modified_ns: int
+    changed_ns: int
+    """What cannot be set back."""
     inode: int
     finished: bool
 
@@ -46,7 +48,7 @@ class Stamp:
             found, finished = os.stat(path), True
         except FileNotFoundError:
             found, finished = os.stat(_parts_of(path)), False
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino, finished)
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, finished)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode
 
 from querylens_fast.queries.catalog import PREFERRED
 from querylens_fast.queries.display import MARKS
-from querylens_fast.queries.views import FeatureView, Row, ScoredToken, SignatureView, Token
+from querylens_fast.queries.views import FeatureView, Link, Row, ScoredToken, SignatureView, Token
 from querylens_fast.serve.plots import histogram
 
 if TYPE_CHECKING:
@@ -265,6 +265,15 @@ def chief(signatures: Sequence[SignatureView]) -> SignatureView:
     return min(signatures, key=lambda s: rank.get(s.preset.partition("~")[0], len(rank)))
 
 
+def by_relation(links: Sequence[Link]) -> list[tuple[str, list[Link]]]:
+    """Links by relation, in the order of `RELATIONS`."""
+    found: dict[str, list[Link]] = {}
+    for link in links:
+        found.setdefault(link.relation, []).append(link)
+    rank = {name: i for i, name in enumerate(RELATIONS)}
+    return sorted(found.items(), key=lambda group: rank.get(group[0], len(rank)))
+
+
 def feature_context(view: FeatureView) -> dict[str, Any]:
     """What the parts of a feature's page need besides the view."""
     tokens = [t for s in view.signatures for t in (*s.top, *s.bottom)]
@@ -308,6 +317,7 @@ def environment() -> jinja2.Environment:
         "signature_rows": signature_rows,
         "list_rows": list_rows,
         "largest": largest,
+        "by_relation": by_relation,
         "by_side": by_side,
         "chief": chief,
         "query": query,

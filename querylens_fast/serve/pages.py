@@ -158,15 +158,17 @@ def compare(request: Request) -> HTMLResponse:
     asked = {n: request.query_params.get(n, "") for n in ("a", "b", "after")}
     asked = {**asked, **_compared(known, asked["a"], asked["b"])}
     first, second = (asked[n].partition("/") for n in ("a", "b"))
-    found = results.compare(
-        first[0],
-        second[0],
-        preset=first[2] or None,
-        other_preset=second[2] or None,
-        after=asked["after"] or None,
-        limit=ROWS,
-        budget=_budget(request),
-    )
+    found = None
+    if asked["a"]:
+        found = results.compare(
+            first[0],
+            second[0],
+            preset=first[2] or None,
+            other_preset=second[2] or None,
+            after=asked["after"] or None,
+            limit=ROWS,
+            budget=_budget(request),
+        )
     return _page(
         request,
         "compare",
@@ -174,7 +176,7 @@ def compare(request: Request) -> HTMLResponse:
         asked=asked,
         found=found,
         first="/compare" + query(asked, after=None),
-        following="/compare" + query(asked, after=found.next),
+        following="/compare" + query(asked, after=found and found.next),
     )
 
 
@@ -286,13 +288,20 @@ def _of_side(preset: Any) -> str:
 
 
 def _compared(known: Sequence[DictionaryInfo], first: str, second: str) -> dict[str, str]:
-    """The two sides of a comparison; by default Logit Lens and the preferred preset of the first dictionary."""
+    """The two sides of a comparison. By default Logit Lens and the preferred preset of a dictionary that has both, else
+    one preset of two dictionaries; empty where there is no preset at all.
+    """
     rank = {name: i for i, name in enumerate(PREFERRED)}
-    usual = [(d, sorted(d.presets, key=lambda p: rank.get(p.name, len(rank)))) for d in known[:1] if d.presets]
-    for d, presets in usual:
-        own = [p for p in presets if p.side == presets[0].side]
-        plain = next((p for p in own if p.transition == "identity"), own[-1])
-        first, second = first or f"{d.slug}/{plain.preset}", second or f"{d.slug}/{own[0].preset}"
+    pairs = []
+    for d in known:
+        best = sorted(d.presets, key=lambda p: rank.get(p.name, len(rank)))
+        own = [p for p in best if p.side == best[0].side]
+        other = next((p for p in own[1:] if p.transition == "identity"), own[-1] if own else None)
+        pairs += [(d.slug, other.preset, own[0].preset)] if other is not None else []
+    if pairs:
+        slug, other, best = next((pair for pair in pairs if pair[1] != pair[2]), pairs[0])
+        beside = next((s for s, _, same in pairs if s != slug and same == best), slug) if other == best else slug
+        first, second = first or f"{slug}/{other}", second or f"{beside}/{best}"
     return {"a": first, "b": second}
 
 
