@@ -65,6 +65,10 @@ def test_judge(tmp_path: Path) -> None:
     scores = table.table(["interpretability"])["interpretability"].to_pylist()
     assert scores.count(6.0) == 6 and scores.count(None) == 1
     assert table.metadata["judge"] == "gpt-5-nano" and len(table.metadata["prompt"]) == 16
+    assert run(*args) == said  # again, as after Ctrl-C
+    with answers.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"custom_id": lines[0]["custom_id"], "response": {"body": body}}) + "\n")
+    assert "answers" in refused(*args)
     assert "--requests" in refused("judge", str(result))
     other = tmp_path / "other.parquet"
     ql.signatures(SAE, model, preset="logit_lens_key", features=range(40, 44), out=other, progress=False)

@@ -142,6 +142,7 @@ def topk(
 
 
 def _read_matrix(spec: str) -> Any:
+    import torch
     from safetensors import SafetensorError, safe_open
 
     from querylens_fast.runs.sealed_tensors import check_seal
@@ -156,7 +157,12 @@ def _read_matrix(spec: str) -> Any:
         with safe_open(path, framework="pt") as file:
             if name not in file.keys():
                 raise ValueError(f"{path!r} has no tensor {name!r}; it holds {', '.join(file.keys())}")
-            return file.get_tensor(name)
+            found = file.get_tensor(name)
+            if found.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                raise ValueError(
+                    f"{path!r}: {name} holds {found.dtype}; expected float16, bfloat16, float32 or float64"
+                )
+            return found
     except SafetensorError as error:
         raise ValueError(f"{path!r} is damaged or truncated: {error}") from error
 

@@ -184,24 +184,17 @@ def _transport(model: Model, tokens: Tokens, folder: Path, given: EvaluationOpti
     if given.transport is not None:
         return given.transport if isinstance(given.transport, Transport) else load_transport(given.transport)
     path, group = folder / "transport.safetensors", processes.current()
-    if path.exists():
-        found = load_transport(path)
-        found.check_model(model)
-        if found.metadata["tokens_digest"] != tokens.digest:
-            raise FileExistsError(f"{str(path)!r} was fitted on other tokens; delete it or choose another folder")
-        return found
-    groups = min(SAMPLES, len(tokens.ids))
-    found = fit_transport(
-        model,
-        tokens,
-        energy="probes",
-        groups=groups,
-        max_memory_gib=given.max_memory_gib,
-        progress=given.progress,
-    )
-    if group.leads:
-        found.save(path)
+    if not path.exists():
+        groups = min(SAMPLES, len(tokens.ids))
+        limits: dict[str, Any] = {"max_memory_gib": given.max_memory_gib, "progress": given.progress}
+        fitted = fit_transport(model, tokens, energy="probes", groups=groups, **limits)
+        if group.leads:
+            fitted.save(path)
     group.wait("transport")
+    found = load_transport(path)  # also what was fitted: here matrices are the sums of their groups
+    found.check_model(model)
+    if found.metadata["tokens_digest"] != tokens.digest:
+        raise FileExistsError(f"{str(path)!r} was fitted on other tokens; delete it or choose another folder")
     return found
 
 

@@ -30,6 +30,7 @@ from querylens_fast.integrations.sources import Source, blocks_of, open_source
 from querylens_fast.integrations.tokens import token_strings
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
+from querylens_fast.runs.input_file import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ def export_circuit_tracer(
             dictionary's features in order; nothing has been written then.
         FileExistsError: The folder holds another export.
     """
+    if not transcoder_id:
+        raise ValueError("transcoder_id is ''; expected the set's name")
     given = dict(results_by_layer) if isinstance(results_by_layer, Mapping) else dict(enumerate(results_by_layer))
     model = None if model is None else as_model(model)
     layers = _layers(given, model, k=k, unit_norm=unit_norm, unembedding=unembedding)
@@ -261,7 +264,7 @@ def _read_graph(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"graph file {str(path)!r} does not exist")
     try:
-        graph = json.loads(path.read_text(encoding="utf-8"))
+        graph = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"graph file {str(path)!r} is not valid JSON: {error}") from error
     nodes = graph.get("nodes") if isinstance(graph, dict) else None

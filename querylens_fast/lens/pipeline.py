@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from querylens_fast.dictionaries.dashboard_values import norm_left_out
 from querylens_fast.dictionaries.dictionary import Dictionary
+from querylens_fast.dictionaries.rows import unit_rows
 from querylens_fast.lens.options import LensOptions
 from querylens_fast.lens.presets import Preset
-from querylens_fast.lens.readouts import Readout, Scorer, unit_rows
+from querylens_fast.lens.readouts import Readout, Scorer
 from querylens_fast.lens.reliability import Jackknife
 from querylens_fast.lens.results import LayerTerm, Signatures, Source
-from querylens_fast.lens.transitions import Moved, Transition, Transported
+from querylens_fast.lens.transitions import Adaptive, Moved, Transition, Transported
 from querylens_fast.lens.tuned_lens import TunedLens
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import at_least_float32
@@ -53,11 +55,12 @@ class Pipeline:
 
     @cached_property
     def jackknife(self) -> Jackknife | None:
-        """Standard errors of top scores, where the transport keeps groups of sequences and one matrix is applied."""
+        """Standard errors of top scores, where the transport keeps groups of sequences and what the preset needs."""
         transport, stats = self.transport, self.options.stats
         if transport is None or len(transport.group_sizes) < 2 or stats == "none":
             return None
-        if not isinstance(self.transition, Transported):
+        mixed = isinstance(self.transition, Adaptive) and self.transition.threshold is None
+        if not (isinstance(self.transition, Transported) or mixed and transport.group_energies):
             return None
         point, final_norm = self.dictionary.point(self.preset.feature_vector), self.options.final_norm
         return Jackknife(self.model, transport, self.preset, point, final_norm)
@@ -150,7 +153,9 @@ class Pipeline:
         given["histogram"] = options.histogram or None
         read, written = self.dictionary.hook_name, self.dictionary.hook_name_out
         given |= {"hook_name": read or None, "hook_name_out": written if written not in ("", read) else None}
-        given["unembedding"] = options.unembedding if self.preset.is_dashboard else None
+        if self.preset.is_dashboard:
+            left_out = norm_left_out(self.dictionary, self.model)
+            given |= {"unembedding": options.unembedding, "post_norm": "left out" if left_out else None}
         return {
             "preset": self.preset.name,
             **self.preset.as_dict(),
@@ -182,7 +187,9 @@ class Pipeline:
         return self.readout.topk(vectors, k, self.backend).to("cpu")
 
     def _placed(self, vectors: Tensor) -> Tensor:
-        if self.options.at_unit_length and self.transition.reads_vectors:
+        # Those that dashboards carry were divided by their length before.
+        divided = self.preset.is_dashboard and self.dictionary.carried
+        if self.options.at_unit_length and self.transition.reads_vectors and not divided:
             vectors = unit_rows(vectors)
         return vectors.to(self.model.device, self.model.dtype)
 

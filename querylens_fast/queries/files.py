@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from querylens_fast.lens.storage import refuse_other_columns
 from querylens_fast.queries.inventory import Skipped
 from querylens_fast.runs.run_record import DamagedFile, read_record
 from querylens_fast.runs.sealed_parquet import SEAL_KEY, opened, read_identity
@@ -142,6 +143,8 @@ def open_file(path: Path) -> ResultFile:
         seal = (file.metadata.metadata or {}).get(SEAL_KEY, b"").decode() or None
         n_rows = file.metadata.num_rows
     kind = _kind_of(path, identity)
+    if kind == SIGNATURES:
+        refuse_other_columns(path)
     if kind in (SCORES, *RELATIONS) and n_rows > MAX_ROWS:
         raise ValueError(f"{str(path)!r} is a table of {n_rows:,} rows; tables of {kind} are served up to {MAX_ROWS:,}")
     return ResultFile(path, kind, identity, stamp, seal, n_rows)

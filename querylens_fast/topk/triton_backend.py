@@ -61,6 +61,7 @@ def topk(request: Request, dtype: torch.dtype | None = None) -> Outcome:
     assert F is not None and W is not None
     if request.precision == "bf16":
         F, W = F.bfloat16(), W.bfloat16()
+    W = W if W.stride(1) == 1 else W.contiguous()
     own = F.dtype if F.dtype == W.dtype else torch.float32
     moments = request.statistics
     if dtype is None:
@@ -139,7 +140,6 @@ class _Pass:
         self.slots = slots_for(k + columns.n_apart, request.F.shape[1], exact=exact)
         self.scaled = columns.W.dtype == torch.float16 and (request.F.dtype, request.W.dtype) != (torch.float16,) * 2
         self.keys = Keys(request.top, request.bottom, columns.fixed)
-        self.W = request.W if request.W.stride(1) == 1 else request.W.contiguous()
         # The terms of exact scores, with what the pass must not see.
         given = (request.epilogue.scale, request.epilogue.bias)
         stand_ins = (columns.scale, columns.bias)
@@ -212,7 +212,7 @@ class _Pass:
                 beside.wait()
                 found = select(job.winners, part, k + columns.n_apart, slots, self.keys)
                 with beside.settling(found, part, exact_terms):
-                    finish(F[rows], self.W, found, part, results.of_rows(rows), how, self.keys)
+                    finish(F[rows], request.W, found, part, results.of_rows(rows), how, self.keys)
         beside.wait()
         return results
 

@@ -1,7 +1,8 @@
 """Transport files: safetensors, checked when they are read.
 
 Tensors by name: ``matrix.SIDE.ORDER`` [P or 2L, D, D], or with groups ``group.SIDE.ORDER`` [G, P or 2L, D, D];
-``energy.SIDE.ORDER`` [P, R, D, D]; ``centre`` [D]; ``group_centres`` [G, D]. The metadata says which model and sample.
+``energy.SIDE.ORDER`` [P, R, D, D]; ``group_energy.SIDE.ORDER`` [G, P, D, D]; ``centre`` [D]; ``group_centres`` [G, D].
+The metadata says which model and sample.
 Whatever is wrong with a file, from a flipped bit to another program's content, is a ValueError that names the file.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from querylens_fast.runs.input_file import fits_memory
 from querylens_fast.runs.sealed_tensors import SEAL_KEY, check_seal, write_tensors
 from querylens_fast.transport.jacobians import Order, Side
 
@@ -48,11 +50,12 @@ def read_transport(path: Path) -> tuple[dict[str, Table], dict[str, Tensor], dic
 
     if not path.is_file():
         raise FileNotFoundError(f"transport file {str(path)!r} does not exist; make one with fit_transport(...).save")
-    tables: dict[str, Table] = {"matrix": {}, "energy": {}, "group": {}}
+    tables: dict[str, Table] = {"matrix": {}, "energy": {}, "group": {}, "group_energy": {}}
     others: dict[str, Tensor] = {}
     try:
-        check_seal(path)
-        with safe_open(str(path), framework="pt") as file:
+        with fits_memory(path):
+            check_seal(path)
+        with fits_memory(path), safe_open(str(path), framework="pt") as file:
             metadata = {key: value for key, value in (file.metadata() or {}).items() if key != SEAL_KEY}
             layout = _Layout(path, metadata)
             for name in sorted(file.keys()):
@@ -103,10 +106,12 @@ class _Layout:
         expected: list[int] | None = {"centre": [self.d], "group_centres": [self.n_groups, self.d]}.get(name)
         if len(pair) == 2 and pair[0] in sides and pair[1] in self.kept:
             n = self.kept[pair[1]]
+            # The first order keeps a term for each module, but an energy for each point.
+            n_energies = n if pair[1] == "full" else n + 1
             if kind == "energy" and len(shape) == 4:
-                # The first order keeps a term for each module, but an energy for each point.
-                n = n if pair[1] == "full" else n + 1
-                expected = [n, max(1, shape[1]), *square]
+                expected = [n_energies, max(1, shape[1]), *square]
+            elif kind == "group_energy":
+                expected = [self.n_groups, n_energies, *square]
             elif kind in ("matrix", "group"):
                 expected = [*([self.n_groups] if kind == "group" else []), n, *square]
         if expected is None or (name.startswith("group") and not self.n_groups):

@@ -186,7 +186,9 @@ class _Fit:
         if o.inner_groups > 1 and not bool(self._group_totals(len(self.batches))[0].all()):
             raise ValueError(f"groups is {o.groups}, but one of them would have no valid position: take fewer groups")
         self.sums = JacobianSums(model, o.sides, o.orders, budget.directions, o.inner_groups)
-        self.energies = EnergySums(model, list(self.sums.sums), o.energy, o.n_probes, o.seed, budget.directions)
+        self.energies = EnergySums(
+            model, list(self.sums.sums), o.energy, o.n_probes, o.seed, budget.directions, o.groups
+        )
         self.agreement = None
         if o.until is not None:
             probed = probes(model, o.sides, dictionaries, o.seed)
@@ -204,7 +206,7 @@ class _Fit:
                 done = stage
                 if self.agreement is not None and self._agrees(done, bar):
                     break
-        for sums in (*self.sums.sums.values(), *self.energies.sums.values()):
+        for sums in (*self.sums.sums.values(), *self.energies.sums.values(), *self.energies.groups.values()):
             self.process.sum_(sums)
         return self._finish(done)
 
@@ -224,7 +226,8 @@ class _Fit:
             lin = linearise(
                 self.model, self.tokens, self.batches[index], self.options.submodule, self.options.through_norms
             )
-            for added in (self.sums.add(lin, index % self.options.inner_groups), self.energies.add(lin)):
+            group = index % self.options.inner_groups
+            for added in (self.sums.add(lin, group), self.energies.add(lin, group % self.options.groups)):
                 for done in added:
                     bar.update(done * self.process.size)
                     self.process.check()
@@ -275,7 +278,11 @@ class _Fit:
         if o.groups > 1:
             counts, embedded = self._group_totals(n_batches)
             metadata |= {"groups": str(o.groups), "group_n_valid": ",".join(map(str, counts.tolist()))}
-            transport = replace(transport, groups=shares, group_centres=embedded / tokens.n_valid)
+            energies = {pair: sums / tokens.n_valid for pair, sums in self.energies.groups.items()}
+            if energies:  # results of earlier transports have no standard errors where these give some
+                metadata["group_energies"] = ",".join("/".join(pair) for pair in energies)
+            centres = embedded / tokens.n_valid
+            transport = replace(transport, groups=shares, group_centres=centres, group_energies=energies)
         return transport if model.has_submodules else transport.without_mid_points()
 
 

@@ -65,6 +65,8 @@ class Transport:
         groups: Like matrices, with a leading axis of G groups of sequences; each is its group's share of the mean, so
             that they sum up to the matrices. Empty where groups were not kept.
         group_centres: The groups' shares of the centre, [G, D].
+        group_energies: ("value", "full") → [G, P, D, D], the groups' shares of the energies' mean over the R sets.
+            Empty where energies or groups were not fitted, and in files of earlier versions.
     """
 
     matrices: dict[tuple[Side, Order], Tensor]
@@ -73,6 +75,7 @@ class Transport:
     energies: dict[tuple[Side, Order], Tensor] = field(default_factory=dict)
     groups: dict[tuple[Side, Order], Tensor] = field(default_factory=dict)
     group_centres: Tensor | None = None
+    group_energies: dict[tuple[Side, Order], Tensor] = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -115,6 +118,7 @@ class Transport:
             {k: g.to(device) for k, g in self.energies.items()},
             {k: m.to(device) for k, m in self.groups.items()},
             None if self.group_centres is None else self.group_centres.to(device),
+            {k: g.to(device) for k, g in self.group_energies.items()},
         )
 
     def matrix(self, side: Side, order: Order, point: int) -> Tensor:
@@ -135,15 +139,30 @@ class Transport:
         kept = self._kept(side, order)
         whole = self._at(kept, side, order, point, identity=False)
         shares = self._at(self.groups[side, order], side, order, point, identity=False)
-        rest = torch.tensor([self.n_valid - n for n in self.group_sizes]).to(shares)[:, None, None]
-        return (whole - shares) * self.n_valid / rest + self._identity(kept, order)
+        return (whole - shares) * self.n_valid / self._others(shares) + self._identity(kept, order)
+
+    def leave_one_out_energies(self, side: Side, order: Order, point: int) -> Tensor:
+        """[G, D, D]: E[JᵀJ] of the point as it would be without each of the groups.
+
+        Raises:
+            ValueError: The groups' energies were not kept.
+        """
+        if (side, order) not in self.group_energies:
+            raise ValueError(f"this transport keeps no energies of groups for ({side}, {order}); fit it again")
+        at = self.points.index(point)
+        whole, shares = self.energies[side, order][at].mean(0), self.group_energies[side, order][:, at]
+        return (whole - shares) * self.n_valid / self._others(shares)
 
     def leave_one_out_centres(self) -> Tensor | None:
         """[G, D]: the centre as it would be without each of the groups; None where it is not known."""
         if self.centre is None or self.group_centres is None:
             return None
-        rest = torch.tensor([self.n_valid - n for n in self.group_sizes]).to(self.centre)[:, None]
-        return (self.centre - self.group_centres) * self.n_valid / rest
+        return (self.centre - self.group_centres) * self.n_valid / self._others(self.group_centres)
+
+    def _others(self, shares: Tensor) -> Tensor:
+        """The valid positions that are not of each group, to divide shares [G, ...] by."""
+        rest = torch.tensor([self.n_valid - n for n in self.group_sizes]).to(shares)
+        return rest.reshape(-1, *[1] * (shares.ndim - 1))
 
     def group(self, index: int) -> Transport:
         """The transport that group ``index`` alone would have given: independent of those of the other groups.
@@ -156,7 +175,7 @@ class Transport:
             raise ValueError(f"group is {index}; this transport has groups 0 to {self.n_groups - 1}")
         n = self.group_sizes[index]
         scale = self.n_valid / n
-        metadata = {name: value for name, value in self.metadata.items() if name not in ("groups", "group_n_valid")}
+        metadata = {name: value for name, value in self.metadata.items() if not name.startswith("group")}
         metadata |= {"n_valid": str(n), "group": f"{index} of {self.n_groups}"}
         centre = None if self.group_centres is None else self.group_centres[index] * scale
         return Transport({pair: kept[index] * scale for pair, kept in self.groups.items()}, centre, metadata)
@@ -169,6 +188,7 @@ class Transport:
             matrices={pair: kept[::2].contiguous() for pair, kept in self.matrices.items()},
             energies={pair: kept[::2].contiguous() for pair, kept in self.energies.items()},
             groups={pair: kept[:, ::2].contiguous() for pair, kept in self.groups.items()},
+            group_energies={pair: kept[:, ::2].contiguous() for pair, kept in self.group_energies.items()},
             metadata={**self.metadata, "points": ",".join(map(str, even))},
         )
 
@@ -192,6 +212,7 @@ class Transport:
             self,
             matrices={("key", "full"): differences(kept)},
             energies={},
+            group_energies={},
             groups={("key", "full"): differences(self.groups["key", "full"])} if self.groups else {},
             metadata={**self.metadata, "points": ",".join(map(str, points)), "keys_read": "outputs of modules"},
         )
@@ -261,7 +282,7 @@ class Transport:
         tensors = {"centre": self.centre, "group_centres": self.group_centres}
         # With groups, the matrices are their sum.
         tables = {"group": self.groups} if self.groups else {"matrix": self.matrices}
-        for kind, table in {**tables, "energy": self.energies}.items():
+        for kind, table in {**tables, "energy": self.energies, "group_energy": self.group_energies}.items():
             tensors |= {f"{kind}.{side}.{order}": tensor for (side, order), tensor in table.items()}
         return write_transport(Path(path), {n: t for n, t in tensors.items() if t is not None}, self.metadata)
 
@@ -305,6 +326,7 @@ def load_transport(path: str | Path) -> Transport:
     """
     tables, others, metadata = read_transport(Path(path))
     matrices = tables["matrix"] or {pair: kept.sum(0) for pair, kept in tables["group"].items()}
+    centres = others.get("centre"), others.get("group_centres")
     return Transport(
-        matrices, others.get("centre"), metadata, tables["energy"], tables["group"], others.get("group_centres")
+        matrices, centres[0], metadata, tables["energy"], tables["group"], centres[1], tables["group_energy"]
     )
