@@ -268,6 +268,24 @@ def test_a_run_that_is_not_finished_is_on_the_overview(folder: Path, tmp_path: P
         assert "Not finished" not in client.get("/").text and client.get("/feature/later/8").status_code == 200
 
 
+def test_what_is_compared_without_being_asked(folder: Path, tmp_path: Path) -> None:
+    """Logit Lens and Query Lens; one preset of two dictionaries; a result with itself where there is no other."""
+    name, shown = "logit_lens_key.parquet", []
+    for n, names in enumerate(
+        ((f"sae0.{name}",), (f"sae0.{name}", f"sae1.{name}"), (f"sae1.{name}", "sae1.query_lens_key.parquet"))
+    ):
+        (tmp_path / str(n)).mkdir()
+        for one in names:
+            shutil.copy(folder / one, tmp_path / str(n))
+        with TestClient(create_app(open_results(tmp_path / str(n))), base_url="http://127.0.0.1") as client:
+            shown.append(re.findall(r'value="([^"]*)" selected', client.get("/compare").text))
+    assert shown == [
+        ["sae0/logit_lens_key"] * 2,
+        ["sae0/logit_lens_key", "sae1/logit_lens_key"],
+        ["sae1/logit_lens_key", "sae1/query_lens_key"],
+    ]
+
+
 def test_a_histogram_and_the_hook_point_are_shown(client: TestClient) -> None:
     text = client.get("/feature/sae1/7").text
     assert text.count("Histogram of the scores") == 1 and "value, Logit Lens" in text

@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import shutil
+import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -236,6 +238,7 @@ def main(paths: Sequence[str]) -> None:
 
     if hasattr(os, "nice"):
         os.nice(10)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the lock's file goes, too
     waiting = deque(map(Path, paths))
     while waiting:
         path = waiting.popleft()
