@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -57,6 +58,14 @@ def test_a_file_of_the_same_size_and_time_is_another_one(copied_results: Path) -
     after = os.stat(path)
     assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
     assert [t.score for t in found.feature("sae0", N_FEATURES - 1).signatures[-1].top] == first
+
+
+def test_a_jsonl_result_in_a_folder_is_named_as_left_out(copied_results: Path) -> None:
+    for name in ("whole.jsonl", "whole.jsonl.run.json"):
+        shutil.copy(Path(__file__).parent / "earlier" / name, copied_results)
+    (copied_results / "notes.jsonl").write_text("{}\n")
+    [skipped] = ql.open_results(copied_results).skipped
+    assert Path(skipped.file).name == "whole.jsonl" and "written as Parquet are served" in skipped.reason
 
 
 def test_results_of_an_earlier_version_are_of_the_same_dictionary(copied_results: Path) -> None:

@@ -20,7 +20,7 @@ from querylens_fast.queries.views import Activity, Context, Link, Score
 from querylens_fast.runs.part_writer import PartWriter
 from querylens_fast.serve import static_report
 from querylens_fast.serve.app import create_app
-from querylens_fast.serve.markup import environment
+from querylens_fast.serve.markup import environment, number
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +284,20 @@ def test_what_is_compared_without_being_asked(folder: Path, tmp_path: Path) -> N
         ["sae0/logit_lens_key", "sae1/logit_lens_key"],
         ["sae1/logit_lens_key", "sae1/query_lens_key"],
     ]
+
+
+def test_reliability_is_on_the_overview_and_scores_can_be_bounded(client: TestClient) -> None:
+    results = client.app.state.results  # type: ignore[attr-defined]
+    stable = results.dictionaries[1].stable_k
+    assert set(stable) == {"query_lens_key", "query_lens_value", "query_lens_value_approx"}
+    text = re.sub(r"<[^>]*>|\s+", " ", client.get("/").text)
+    assert "Reliability" in text and re.search(
+        rf"sae1 +1 +key: Query Lens +{re.escape(number(stable['query_lens_key']))}", text
+    )
+    least = max(row.score for row in results.search("self").rows)
+    page = client.get("/search", params={"q": "self", "score_min": least}).text
+    assert 'name="score_min"' in page and page.count('<th scope="row">') == 1
+    assert 'name="score_min"' not in client.get("/search?score_min=3").text
 
 
 def test_a_histogram_and_the_hook_point_are_shown(client: TestClient) -> None:

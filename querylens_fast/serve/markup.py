@@ -33,6 +33,7 @@ NAMES = {
 }
 VARIANTS = {"approx": "first order", "adaptive": "adaptive"}
 FIELD_NAMES = {
+    "score": "score",
     "rel_var": "relative variance",
     "stable_k": "stable tokens",
     "input_score": "input score",

@@ -14,7 +14,7 @@ from querylens_fast.queries.budget import Budget
 from querylens_fast.queries.catalog import PREFERRED
 from querylens_fast.queries.inventory import DictionaryInfo
 from querylens_fast.queries.results import Results
-from querylens_fast.queries.views import FIELDS
+from querylens_fast.queries.views import BOUNDS, FIELDS
 from querylens_fast.serve.asked import bound, filters, number_of, whole
 from querylens_fast.serve.markup import (
     FIELD_NAMES,
@@ -83,13 +83,13 @@ def search(request: Request) -> HTMLResponse:
     results, known = _results(request), _results(request).dictionaries
     names = ("q", "token", "exact", "dictionary", "side", "end", "preset", "layer", "order", "after")
     asked = {
-        n: request.query_params.get(n, "") for n in (*names, *(f"{f}_{b}" for f in FIELDS for b in ("min", "max")))
+        n: request.query_params.get(n, "") for n in (*names, *(f"{f}_{b}" for f in BOUNDS for b in ("min", "max")))
     }
     text = asked["q"] or None
     asked["token"] = "" if text else asked["token"]  # a form that was filled in keeps the token it began with
     token = whole(asked["token"], "token")
     by_token = text is not None or token is not None
-    bounds = filters(asked)
+    bounds = [f for f in filters(asked) if by_token or f.field != "score"]
     order = asked["order"] if by_token or asked["order"].lstrip("-") != "score" else ""
     page = results.search(
         text,
@@ -116,7 +116,7 @@ def search(request: Request) -> HTMLResponse:
         by_token=by_token,
         numbered=_numbered(known, asked),
         columns=[f for f in fields if f in used or f in USUAL_COLUMNS],
-        filter_fields=fields,
+        filter_fields=["score"] * by_token + fields,
         filtered=bool(bounds) or asked["layer"] != "" or asked["exact"] != "" or asked["preset"] != "",
         dictionary_options=[("", "all"), *((d.slug, d.slug) for d in known)],
         order_options=_orders(fields, by_token),
