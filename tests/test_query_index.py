@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from querylens_fast.queries.build_passes import posting_order
 from querylens_fast.queries.files import open_file
 from querylens_fast.queries.index import find_index
 from querylens_fast.queries.scan import Record, Scan
+from querylens_fast.runs.run_lock import held
 
 VALUE = "sae0.query_lens_value.parquet"
 
@@ -77,6 +79,19 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
     assert find_index(file) is None
     assert build.build_index(file).read_bytes() == whole
     assert sorted(p.name for p in copied_results.glob(f"{VALUE}*")) == [VALUE, f"{VALUE}.index"]
+
+
+def test_an_index_that_another_server_makes_is_waited_for(
+    copied_results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And made here where that one ends before it is done."""
+    path, other = copied_results / VALUE, ExitStack()
+    other.enter_context(held(path.with_name(f"{VALUE}.index")))
+    monkeypatch.setattr(build.os, "nice", lambda by: None)
+    monkeypatch.setattr(build.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(build.time, "sleep", lambda seconds: other.close())
+    build.main([str(path)])
+    assert find_index(open_file(path)) is not None
 
 
 def test_a_build_takes_its_room_before_it_begins(copied_results: Path) -> None:

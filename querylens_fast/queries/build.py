@@ -14,6 +14,10 @@ import json
 import logging
 import os
 import shutil
+import signal
+import sys
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -234,8 +238,15 @@ def main(paths: Sequence[str]) -> None:
 
     if hasattr(os, "nice"):
         os.nice(10)
-    for path in paths:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the lock's file goes, too
+    waiting = deque(map(Path, paths))
+    while waiting:
+        path = waiting.popleft()
         try:
-            build_index(open_file(Path(path)), check)
+            build_index(open_file(path), check)
+        except FileExistsError:  # another server makes it; should that end before it is done, this one goes on
+            waiting.append(path)
+            check()
+            time.sleep(1.0)
         except (ValueError, OSError) as error:
             logger.warning("no index of %s: %s", path, error)

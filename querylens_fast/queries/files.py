@@ -37,6 +37,8 @@ class Stamp:
 
     size: int
     modified_ns: int
+    changed_ns: int
+    """What cannot be set back."""
     inode: int
     finished: bool
 
@@ -47,7 +49,7 @@ class Stamp:
             found, finished = os.stat(path), True
         except FileNotFoundError:
             found, finished = os.stat(_parts_of(path)), False
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino, finished)
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, finished)
 
 
 @dataclass(frozen=True)
@@ -158,12 +160,12 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _inside(folder: Path) -> Iterable[Path]:
-    """The results in a folder: .parquet files, and those of which there are parts only."""
+    """The results in a folder: .parquet files, those of which there are parts only, and JSONL, which is not served."""
     named: dict[Path, None] = {}
     for root, folders, names in os.walk(folder):
         here = Path(root)
         for name in sorted(names):
-            if name.endswith(".parquet"):
+            if name.endswith(".parquet") or (name.endswith(".jsonl") and f"{name}.run.json" in names):
                 named[here / name] = None
         for name in sorted(folders):
             if name.endswith(".parquet" + PARTS):

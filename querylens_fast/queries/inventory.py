@@ -71,6 +71,8 @@ class DictionaryInfo:
     """Tables of relations from its features."""
     rel_var: dict[str, float]
     """Mean rel_var by preset label."""
+    stable_k: dict[str, float]
+    """Mean number of top tokens that stay without any one part of the text, by preset label, where results have it."""
 
 
 @dataclass(frozen=True)

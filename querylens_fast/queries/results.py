@@ -138,7 +138,7 @@ class Results:
 
         Args:
             text: A token, found with and without a space before it. Where it is none, the page has suggestions.
-            filters: Bounds on `views.FIELDS`.
+            filters: Bounds on `views.BOUNDS`.
             budget: Time that it may take.
             **options: Fields of `Query`: exact, token_id, side ("value", "key"; None: both), end ("top", "bottom"),
                 preset (None: the preferred one of each side), dictionary (slug), layer, order (a field of

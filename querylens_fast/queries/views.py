@@ -15,6 +15,8 @@ SIDES: tuple[Side, ...] = ("value", "key")
 ENDS: tuple[End, ...] = ("top", "bottom")
 FIELDS = ("rel_var", "stable_k", "input_score", "output_score", "density", "maximum")
 """Numbers of a feature that rows can be filtered and ordered by."""
+BOUNDS = ("score", *FIELDS)
+"""What rows can be filtered by; the score of the token where one is searched for."""
 ORDERS = ("score", "feature", *FIELDS)
 MAX_LIMIT = 200
 """Rows of a page, at most."""

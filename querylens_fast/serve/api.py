@@ -21,7 +21,7 @@ from querylens_fast.queries.inventory import DictionaryInfo, Progress, Skipped
 from querylens_fast.queries.query import MAX_TEXT, Filter
 from querylens_fast.queries.results import Results
 from querylens_fast.queries.views import (
-    FIELDS,
+    BOUNDS,
     MAX_LIMIT,
     ORDERS,
     Comparison,
@@ -118,6 +118,8 @@ class Asked(BaseModel):
     ] = None
     after: After = None
     limit: Limit = 50
+    score_min: Bound = None
+    score_max: Bound = None
     rel_var_min: Bound = None
     rel_var_max: Bound = None
     stable_k_min: Bound = None
@@ -134,7 +136,7 @@ class Asked(BaseModel):
     def options(self) -> dict[str, Any]:
         """As keyword arguments of `Results.search`."""
         given = self.model_dump()
-        bounds = {name: (given.pop(f"{name}_min"), given.pop(f"{name}_max")) for name in FIELDS}
+        bounds = {name: (given.pop(f"{name}_min"), given.pop(f"{name}_max")) for name in BOUNDS}
         filters = tuple(
             Filter(name, -math.inf if low is None else low, math.inf if high is None else high)
             for name, (low, high) in bounds.items()

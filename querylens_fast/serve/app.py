@@ -110,6 +110,7 @@ def serve(app: FastAPI, listening: socket.socket) -> None:
     import uvicorn
 
     _allow_connections()
+    sys.setswitchinterval(0.001)  # the thread that takes requests waits less for those that compute
     # What is cached lives long: a full collection stops every answer for a tenth of a second and finds nothing there.
     gc.freeze()
     gc.set_threshold(gc.get_threshold()[0], 10, 1000)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from querylens_fast.queries.results import Filter
-from querylens_fast.queries.views import FIELDS
+from querylens_fast.queries.views import BOUNDS
 from querylens_fast.serve.markup import FIELD_NAMES
 
 
@@ -36,7 +36,7 @@ def bound(text: str, name: str) -> float | None:
 
 def filters(asked: Mapping[str, str]) -> list[Filter]:
     found = []
-    for field in FIELDS:
+    for field in BOUNDS:
         low, high = (bound(asked[f"{field}_{end}"], f"{FIELD_NAMES[field]}, {end}") for end in ("min", "max"))
         if (low, high) != (None, None):
             found.append(Filter(field, -math.inf if low is None else low, math.inf if high is None else high))

@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode
 
 from querylens_fast.queries.catalog import PREFERRED
 from querylens_fast.queries.display import MARKS
-from querylens_fast.queries.views import FeatureView, Row, ScoredToken, SignatureView, Token
+from querylens_fast.queries.views import FeatureView, Link, Row, ScoredToken, SignatureView, Token
 from querylens_fast.serve.plots import histogram
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ NAMES = {
 }
 VARIANTS = {"approx": "first order", "adaptive": "adaptive"}
 FIELD_NAMES = {
+    "score": "score",
     "rel_var": "relative variance",
     "stable_k": "stable tokens",
     "input_score": "input score",
@@ -158,7 +159,9 @@ def list_rows(found: Iterable[Row], columns: Sequence[str], links: Links, named:
             here = (r.token.id,) if r.token is not None and r.side == side else ()
             cells.append(f'<td class="whole" data-name="{name}">{chips(tokens[:LISTED], links, here)}</td>')
         for c in columns:
-            cells.append(f'<td class="num" data-name="{FIELD_NAMES[c]}">{number(r.values.get(c))}</td>')
+            value = r.values.get(c)
+            told = number(int(value) if c == "stable_k" and value is not None else value)
+            cells.append(f'<td class="num" data-name="{FIELD_NAMES[c]}">{told}</td>')
         rows.append("".join(cells))
     return Markup("</tr>\n".join([*rows, ""]))
 
@@ -251,9 +254,11 @@ def running(tokens: Iterable[Token]) -> Markup:
 
 
 def by_side(view: FeatureView) -> dict[str, list[SignatureView]]:
-    """A feature's signatures by side, the key first, Logit Lens before the others."""
+    """A feature's signatures by side, the key first; Logit Lens, then as they are preferred."""
     found = {
-        side: sorted((s for s in view.signatures if s.side == side), key=lambda s: s.transition != "identity")
+        side: sorted(
+            (s for s in view.signatures if s.side == side), key=lambda s: (s.transition != "identity", _rank(s))
+        )
         for side in ("key", "value")
     }
     return {side: signatures for side, signatures in found.items() if signatures}
@@ -261,8 +266,21 @@ def by_side(view: FeatureView) -> dict[str, list[SignatureView]]:
 
 def chief(signatures: Sequence[SignatureView]) -> SignatureView:
     """The signature that stands for a side."""
-    rank = {name: i for i, name in enumerate(PREFERRED)}
-    return min(signatures, key=lambda s: rank.get(s.preset.partition("~")[0], len(rank)))
+    return min(signatures, key=_rank)
+
+
+def _rank(signature: SignatureView) -> int:
+    name = signature.preset.partition("~")[0]
+    return PREFERRED.index(name) if name in PREFERRED else len(PREFERRED)
+
+
+def by_relation(links: Sequence[Link]) -> list[tuple[str, list[Link]]]:
+    """Links by relation, in the order of `RELATIONS`."""
+    found: dict[str, list[Link]] = {}
+    for link in links:
+        found.setdefault(link.relation, []).append(link)
+    rank = {name: i for i, name in enumerate(RELATIONS)}
+    return sorted(found.items(), key=lambda group: rank.get(group[0], len(rank)))
 
 
 def feature_context(view: FeatureView) -> dict[str, Any]:
@@ -308,6 +326,7 @@ def environment() -> jinja2.Environment:
         "signature_rows": signature_rows,
         "list_rows": list_rows,
         "largest": largest,
+        "by_relation": by_relation,
         "by_side": by_side,
         "chief": chief,
         "query": query,

@@ -14,7 +14,7 @@ from querylens_fast.queries.budget import Budget
 from querylens_fast.queries.catalog import PREFERRED
 from querylens_fast.queries.inventory import DictionaryInfo
 from querylens_fast.queries.results import Results
-from querylens_fast.queries.views import FIELDS
+from querylens_fast.queries.views import BOUNDS, FIELDS
 from querylens_fast.serve.asked import bound, filters, number_of, whole
 from querylens_fast.serve.markup import (
     FIELD_NAMES,
@@ -83,13 +83,13 @@ def search(request: Request) -> HTMLResponse:
     results, known = _results(request), _results(request).dictionaries
     names = ("q", "token", "exact", "dictionary", "side", "end", "preset", "layer", "order", "after")
     asked = {
-        n: request.query_params.get(n, "") for n in (*names, *(f"{f}_{b}" for f in FIELDS for b in ("min", "max")))
+        n: request.query_params.get(n, "") for n in (*names, *(f"{f}_{b}" for f in BOUNDS for b in ("min", "max")))
     }
     text = asked["q"] or None
     asked["token"] = "" if text else asked["token"]  # a form that was filled in keeps the token it began with
     token = whole(asked["token"], "token")
     by_token = text is not None or token is not None
-    bounds = filters(asked)
+    bounds = [f for f in filters(asked) if by_token or f.field != "score"]
     order = asked["order"] if by_token or asked["order"].lstrip("-") != "score" else ""
     page = results.search(
         text,
@@ -116,7 +116,7 @@ def search(request: Request) -> HTMLResponse:
         by_token=by_token,
         numbered=_numbered(known, asked),
         columns=[f for f in fields if f in used or f in USUAL_COLUMNS],
-        filter_fields=fields,
+        filter_fields=["score"] * by_token + fields,
         filtered=bool(bounds) or asked["layer"] != "" or asked["exact"] != "" or asked["preset"] != "",
         dictionary_options=[("", "all"), *((d.slug, d.slug) for d in known)],
         order_options=_orders(fields, by_token),
@@ -158,15 +158,17 @@ def compare(request: Request) -> HTMLResponse:
     asked = {n: request.query_params.get(n, "") for n in ("a", "b", "after")}
     asked = {**asked, **_compared(known, asked["a"], asked["b"])}
     first, second = (asked[n].partition("/") for n in ("a", "b"))
-    found = results.compare(
-        first[0],
-        second[0],
-        preset=first[2] or None,
-        other_preset=second[2] or None,
-        after=asked["after"] or None,
-        limit=ROWS,
-        budget=_budget(request),
-    )
+    found = None
+    if asked["a"]:
+        found = results.compare(
+            first[0],
+            second[0],
+            preset=first[2] or None,
+            other_preset=second[2] or None,
+            after=asked["after"] or None,
+            limit=ROWS,
+            budget=_budget(request),
+        )
     return _page(
         request,
         "compare",
@@ -174,7 +176,7 @@ def compare(request: Request) -> HTMLResponse:
         asked=asked,
         found=found,
         first="/compare" + query(asked, after=None),
-        following="/compare" + query(asked, after=found.next),
+        following="/compare" + query(asked, after=found and found.next),
     )
 
 
@@ -286,13 +288,20 @@ def _of_side(preset: Any) -> str:
 
 
 def _compared(known: Sequence[DictionaryInfo], first: str, second: str) -> dict[str, str]:
-    """The two sides of a comparison; by default Logit Lens and the preferred preset of the first dictionary."""
+    """The two sides of a comparison. By default Logit Lens and the preferred preset of a dictionary that has both, else
+    one preset of two dictionaries; empty where there is no preset at all.
+    """
     rank = {name: i for i, name in enumerate(PREFERRED)}
-    usual = [(d, sorted(d.presets, key=lambda p: rank.get(p.name, len(rank)))) for d in known[:1] if d.presets]
-    for d, presets in usual:
-        own = [p for p in presets if p.side == presets[0].side]
-        plain = next((p for p in own if p.transition == "identity"), own[-1])
-        first, second = first or f"{d.slug}/{plain.preset}", second or f"{d.slug}/{own[0].preset}"
+    pairs = []
+    for d in known:
+        best = sorted(d.presets, key=lambda p: rank.get(p.name, len(rank)))
+        own = [p for p in best if p.side == best[0].side]
+        other = next((p for p in own[1:] if p.transition == "identity"), own[-1] if own else None)
+        pairs += [(d.slug, other.preset, own[0].preset)] if other is not None else []
+    if pairs:
+        slug, other, best = next((pair for pair in pairs if pair[1] != pair[2]), pairs[0])
+        beside = next((s for s, _, same in pairs if s != slug and same == best), slug) if other == best else slug
+        first, second = first or f"{slug}/{other}", second or f"{beside}/{best}"
     return {"a": first, "b": second}
 
 
