@@ -230,11 +230,20 @@ class Dictionary:
                 )
             elif side == "value" and hook.site.carried_by and self.value_rows is not None:
                 bound = bound.carry(model)
+        if model.parallel:
+            bound = replace(bound, value_point=bound._beside("value"), key_point=bound._beside("key"))
         if bound is self or self.load_coder is None:
             return bound
         load = self.load_coder
         # The caller's own, so that it is read once.
         return replace(bound, load_coder=lambda matrices: self.coder if matrices else load(False))
+
+    def _beside(self, side: str) -> int | None:
+        """The point of a side where attention and MLP both read the stream before the layer and are added behind it."""
+        point, hook = (self.value_point, self.writes) if side == "value" else (self.key_point, self.reads)
+        if point is None or point % 2 == 0 or hook.site.name == "resid_mid":
+            return point
+        return point + 1 if side == "value" else point - 1
 
     def carry(self, model: Model, unit_norm: bool = False) -> Dictionary:
         """The dictionary with its values (at unit length) carried by W_O or W_out, whatever norm follows."""

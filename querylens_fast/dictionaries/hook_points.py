@@ -72,7 +72,7 @@ NAMES = {
     "z": "attn.hook_z attn.o.hook_in self_attn.o_proj.input attn.c_proj.input attention.dense.input "
     "self_attn.out_proj.input attn.out_proj.input self_attn.dense.input self_attention.dense.input",
     "attn_raw": "attn.hook_out self_attn self_attn.output attn attn.output attention attention.output "
-    "self_attention self_attention.output",
+    "self_attention self_attention.output attn.o.hook_out",
     "attn_out": "hook_attn_out ln1_post.hook_out",
     "resid_mid": "hook_resid_mid ln2.hook_in",
     "mlp_in": "hook_mlp_in",
@@ -83,17 +83,21 @@ NAMES = {
     "mlp_pre": "mlp.hook_pre mlp.hook_pre_linear",
     "mlp_post": "mlp.hook_post mlp.out.hook_in mlp.down_proj.input mlp.c_proj.input mlp.dense_4h_to_h.input "
     "mlp.fc_out.input mlp.fc2.input fc2.input",
-    "mlp_raw": "mlp.hook_out mlp mlp.output",
+    "mlp_raw": "mlp.hook_out mlp mlp.output mlp.out.hook_out",
     "mlp_out": "hook_mlp_out ln2_post.hook_out",
     "resid_post": "hook_resid_post hook_out output",
     "heads": "attn.hook_q attn.hook_k attn.hook_v attn.hook_result attn.hook_pattern attn.hook_attn_scores "
     "hook_attn_in hook_q_input hook_k_input hook_v_input",
 }
+for _inside, _raw in (("z", "attn_raw"), ("mlp_post", "mlp_raw")):  # the output matrix's own path is its output
+    _paths = [n.removesuffix(".input") for n in NAMES[_inside].split() if n.endswith(".input")]
+    NAMES[_raw] += "".join(f" {path} {path}.output" for path in _paths)
 """Each site's names after "blocks.N." or a layer's module path; the layer's own path is its output."""
 
 _SITE_OF = {name: site for site in SITES for name in NAMES[site.name].split()} | {"": SITES[-2]}
 _WRAPPERS = (
-    "model|transformer|gpt_neox|language_model|text_model|decoder|backbone|base_model|module|original_model|_orig_mod"
+    "model|transformer|gpt_neox|rwkv|language_model|text_model|decoder|backbone|base_model|module|original_model|"
+    "_orig_mod"
 )
 _LAYER = re.compile(rf"^(?:(?:{_WRAPPERS})\.)*(?:blocks|layers|h)\.(\d+)(?:\.(.+))?$")
 
