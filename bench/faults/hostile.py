@@ -71,7 +71,7 @@ def run(workload: Workload, n: int, seed: int = 0) -> dict[str, Any]:
     """Try ``n`` cases (all files where there is room, then words at random): counts and every problem."""
     place = workload.folder / "hostile"
     place.mkdir(exist_ok=True)
-    names = _names(workload, place)
+    names = named_files(workload, place)
     files = [Case(*case) for case in hostile_files(place, names)]
     words = list(_words(names, place))
     draw = random.Random(seed)
@@ -132,7 +132,7 @@ def _tried(case: Case, place: Path) -> tuple[Outcome, list[tuple[str, str]]]:
     return ended, problems
 
 
-def _names(workload: Workload, place: Path) -> dict[str, str]:
+def named_files(workload: Workload, place: Path) -> dict[str, str]:
     """What the words of `CALLS` stand for."""
     folder = workload.folder
     results = {"rows": "signatures, Parquet", "lines": "signatures, JSON lines", "table": "a relation"}

@@ -33,6 +33,8 @@ class Job:
     file: str
     """The result's name in its folder."""
     write: Callable[[Path], object]
+    share: float = 1.0
+    """Of the kills that other jobs get; less for those that take seconds."""
 
 
 @dataclass
@@ -88,7 +90,19 @@ class Workload:
             Job("a transport", "out.safetensors", lambda out: ql.load_transport(self.transport_path).save(out)),
             Job("a token sample", "out.safetensors", self.tokens.save),
             Job("a feature sample", "out.parquet", sample),
+            Job("an evaluation report", "out", self._report, share=0.5),
+            Job("a Neuronpedia export", "out", self._export),
         ]
+
+    def _report(self, out: Path) -> object:
+        prefixes = torch.arange(3, 15).reshape(3, 4)
+        methods = ["logit_lens_value", "query_lens_value"]
+        options = {"methods": methods, "k": (3,), "n_features": 4, "min_examples": 1, "prefixes": prefixes}
+        return ql.evaluation_report(self.model, [self.dictionary], self.tokens, out, progress=False, **options)
+
+    def _export(self, out: Path) -> object:
+        options = {"model_id": "m", "source_set": "s", "k": 4, "rows_per_file": 20, "neighbours": 3}
+        return ql.export_neuronpedia(self.dictionary, self.model, out, **options)
 
     def job(self, name: str) -> Job:
         return next(job for job in self.jobs if job.name == name)
