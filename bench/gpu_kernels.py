@@ -90,6 +90,28 @@ def rows(data: Data) -> dict[str, Any]:
     return {"ok": ok, "error": float(off.max()), "bound": float(found.error.max())}
 
 
+def prepared(data: Data) -> dict[str, Any]:
+    """Norms, rounding and the operand, with a column of NaN, a long one and a depth that is no multiple of 16."""
+    W, scaled = data.W[:, :-3].clone(), data.F.dtype == torch.float32
+    W[1, 2], W[7] = torch.nan, 100 * W[7]
+    dtype = torch.float16 if scaled else W.dtype
+    found, scale = prepare(W, dtype, scaled=scaled), torch.linspace(0.5, 1.5, len(W), device=W.device)
+    scaled_too = prepare(W, dtype, None, scale, scaled=scaled, terms=True)
+    assert found is not None and scaled_too is not None and found.apart is not None
+    wide = W.double().index_fill(0, torch.tensor([1, 7], device=W.device), 0)
+    narrow = found.W.double() * 2.0**-found.bounds.exponent
+    off = torch.linalg.vector_norm(narrow[:, : W.shape[1]] - wide, dim=1)
+    limits = [x.bounds.error * 2.0**-x.bounds.exponent for x in (found, scaled_too)]
+    lengths = [x.bounds.norm * 2.0**-x.bounds.exponent for x in (found, scaled_too)]
+    norms = torch.linalg.vector_norm(wide, dim=1)
+    ok = found.apart.tolist() == [1, 7] and bool((narrow[:, W.shape[1] :] == 0).all())
+    for size, limit, length in zip((torch.ones_like(scale), scale), limits, lengths, strict=True):
+        for measured, bound in ((off * size, limit), (norms * size, length)):
+            # A bound, and no more than rounding above what it bounds.
+            ok = ok and float(measured.max()) <= bound <= 1.01 * float(measured.max()) + 1e-12
+    return {"ok": ok, "error": float(off.max()), "bound": limits[0]}
+
+
 def fused(data: Data) -> dict[str, Any]:
     """Winners of every tile of the table, whole and ragged."""
     off = {}
@@ -162,6 +184,7 @@ def summed(data: Data) -> dict[str, Any]:
 
 
 KERNELS: dict[str, Callable[[Data], dict[str, Any]]] = {
+    "columns": prepared,
     "rows": rows,
     "fused": fused,
     "winners": winners,

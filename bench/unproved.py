@@ -132,18 +132,33 @@ def winners(problem: Problem, narrow: Tensor, columns: Columns) -> tuple[Tensor,
     return torch.cat(found, 1), torch.cat(apart, 1) if apart else narrow.new_zeros(len(narrow), 0)
 
 
-def turns(best: Tensor, key: Tensor, k: int) -> Tensor:
-    """Turns of the bisection of `csrc_triton.select` over best keys [rows, groups]; key [rows]: of a score of 1."""
+def joined(best: Tensor, k: int) -> Tensor:
+    """Best keys [rows, sets] of the sets that `csrc_triton.select` joins groups [rows, groups] to."""
+    from csrc_triton.select import sets_of
+
+    block = sets_of(best.shape[1], k)[0]
+    padded = torch.nn.functional.pad(best, (0, -best.shape[1] % block), value=float(best.min()))
+    return padded.unflatten(1, (-1, block)).amax(1)
+
+
+def bisect(best: Tensor, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Threshold, a score, and turns of the bisection of `csrc_triton.select`, [rows] each.
+
+    Args:
+        best: [rows, sets] finite best scores.
+        key: [rows], of a score of 1.
+        k: how many sets have to reach the threshold.
+    """
     keys = (best * key[:, None]).long()
     low, high = keys.amin(1), keys.amax(1) + 1
     reaching, taken = torch.full_like(low, keys.shape[1]), torch.zeros_like(low)
-    while bool((going := (reaching > k + k // 8) & (high - low > 1)).any()):
+    while bool((going := (reaching > k + k // 32) & (high - low > 1)).any()):
         middle = (low + high) >> 1
         count = (keys >= middle[:, None]).sum(1)
         up, down = going & (count >= k), going & (count < k)
         low, high = torch.where(up, middle, low), torch.where(down, middle, high)
         reaching, taken = torch.where(up, count, reaching), taken + going
-    return taken
+    return low / key, taken
 
 
 def simulate(problem: Problem, ks: tuple[int, ...] = KS) -> list[dict[str, Any]]:
@@ -159,7 +174,8 @@ def simulate(problem: Problem, ks: tuple[int, ...] = KS) -> list[dict[str, Any]]
     key = 64 * UNITS / (torch.linalg.vector_norm(F.float(), dim=1) * columns.norm)
     for k in ks:
         n_apart = apart.shape[1]
-        threshold = best.topk(k + n_apart, dim=1).values[:, -1] - 2 * error
+        lowest, taken = bisect(joined(best, k + n_apart), key, k + n_apart)
+        threshold = lowest - 2 * error
         count = (known >= threshold[:, None, None]).sum((1, 2))
         slots = slots_for(k + n_apart, problem.d, exact=problem.dtype != torch.float32)
         kth = torch.cat([known.flatten(1), apart], 1).topk(k, dim=1).values[:, -1]
@@ -177,7 +193,7 @@ def simulate(problem: Problem, ks: tuple[int, ...] = KS) -> list[dict[str, Any]]
                 "slots": slots,
                 "columns_apart": n_apart,
                 "median_candidates": float(count.float().median()),
-                "turns": float(turns(best, key, k + n_apart).float().median()),
+                "turns": float(taken.float().median()),
                 "p99_candidates": float(count.float().quantile(0.99)),
                 "crowded": float((crowded > 0).float().mean()),
                 "mean_crowded_groups": float(crowded.float().mean()),

@@ -19,7 +19,7 @@ METHODS = ("fused", "gemm")
 
 
 class Config(NamedTuple):
-    """How one launch is cut up."""
+    """Tile and launch parameters of one launch."""
 
     block_m: int
     """Rows of F in a tile."""
@@ -39,7 +39,7 @@ class Config(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What serves a shape."""
+    """The method and tile for a shape."""
 
     method: str
     """One of METHODS."""
@@ -64,7 +64,7 @@ SHORT_D = 1024
 
 
 def configs(target: str, dtype: torch.dtype) -> tuple[Config, ...]:
-    """The tiles there are for operands of this dtype.
+    """The tile configurations for operands of this dtype.
 
     Args:
         target: "sm_80", "sm_90", "sm_100", "gfx942" or "interpreter".
@@ -93,10 +93,10 @@ def statistics_config(target: str, dtype: torch.dtype) -> Config:
 
 
 def choose(target: str, dtype: torch.dtype, d: int, V: int, k: int) -> Choice:
-    """The predicted best way for a shape; `tune.Table` holds measured ones."""
+    """The predicted best choice for a shape; `tune.Table` holds measured ones."""
     tiles = configs(target, dtype)
     if dtype == torch.float32:
-        # Without tensor cores a product is the library's business.
+        # There are no float32 tensor cores: the library's product is faster.
         return Choice("gemm", tiles[0])
     if target == "interpreter":
         return Choice("fused", tiles[0])
@@ -114,7 +114,7 @@ def target_of(device: torch.device) -> str:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether ``tl.dot`` is right for bfloat16: everywhere but in Triton's interpreter as it comes (see its tests)."""
+    """Whether ``tl.dot`` is right for bfloat16: everywhere but in Triton's unpatched interpreter (see its tests)."""
     if not INTERPRETED:
         return True
     from triton.runtime.interpreter import InterpreterBuilder
@@ -143,5 +143,5 @@ def light(config: Config) -> Config:
 
 
 def persistent(*, tma: bool, terms: bool, plain: bool) -> bool:
-    """Whether programs loop over tiles: where that, the tile and its epilogue fit into the registers together."""
+    """Whether programs loop over tiles: only where loop, tile and epilogue fit into the registers together."""
     return tma and plain and not terms

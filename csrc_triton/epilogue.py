@@ -1,4 +1,4 @@
-"""What happens to a tile of scores while it is in registers: the readout's terms and group winners.
+"""The epilogue of a tile of scores in registers: the readout's terms, then group winners.
 
 A tile's columns are split into four groups, {c : (c // 2) % 4 = q}: the columns that one thread of a tensor-core
 accumulator holds in a row, so that finding a group's winners moves nothing between threads. A score becomes a key: an
@@ -11,7 +11,7 @@ error of half a unit. They need finite scores of a known range. Float keys serve
 the bits of the score in an order of integers, the low ones replaced, so a relative error of 2**-17.
 """
 
-# The types of a kernel's values are Triton's own business.
+# pyright does not know the types of a kernel's values.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def store_winners(
         low_keys = tl.where(there, keys, _INT_MAX - place)
         keys = tl.where(there, keys, _INT_MIN | place)
     left, right = tl.split(tl.reshape(keys, (BLOCK_M, BLOCK_N // 8, 4, 2)))
-    # A pair never takes more than its two registers.
+    # Reduce pairs first: a pair never needs more than its two registers.
     high, low = tl.maximum(left, right), tl.minimum(left, right)
     if TOP:
         best = tl.max(high, axis=1)

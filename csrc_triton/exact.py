@@ -4,7 +4,7 @@ A score and its column become one int64, a rank: the score in an order of intege
 largest on either side, above the column turned so that the lower one wins a tie.
 """
 
-# The types of a kernel's values are Triton's own business.
+# pyright does not know the types of a kernel's values.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from csrc_triton.epilogue import ordered_key
 from csrc_triton.select import score_of
 
 NOTHING = tl.constexpr(-(2**63))
-"""The rank of what is not there."""
+"""The rank of an absent candidate."""
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def store_best(ranks, scores, ids, places, k, flip):
 
 @triton.jit
 def hiding(keys, groups, slots, count, kth, flip, units, reach, FIXED: tl.constexpr):
-    """[SLOTS] int32, 1 for a second-best of its group that looks so good that a third may be among the k best."""
+    """[SLOTS] int32, 1 for a second-best of its group behind which a third column may be among the k best."""
     key = tl.load(keys + slots, mask=slots < count, other=0)
     second = (tl.load(groups + slots, mask=slots < count, other=0) % 2) == 1
     sign = 1.0 + 2.0 * flip.to(tl.float32)
@@ -84,7 +84,7 @@ def merge(best, rank, scores, ids, k, flip, SLOTS: tl.constexpr):
     better = (rank[:, None] > best[None, :]).to(tl.int32)
     below = tl.sum((best[None, :] > rank[:, None]).to(tl.int32), axis=1)
     below += tl.sum((rank[None, :] > rank[:, None]).to(tl.int32), axis=1)
-    # Every place is written once, after all threads have read what was there.
+    # Every place is written once, after all threads have read its old content.
     tl.debug_barrier()
     store_best(best, scores, ids, slots + tl.sum(better, axis=0), tl.where(slots < k, k, 0), flip)
     store_best(rank, scores, ids, below, tl.where(rank != NOTHING, k, 0), flip)

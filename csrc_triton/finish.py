@@ -2,11 +2,11 @@
 
 One program for each row and side. A row whose k-th exact score is beyond everything left out is finished. A group with
 two candidates may hide a third column of the same rank behind them: such rows are marked, and a second launch scores
-those groups in full; its other programs end at once. What remains unproved (ties across the k-th place, more candidates
-than room, no bound) is marked for the caller, who looks once, after the last block.
+those groups in full; its other programs end at once. Rows that remain unproved (ties across the k-th place, more
+candidates than slots, no bound) are marked for the caller, who reads the marks once, after the last block.
 """
 
-# The types of a kernel's values and launches are Triton's own business.
+# pyright does not know the types of a kernel's values and launches.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _slot_columns(
     columns = columns_of(group, (key ^ flip) & 63, GROUP)
     there = (slot < count) & (columns < V)
     if APART:
-        # The pass saw zeros in place of these columns; they are all scored, whatever it made of them.
+        # The pass saw zeros in place of these columns; all of them are scored.
         others = tl.arange(0, ROOM)
         other = tl.load(apart + others, mask=others < A, other=-1)
         there = there & (tl.sum((columns[:, None] == other[None, :]).to(tl.int32), axis=1) == 0)
@@ -121,7 +121,7 @@ def _finish_kernel(
     out = side * side_stride + row * k
     store_best(ranks, scores + out, ids + out, places, k, flip)
     units, reach = tl.load(per_score + row), tl.load(error + row)
-    # As if both sides were the top.
+    # Signs as if both sides were the top.
     sign = 1.0 + 2.0 * flip.to(tl.float32)
     kth = score_of_rank(kth_rank, flip) * sign
     rest = tl.load(left_out + here)
@@ -131,7 +131,7 @@ def _finish_kernel(
     hides = hiding(keys, groups, tl.arange(0, SLOTS), count, kth, flip, units, reach, FIXED)
     crowded = tl.sum(hides, axis=0)
     proved = proved & (crowded <= 8 + k // 4)
-    # Four times the room is the caller's next try.
+    # The caller's next try has four times as many slots.
     more = (wanted > SLOTS) & (wanted <= 4 * SLOTS) & (kth_rank != NOTHING)
     tl.store(flags + here, tl.where(proved, (crowded > 0).to(tl.int32), tl.where(more, 2, 4)))  # type: ignore
 
@@ -200,7 +200,7 @@ def _open_kernel(
 
 
 class Results(NamedTuple):
-    """Where the k best of a block of rows go."""
+    """Output of a block of rows: the k best, and flags."""
 
     scores: Tensor
     """[sides, n, k] float32, from the best inwards."""
@@ -226,7 +226,7 @@ class Exact(NamedTuple):
 
 
 def finish(F: Tensor, W: Tensor, candidates: Candidates, rows: Rows, results: Results, how: Exact, keys: Keys) -> None:
-    """Write the k best of each row and side, and flags: two launches, nothing comes back to the host.
+    """Write the k best of each row and side, and flags: two launches, no host synchronisation.
 
     Args:
         F: [n, d] rows as given, float32, float16 or bfloat16, last axis contiguous.

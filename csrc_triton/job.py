@@ -1,4 +1,4 @@
-"""What a launch is told about a block of rows: the terms of its scores, the kind of its keys, where results go."""
+"""Arguments of a launch over a block of rows: the terms of its scores, the kind of its keys, where results go."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Keys(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What becomes of the dot products of a block of rows."""
+    """How the dot products of a block of rows are scored, and where their winners go."""
 
     unit: Tensor
     """[n] float32, units of the keys a score; with fixed-point keys every |score * unit| < 2^22."""
@@ -59,7 +59,7 @@ class Job(NamedTuple):
         )
 
     def pointers(self) -> tuple[Tensor, ...]:
-        """The kernels' arguments from ``unit`` to ``sums``; what is not there is never read."""
+        """The kernels' arguments from ``unit`` to ``sums``; placeholders stand for None and are never read."""
         terms = self.terms or (self.unit,) * 4
         shift, sums = (self.unit if x is None else x for x in (self.shift, self.sums))
         return (self.unit, *terms, shift, self.winners, sums)

@@ -1,11 +1,11 @@
-"""What a pass has to know of each row of F before it starts: rounded operands, units of the keys, error bounds.
+"""Preparation of rows of F, once a block: rounded operands, units of the keys, error bounds.
 
 One program reads a row twice, once for its largest element, once for everything else. float32 rows become float16
 after a multiplication by a power of two that brings their largest element to 2^14 … 2^15: an eighth of bfloat16's
 rounding error. Norms are taken of the scaled row, so that no square over- or underflows.
 """
 
-# The types of a kernel's values and launches are Triton's own business.
+# pyright does not know the types of a kernel's values and launches.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ UNIT = 2.0**-24
 
 
 class Columns(NamedTuple):
-    """What the rows' bounds need of W and the terms, as numbers: measured once a call."""
+    """Norms and errors of W and the terms that the rows' bounds need, measured once a call."""
 
     norm: float
     """max |scale| ‖w‖, in units of the pass: 2^exponent times as long as W's rows."""
@@ -41,7 +41,7 @@ class Columns(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What each row's launches need, [n] float32 each."""
+    """Operand, units and bounds of each row; [n] float32 but the operand."""
 
     narrow: Tensor
     """[n, D] operand of the pass, D ≥ d a multiple of 16."""
@@ -154,7 +154,7 @@ def rows_of(
     offset: Tensor | None = None,
     mean: tuple[Tensor, float, float] | None = None,
 ) -> Rows:
-    """One launch: everything that a block's other launches need of its rows.
+    """Prepare a block of rows for its other launches, in one launch.
 
     Args:
         F: [n, d] float32, float16 or bfloat16, last axis contiguous, n ≥ 1.

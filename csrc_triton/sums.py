@@ -3,7 +3,7 @@
 Partial sums of x = score - shift, [n, 7, tiles] float32: Σ x, x², x³, x⁴, max x, Σ e, Σ (x - max) e, e = exp(x - max).
 """
 
-# The types of a kernel's values and launches are Triton's own business.
+# pyright does not know the types of a kernel's values and launches.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def store_sums(
     V,
     tiles_n,
 ):
-    """Write the tile's partial sums of each row. Columns past the end count for nothing."""
+    """Write the tile's partial sums of each row, without columns past the end."""
     inside = rows < n
     there = (columns < V)[None, :]
     out = sums + rows.to(tl.int64) * (7 * tiles_n) + tile_n
@@ -71,7 +71,7 @@ def _sums_kernel(
         factor = tl.where(inside, tl.exp(drop), 0.0)
         part = tl.load(sums + 5 * tiles + start + at, mask=inside, other=0.0)
         weights += factor * part
-        # A tile far below the peak counts for nothing, whatever infinity its distance is.
+        # A tile far below the peak adds nothing, also where the distance is infinite.
         more = factor * (tl.load(sums + 6 * tiles + start + at, mask=inside, other=0.0) + drop * part)
         weighted += tl.where(factor == 0.0, 0.0, more)
     tl.store(totals + 4 * n + row, peak.to(tl.float64))

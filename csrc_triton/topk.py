@@ -1,10 +1,10 @@
-"""Fused matrix product and group winners: what is left of F Wᵀ is two numbers a side for each group of columns.
+"""Fused matrix product and group winners: of F Wᵀ, two numbers a side are kept for each group of columns.
 
-The product's tiles are worked off by a persistent grid in an order that finds W's tiles in the L2 cache; operands come
-through TMA descriptors where the target has them. `epilogue` says what happens to a tile.
+A persistent grid computes the tiles in an order that finds W's tiles in the L2 cache; operands come through TMA
+descriptors where the target has them. `epilogue` reduces each tile.
 """
 
-# The types of a kernel's values and launches are Triton's own business.
+# pyright does not know the types of a kernel's values and launches.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def topk(F: Tensor, W: Tensor, job: Job, config: Config) -> None:
     Args:
         F: [n, d] float16 or bfloat16, last axis contiguous, n ≥ 1.
         W: [V, d], same dtype and device, last axis contiguous.
-        job: what becomes of the dot products; its groups are those of ``groups_of(V, config.block_n)``.
+        job: how the dot products are scored; its groups are those of ``groups_of(V, config.block_n)``.
         config: the tile.
     """
     whole, rest = divmod(len(W), config.block_n)

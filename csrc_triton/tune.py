@@ -1,4 +1,4 @@
-"""Measured choices in place of the predicted ones: opt-in, for the device at hand, kept in a file of your own.
+"""Measured choices in place of the predicted ones: opt-in, for the device at hand, kept in a file that you name.
 
     table = tune.Table()
     tune.measure(F, W, k=25, table=table)  # times every way for this shape
@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
 
 class Table:
-    """Choices by shape; one that was not measured is predicted."""
+    """Choices by shape; shapes that were not measured get the predicted one."""
 
     def __init__(self) -> None:
         self.measured: dict[Shape, Choice] = {}

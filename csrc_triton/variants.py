@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from csrc_triton import finish, rows, sums, winners
+from csrc_triton import columns, finish, rows, sums, winners
 from csrc_triton.configs import TMA_TARGETS, Config, configs, light, persistent, statistics_config
 from csrc_triton.epilogue import UNITS
-from csrc_triton.select import MAX_BLOCK, _select_kernel, warps_for
+from csrc_triton.select import CHUNK, MAX_BLOCK, _select_kernel, warps_for
 from csrc_triton.topk import _topk_kernel
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -51,8 +51,8 @@ def variants(target: str) -> list[Variant]:
     for dtype, fixed, ragged in product(POINTERS, (True, False), (False, True)):
         found.append(_winners(dtype, fixed, ragged, statistics=False))
     found += [_winners(dtype, True, True, statistics=True) for dtype in POINTERS]
-    for (block, many), fixed in product(((256, False), (MAX_BLOCK, False), (MAX_BLOCK, True)), (True, False)):
-        found.append(_select(target, block, many, fixed))
+    found += [_select(target, *shape) for shape in _SELECTIONS]
+    found += [_select(target, *shape, fixed=False) for shape in (_SELECTIONS[0], _SELECTIONS[-1])]
     for dtypes in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)):
         for terms, apart in product((False, True), repeat=2):
             found.append(_finish(target, dtypes, 64, terms=terms, apart=apart))
@@ -67,11 +67,15 @@ def variants(target: str) -> list[Variant]:
     found.append(_open(target, (torch.bfloat16, torch.bfloat16), 128, fixed=False))
     for dtype, scaled in product((torch.float32, torch.bfloat16), (True, False)):
         found += [_rows(dtype, scaled=scaled, shift=shift) for shift in (False, True)]
+    for dtype, scaled in ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)):
+        found += _columns(dtype, scaled=scaled)
     totals = {"sums": "*fp32", "totals": "*fp64"}
     found.append(_variant("sums", sums._sums_kernel, totals, {"BLOCK": sums.BLOCK}, {"num_warps": 1}, short=True))
     return found
 
 
+_SELECTIONS = ((256, 1, 64), (512, 4, 64), (512, 4, 128), (1024, 4, 64), (1024, 4, 256), (MAX_BLOCK, 4, 1024))
+"""Sets, groups of a set read at a time, and slots."""
 _KINDS: tuple[dict[str, bool], ...] = ({}, {"ragged": True}, {"even": False}, {"fixed": False})
 
 
@@ -139,15 +143,15 @@ def _winners(dtype: torch.dtype, fixed: bool, ragged: bool, *, statistics: bool)
     )
 
 
-def _select(target: str, block: int, many: bool, fixed: bool) -> Variant:
-    flags = {"TOP": True, "FIXED": fixed, "SLOTS": 64, "BLOCK": block, "MANY": many}
+def _select(target: str, block: int, parts: int, slots: int, *, fixed: bool = True) -> Variant:
+    flags = {"TOP": True, "FIXED": fixed, "SLOTS": slots, "BLOCK": block, "PARTS": parts, "CHUNK": min(slots, CHUNK)}
     return _variant(
-        f"select {block}{' many' if many else ''}{'' if fixed else ' float keys'}",
+        f"select {block}x{parts} {slots}{'' if fixed else ' float keys'}",
         _select_kernel,
-        _CANDIDATES | {"winners": "*i32"},
+        _CANDIDATES | {"winners": "*i32", "chosen": "*i32"},
         flags,
         {"num_warps": warps_for(block, hip=target == "gfx942")},
-        short=fixed,
+        short=slots == 64,
     )
 
 
@@ -204,6 +208,23 @@ def _rows(dtype: torch.dtype, *, scaled: bool, shift: bool) -> Variant:
         integers=("stride", "D"),
         short=not shift,
     )
+
+
+def _columns(dtype: torch.dtype, *, scaled: bool) -> list[Variant]:
+    W, narrow = f"*{POINTERS[dtype]}", f"*{POINTERS[torch.float16 if scaled else dtype]}"
+    tile, options = {"ROWS": columns.ROWS, "BLOCK": columns.BLOCK}, {"num_warps": columns.NUM_WARPS}
+    found = []
+    if scaled:
+        types = {"W": W, "norms": "*fp32", "peaks": "*fp32"}
+        name = f"measure W {POINTERS[dtype]}"
+        found.append(
+            _variant(name, columns._measure_kernel, types, tile, options, integers=("stride", "d"), short=True)
+        )
+    types = {"W": W, "kept": "*i1", "narrow": narrow, "errors": "*fp32", "up": "fp32"}
+    name = f"narrow W {POINTERS[dtype]}{' scaled' if scaled else ''}"
+    flags = {"SCALED": scaled} | tile
+    integers = ("stride", "d", "D")
+    return [*found, _variant(name, columns._narrow_kernel, types, flags, options, integers=integers, short=True)]
 
 
 _VECTORS = dict.fromkeys(("unit", "factor", "offset", "scale", "bias", "shift", "sums"), "*fp32") | {"winners": "*i32"}

@@ -4,7 +4,7 @@ A library product writes a bounded chunk of dot products; one pass over them doe
 does in registers, by the same `epilogue`.
 """
 
-# The types of a kernel's values and launches are Triton's own business.
+# pyright does not know the types of a kernel's values and launches.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def winners_of(dots: Tensor, job: Job) -> None:
 
     Args:
         dots: [n, V] float32, float16 or bfloat16, last axis contiguous, n ≥ 1.
-        job: what becomes of them.
+        job: how they are scored, and where their winners go.
     """
     n, V = dots.shape
     with torch.cuda.device_of(dots):

@@ -237,6 +237,12 @@ def test_existing_batches_keep_everything_but_logits(model, dictionaries, tmp_pa
         assert torch.allclose(torch.tensor(feature["pos_values"]), wanted["top"].values[i], atol=1e-5)
         assert len(feature["logits_hist_data_bar_heights"]) == 50
     assert not list(tmp_path.glob("*.partial"))
+    found = ql.signatures(dictionaries[0], model, preset="logit_lens_value", k=4)
+    found.top_scores[2] = float("nan")
+    ql.export_saedashboard(found, model, tmp_path)
+    kept = json.loads(path.read_text())["features"][1]
+    assert kept["pos_str"] == kept["pos_values"] == [], "no token of before"
+    assert len(kept["logits_hist_data_bar_heights"]) == 50, "a result without a histogram leaves it"
     path.write_text(json.dumps({"features": [{"feature_index": 99}]}))
     with pytest.raises(ValueError, match="feature 99"):
         ql.export_saedashboard(dictionaries[0], model, tmp_path)

@@ -50,8 +50,9 @@ CREATE TABLE "Neuron" ("modelId" TEXT NOT NULL, "layer" TEXT NOT NULL, "index" T
   "topkCosSimIndices" INTEGER[], "topkCosSimValues" DOUBLE PRECISION[], "neuron_alignment_indices" INTEGER[],
   "neuron_alignment_values" DOUBLE PRECISION[], "neuron_alignment_l1" DOUBLE PRECISION[], "neg_str" TEXT[],
   "neg_values" DOUBLE PRECISION[], "pos_str" TEXT[], "pos_values" DOUBLE PRECISION[],
-  "frac_nonzero" DOUBLE PRECISION NOT NULL DEFAULT 0, "logits_hist_data_bar_heights" DOUBLE PRECISION[],
-  "logits_hist_data_bar_values" DOUBLE PRECISION[], PRIMARY KEY ("modelId", "layer", "index"),
+  "frac_nonzero" DOUBLE PRECISION NOT NULL DEFAULT 0, "decoder_weights_dist" DOUBLE PRECISION[],
+  "logits_hist_data_bar_heights" DOUBLE PRECISION[], "logits_hist_data_bar_values" DOUBLE PRECISION[],
+  PRIMARY KEY ("modelId", "layer", "index"),
   FOREIGN KEY ("modelId", "layer") REFERENCES "Source"("modelId", "id"),
   FOREIGN KEY ("modelId", "sourceSetName") REFERENCES "SourceSet"("modelId", "name"));
 CREATE TABLE "Activation" ("id" TEXT PRIMARY KEY, "tokens" TEXT[], "index" TEXT NOT NULL, "layer" TEXT NOT NULL,
@@ -256,6 +257,23 @@ def test_parquet_results_equal_results_in_memory(model, dictionary, tmp_path) ->
     assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
 
 
+def test_a_results_own_histogram_is_exported(model, dictionary, tmp_path, caplog) -> None:
+    options: dict[str, Any] = {"preset": "logit_lens_value", "k": 4, "histogram": 20}
+    found = ql.signatures(dictionary, model, **options)
+    files = [ql.signatures(dictionary, model, **options, out=tmp_path / f"r{x}").path for x in (".parquet", ".jsonl")]
+    exports = [
+        lines(ql.export_neuronpedia(source, model, tmp_path / str(i), **PLACE, k=2) / "features" / "batch-0.jsonl.gz")
+        for i, source in enumerate([found, *files])
+    ]
+    assert found.histogram is not None and "no histogram" not in caplog.text
+    assert exports[0] == exports[1] == exports[2]
+    for i, line in enumerate(exports[0]):
+        assert line["logits_hist_data_bar_heights"] == found.histogram[i].tolist() and len(line["pos_values"]) == 2
+        low, high = float(found.bottom_scores[i, 0]), float(found.top_scores[i, 0])
+        first, last = line["logits_hist_data_bar_values"][0], line["logits_hist_data_bar_values"][-1]
+        assert (first, last) == pytest.approx((low + (high - low) / 40, high - (high - low) / 40), abs=1e-5)
+
+
 def test_more_than_a_thousand_files_are_never_written(model, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(neuronpedia, "MAX_FILES", 3)
     big = ql.directions(torch.randn(10, model.d_model), layer=0)
@@ -283,6 +301,12 @@ def test_what_is_missing_is_said_before_anything_is_written(model, dictionary, t
         ({"source_fields": {"setname": 1}}, "source_fields has setname"),
         ({"activations": features_with_texts(layer=7)}, "none of which is exported"),
         ({"explanations": {99: "x"}}, "feature 99"),
+        ({"explanations": {1: None}}, "has None for feature 1"),
+        ({"source_fields": {"num_prompts": "many"}}, "num_prompts='many'; expected int"),
+        ({"urls": "https://a.b"}, "urls is 'https://a.b'; expected a list"),
+        ({"layer": "1-x"}, "layer is '1-x'"),
+        ({"rows_per_file": 2.5}, "rows_per_file is 2.5"),
+        ({"k": 0}, "k is 0"),
         ({"neighbours": -1}, "neighbours is -1"),
         ({"unembedding": "other"}, "unembedding is 'other'"),
         ({"token_style": "html"}, "token_style is 'html'"),
@@ -292,7 +316,19 @@ def test_what_is_missing_is_said_before_anything_is_written(model, dictionary, t
             ql.export_neuronpedia(dictionary, model, tmp_path / "out", **{**PLACE, **wrong})
     with pytest.raises(ValueError, match="no tokenizer"):
         ql.export_neuronpedia(dictionary, nameless, tmp_path / "out", **PLACE)
+    broken = dictionary.values(slice(None)).clone()
+    broken[7, 3] = math.nan
+    with pytest.raises(ValueError, match="feature 7 holds NaN"):
+        ql.export_neuronpedia(ql.directions(broken, layer=1), model, tmp_path / "out", **PLACE, neighbours=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_its_layers_is_enough(dictionary, model, tmp_path) -> None:
+    frame = ql.load_model(ASSETS / "model", linearisation="none")
+    folders = [ql.export_neuronpedia(dictionary, m, tmp_path / str(i), **PLACE) for i, m in enumerate((model, frame))]
+    first, second = (folder / "features" / "batch-0.jsonl.gz" for folder in folders)
+    assert first.read_bytes() == second.read_bytes()
+    assert json.loads((folders[1] / "model.jsonl").read_text())["neuronsPerLayer"] == 0
 
 
 def test_token_strings_are_spelled_as_dashboards_do(model) -> None:

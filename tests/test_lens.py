@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import querylens_fast as ql
 from querylens_fast.analysis.configuration import KEYS, REFERENCE_NAMES
 from querylens_fast.cli import app
+from querylens_fast.dictionaries.rows import unit_rows
 from querylens_fast.lens.options import LensOptions, described
 from querylens_fast.lens.planning import plan
-from querylens_fast.lens.readouts import unit_rows
 
 K = 4
 OPTIONS = [f.name for f in dataclasses.fields(LensOptions)]

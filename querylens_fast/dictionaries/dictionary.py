@@ -226,14 +226,15 @@ class Dictionary:
                     key_module=None if side == "key" else bound.key_module,
                 )
             elif side == "value" and hook.site.carried_by and self.value_rows is not None:
-                bound = bound._carried(model)
+                bound = bound.carry(model)
         if bound is self or self.load_coder is None:
             return bound
         load = self.load_coder
         # The caller's own, so that it is read once.
         return replace(bound, load_coder=lambda matrices: self.coder if matrices else load(False))
 
-    def _carried(self, model: Model) -> Dictionary:
+    def carry(self, model: Model, unit_norm: bool = False) -> Dictionary:
+        """The dictionary with its values (at unit length) carried by W_O or W_out, whatever norm follows."""
         site, layer = self.writes.site, self.writes.layer
         module = "attention" if site.carried_by == "W_O" else "mlp"
         try:
@@ -248,7 +249,7 @@ class Dictionary:
         return replace(
             self,
             d_model=model.d_model,
-            value_rows=CarriedRows(self.value_rows, weight),
+            value_rows=CarriedRows(self.value_rows, weight, unit_norm),
             value_point=2 * layer + (site.value or 0),
             refusals={side: why for side, why in self.refusals.items() if side != "value"},
             no_direction={side: why for side, why in self.no_direction.items() if side != "value"},

@@ -13,8 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from querylens_fast.models.norms import at_least_float32
+
 FeatureIds = Tensor | slice
 
+MIN_LENGTH = 1e-8
 GAP_BYTES = 4096
 """A gap between wanted rows that is read along with them: reading less than a page costs as much."""
 
@@ -65,21 +68,41 @@ class SummedRows:
         return str(self.rows)
 
 
+def unit_rows(vectors: Tensor) -> Tensor:
+    """Vectors [n, D] over their length, in float32 or wider; over 1e-8 where they are shorter, as sae-lens does."""
+    wide = at_least_float32(vectors)
+    # In float64: squares of numbers from 2e19 overflow float32.
+    length = torch.linalg.vector_norm(wide, dim=1, keepdim=True, dtype=torch.float64)
+    return wide / length.clamp_min(MIN_LENGTH).to(wide.dtype)
+
+
 @dataclass(frozen=True)
 class CarriedRows:
-    """Rows carried by a weight [D, m] of the model: W r for each row r [m]; computed in float32 or wider."""
+    """Rows carried by a weight [D, m] of the model: W r for each row r [m]; computed in float32 or wider.
+
+    Attributes:
+        rows: The rows.
+        weight: The weight.
+        unit_norm: Carry r / |r| instead.
+    """
 
     rows: Rows
     weight: Tensor
+    unit_norm: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows.shape[0], self.weight.shape[0]
 
     def read(self, ids: FeatureIds) -> Tensor:
-        found = self.rows.read(ids).to(self.weight.device)
-        dtype = torch.promote_types(torch.promote_types(found.dtype, self.weight.dtype), torch.float32)
-        return found.to(dtype) @ self.weight.mT.to(dtype)
+        return self.carry(self.rows.read(ids))
+
+    def carry(self, rows: Tensor) -> Tensor:
+        """Rows that were read already, carried."""
+        rows = rows.to(self.weight.device)
+        dtype = torch.promote_types(torch.promote_types(rows.dtype, self.weight.dtype), torch.float32)
+        rows = unit_rows(rows) if self.unit_norm else rows
+        return rows.to(dtype) @ self.weight.mT.to(dtype)
 
     def __str__(self) -> str:
         return str(self.rows)

@@ -86,6 +86,8 @@ def export_circuit_tracer(
             dictionary's features in order; nothing has been written then.
         FileExistsError: The folder holds another export.
     """
+    if not transcoder_id:
+        raise ValueError("transcoder_id is ''; expected the set's name")
     given = dict(results_by_layer) if isinstance(results_by_layer, Mapping) else dict(enumerate(results_by_layer))
     model = None if model is None else as_model(model)
     layers = _layers(given, model, k=k, unit_norm=unit_norm, unembedding=unembedding)

@@ -17,7 +17,7 @@ DECIMALS = 5
 """As SAEDashboard rounds."""
 LOGIT_FIELDS = ("neg_str", "neg_values", "pos_str", "pos_values")
 LOGIT_FIELDS += ("logits_hist_data_bar_heights", "logits_hist_data_bar_values")
-ALIGNMENT_FIELDS = ("neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1")
+VECTOR_FIELDS = ("neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1", "decoder_weights_dist")
 DIGITS = 7
 """Significant digits of a vector's largest component, which is all that float32 has."""
 
@@ -79,10 +79,18 @@ def logit_fields(rows: Rows, strings: Sequence[str]) -> Iterator[dict[str, Any]]
     return _by_feature(LOGIT_FIELDS, (*negative, *positive, *bars))
 
 
-def alignment_fields(rows: Rows) -> Iterator[dict[str, Any]]:
-    """The neuron alignment, empty without vectors: a dictionary a feature."""
+def vector_fields(rows: Rows) -> Iterator[dict[str, Any]]:
+    """The neuron alignment and the heads' shares, empty where they are not known: a dictionary a feature."""
     none: list[list[Any]] = [[] for _ in range(len(rows.features))]
-    return _by_feature(ALIGNMENT_FIELDS, (none, none, none) if rows.vectors is None else alignments(rows.vectors))
+    aligned = (none, none, none) if rows.vectors is None else alignments(rows.vectors)
+    shares = none if rows.vectors is None or not rows.heads else head_shares(rows.vectors, rows.heads)
+    return _by_feature(VECTOR_FIELDS, (*aligned, shares))
+
+
+def head_shares(vectors: Tensor, heads: int) -> list[list[float]]:
+    """SAEDashboard's decoder_weights_dist: the share of each head's part of a vector [n, heads · d_head], by length."""
+    lengths = torch.linalg.vector_norm(at_least_float32(vectors).cpu().unflatten(1, (heads, -1)), dim=2)
+    return rounded(lengths / lengths.sum(1, keepdim=True))
 
 
 def _by_feature(names: Sequence[str], columns: Sequence[list[Any]]) -> Iterator[dict[str, Any]]:

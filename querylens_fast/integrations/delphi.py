@@ -17,9 +17,10 @@ from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.integrations.columns import tokens_and_scores
 from querylens_fast.integrations.folder import json_bytes, write_bytes
 from querylens_fast.integrations.neighbours import ComputedNeighbours
-from querylens_fast.integrations.sources import blocks_of, open_source
+from querylens_fast.integrations.sources import blocks_of, checked_texts, open_source
 from querylens_fast.integrations.tokens import clean, token_strings
 from querylens_fast.models.load import as_model
+from querylens_fast.runs.arguments import whole_number
 
 METHODS = {"encoder_similarity": "key", "decoder_similarity": "value"}
 TEMPLATE = "The latent promotes the tokens {tokens}."
@@ -46,8 +47,7 @@ def write_neighbours(
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; expected {' or '.join(METHODS)}")
-    if k < 1:
-        raise ValueError(f"k is {k}; expected at least 1")
+    whole_number("k", k)
     dictionary = load_dictionary(dictionary)
     if dictionary.n_features < 2:
         raise ValueError(f"{dictionary.name!r} has one feature: it has no neighbours")
@@ -100,9 +100,7 @@ def write_explanations(
         ) from error
     model = as_model(model)
     opened = open_source(source, model, features=features, k=k, bins=0)
-    texts = texts or {}
-    if unknown := sorted(set(texts) - set(opened.features.tolist())):
-        raise ValueError(f"texts has feature {unknown[0]}, which is not explained: pass it in features=")
+    texts = checked_texts("texts", texts, opened.features)
     strings, name, written = token_strings(model, "decoded"), _checked(hookpoint), []
     for rows in opened.read(blocks_of(len(opened), ROWS_AT_ONCE)):
         top, _ = tokens_and_scores(rows.top_ids, rows.top_scores, strings)

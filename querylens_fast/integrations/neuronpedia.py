@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from querylens_fast.integrations.activity import Activity, open_activity
@@ -43,9 +42,10 @@ from querylens_fast.integrations.neuronpedia_lines import (
 )
 from querylens_fast.integrations.neuronpedia_metadata import Names, metadata_lines, place_of
 from querylens_fast.integrations.neuronpedia_tables import LOCAL_CREATOR, MODELS, import_sql
-from querylens_fast.integrations.sources import Source, blocks_of, open_source
+from querylens_fast.integrations.sources import Source, blocks_of, checked_texts, open_source
 from querylens_fast.integrations.tokens import token_strings
 from querylens_fast.models.load import as_model
+from querylens_fast.runs.arguments import whole_number
 from querylens_fast.runs.run_record import digest_of
 
 logger = logging.getLogger(__name__)
@@ -141,9 +141,8 @@ def export_neuronpedia(
     names = Names(release or source_set, creator_name, description, urls, source_fields or {})
     n_features = opened.dictionary.n_features if opened.dictionary else int(opened.features.max()) + 1
     activity = open_activity(activations, sample, opened.features, layer, n_features)
-    explanations = _checked_explanations(explanations, opened.features)
-    if rows_per_file < 1:
-        raise ValueError(f"rows_per_file is {rows_per_file}; expected at least 1")
+    explanations = checked_texts("explanations", explanations, opened.features)
+    whole_number("rows_per_file", rows_per_file)
     plan = _Plan(
         opened,
         place,
@@ -249,11 +248,3 @@ class _Plan:
 
     def _path(self, target: Path, kind: str, i: int) -> Path:
         return target / kind / f"batch-{i}.jsonl.gz"
-
-
-def _checked_explanations(texts: Mapping[int, str] | None, features: Tensor) -> Mapping[int, str]:
-    known = set(features.tolist())
-    unknown = [i for i in texts or {} if i not in known]
-    if unknown:
-        raise ValueError(f"explanations has feature {unknown[0]}, which is not exported")
-    return texts or {}

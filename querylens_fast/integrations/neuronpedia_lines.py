@@ -10,7 +10,7 @@ from typing import Any
 
 from querylens_fast.dictionaries.feature_lists import Activation
 from querylens_fast.integrations.activity import Activity
-from querylens_fast.integrations.columns import alignment_fields, logit_fields, vector_lists
+from querylens_fast.integrations.columns import logit_fields, vector_fields, vector_lists
 from querylens_fast.integrations.dashboard import Rows
 from querylens_fast.integrations.neighbours import Lists, empty_lists
 from querylens_fast.integrations.tokens import clean
@@ -49,7 +49,7 @@ def feature_lines(
     none: list[list[float]] = [[] for _ in features]
     written = none if rows.vectors is None or not vectors else vector_lists(rows.vectors)
     similar, cosines = neighbours if neighbours[0] else empty_lists(features)
-    fields = zip(alignment_fields(rows), logit_fields(rows, strings), strict=True)
+    fields = zip(vector_fields(rows), logit_fields(rows, strings), strict=True)
     for i, (feature, (alignment, logits)) in enumerate(zip(features, fields, strict=True)):
         strongest = round(activity.max_of(feature), 5)
         has_vector = bool(written[i])

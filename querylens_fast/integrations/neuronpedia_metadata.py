@@ -8,13 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
+from querylens_fast.integrations.dashboard import heads_of
 from querylens_fast.integrations.neuronpedia_lines import Place
-from querylens_fast.integrations.neuronpedia_tables import SOURCE_EXTRAS
+from querylens_fast.integrations.neuronpedia_tables import SOURCE, SOURCE_EXTRAS
 from querylens_fast.integrations.sources import Source
 from querylens_fast.integrations.tokens import clean
+from querylens_fast.models.errors import UnsupportedModelError
 from querylens_fast.models.model import Model
+from querylens_fast.runs.arguments import whole_number
 
-_NOTED = ("preset", "unit_norm", "unembedding", "dictionary", "final_norm")
+_NOTED = ("preset", "unit_norm", "unembedding", "dictionary", "final_norm", "post_norm")
 """What of a source's identity is said on its page."""
 
 
@@ -23,7 +26,7 @@ class Names:
     """What the files say beside the place.
 
     Raises:
-        ValueError: source_fields names a column that a source does not have.
+        ValueError: source_fields names a column that a source does not have, or a value is not of its type.
     """
 
     release: str
@@ -36,6 +39,12 @@ class Names:
         unknown = sorted(set(self.source_fields) - set(SOURCE_EXTRAS))
         if unknown:
             raise ValueError(f"source_fields has {', '.join(unknown)}; a source has {', '.join(SOURCE_EXTRAS)}")
+        for name, value in self.source_fields.items():
+            kind = int if SOURCE[name] == "integer" else str
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise ValueError(f"source_fields has {name}={value!r}; expected {kind.__name__}")
+        if isinstance(self.urls, str) or not all(isinstance(url, str) for url in self.urls):
+            raise ValueError(f"urls is {self.urls!r}; expected a list of texts")
 
 
 def place_of(
@@ -52,6 +61,7 @@ def place_of(
     Raises:
         ValueError: A name that cannot be a folder's or an id.
     """
+    whole_number("layer", layer, 0)
     for name, value in (("model_id", model_id), ("source_set", source_set), ("suffix", suffix or "x")):
         if not value or any(c in value for c in "/\\\0'\"\n") or value in (".", ".."):
             raise ValueError(f"{name} is {value!r}; expected a name without slashes, quotes or line breaks")
@@ -88,6 +98,8 @@ def metadata_lines(place: Place, names: Names, source: Source, model: Model) -> 
                 **made,
                 "releaseName": names.release,
                 **public,
+                # Without it pages leave decoder_weights_dist out.
+                **({"showHeadAttribution": True} if source.dictionary and heads_of(source.dictionary, model) else {}),
             },
             "source": {
                 "id": place.source_id,
@@ -112,6 +124,9 @@ def _cleaned(value: Any) -> Any:
 
 
 def _neurons(model: Model) -> int:
-    """Width of the MLPs, 0 where they are not known by name."""
-    W_out = getattr(model.blocks[0].mlp, "W_out", None) if model.blocks else None
+    """Width of the MLPs, 0 where they are not known by name, as in a model that is read without its layers."""
+    try:
+        W_out = getattr(model.blocks[0].mlp, "W_out", None) if model.blocks else None
+    except UnsupportedModelError:
+        return 0
     return int(W_out.shape[-1]) if isinstance(W_out, Tensor) and W_out.ndim == 2 else 0

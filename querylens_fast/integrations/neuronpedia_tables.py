@@ -42,6 +42,7 @@ SOURCE_SET = {
     "releaseName": "text",
     "urls": "text[]",
     "visibility": '"Visibility"',
+    "showHeadAttribution": "boolean",
 }
 SOURCE = {
     "id": "text",
@@ -80,6 +81,7 @@ NEURON = {
     "neg_values": "double precision[]",
     "pos_str": "text[]",
     "pos_values": "double precision[]",
+    "decoder_weights_dist": "double precision[]",
     "frac_nonzero": "double precision",
     "logits_hist_data_bar_heights": "double precision[]",
     "logits_hist_data_bar_values": "double precision[]",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 NO_TOKEN = -1
 """Pads the lists of rows that hold fewer tokens than others; its score is NaN."""
 COLUMNS = ("top_ids", "top_scores", "bottom_ids", "bottom_scores")
+HISTOGRAM = "histogram"
+"""A further column of results that were computed with one: heights [n, bins]."""
 
 
 def is_result(source: Any) -> bool:
@@ -76,7 +77,9 @@ def _token_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class _Stored:
-    """The rows of a result: feature ids, and tokens and scores of a slice of rows."""
+    """The rows of a result: feature ids, and tokens, scores and histogram of a slice of rows."""
+
+    columns: tuple[str, ...] = COLUMNS
 
     def features(self) -> Tensor:
         raise NotImplementedError
@@ -85,27 +88,30 @@ class _Stored:
         raise NotImplementedError
 
 
-@dataclass
 class _Held(_Stored):
-    found: Signatures
+    def __init__(self, found: Signatures) -> None:
+        self.found = found
+        self.columns = COLUMNS if found.histogram is None else (*COLUMNS, HISTOGRAM)
 
     def features(self) -> Tensor:
         return self.found.features
 
     def read(self, rows: slice) -> dict[str, Tensor]:
-        return {name: getattr(self.found, name)[rows] for name in COLUMNS}
+        return {name: getattr(self.found, name)[rows] for name in self.columns}
 
 
 class _Jsonl(_Stored):
     def __init__(self, path: Path) -> None:
         self.rows = sorted(read_jsonl(path), key=lambda row: row["feature_index"])
+        if self.rows and all(HISTOGRAM in row for row in self.rows):
+            self.columns = (*COLUMNS, HISTOGRAM)
 
     def features(self) -> Tensor:
         return torch.tensor([row["feature"] for row in self.rows], dtype=torch.int64)
 
     def read(self, rows: slice) -> dict[str, Tensor]:
         chosen = self.rows[rows]
-        return {name: _padded([row[name] for row in chosen], name) for name in COLUMNS}
+        return {name: _padded([row[name] for row in chosen], name) for name in self.columns}
 
 
 class _Parquet(_Stored):
@@ -114,6 +120,8 @@ class _Parquet(_Stored):
     def __init__(self, path: Path) -> None:
         self.path = path
         with opened(path) as file:
+            if HISTOGRAM in file.schema_arrow.names:
+                self.columns = (*COLUMNS, HISTOGRAM)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             self.ids = torch.from_numpy(file.read(["feature"])["feature"].to_numpy().copy()).long()
         self.starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
@@ -131,12 +139,12 @@ class _Parquet(_Stored):
             if low < high:
                 parts.append(self._group(i).slice(low - start, high - low))
         table = pa.concat_tables(parts)
-        return {name: _tensor(table[name].combine_chunks(), name) for name in COLUMNS}
+        return {name: _tensor(table[name].combine_chunks(), name) for name in self.columns}
 
     def _group(self, i: int) -> pa.Table:
         if self.group is None or self.group[0] != i:
             with opened(self.path) as file:
-                self.group = i, file.read_row_group(i, list(COLUMNS))
+                self.group = i, file.read_row_group(i, list(self.columns))
         return self.group[1]
 
 
@@ -153,10 +161,10 @@ def _tensor(lists: pa.Array, name: str) -> Tensor:
 
 
 def _padded(lists: Sequence[Sequence[float]], name: str) -> Tensor:
-    fill = NO_TOKEN if name.endswith("ids") else float("nan")
+    fill = float("nan") if name.endswith("scores") else NO_TOKEN
     k = max(map(len, lists), default=0)
     return torch.tensor([[*row, *[fill] * (k - len(row))] for row in lists], dtype=_dtype(name)).view(len(lists), k)
 
 
 def _dtype(name: str) -> torch.dtype:
-    return torch.int64 if name.endswith("ids") else torch.float64
+    return torch.float64 if name.endswith("scores") else torch.int64

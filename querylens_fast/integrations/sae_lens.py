@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from querylens_fast.models.norms import at_least_float32
-from querylens_fast.topk.products import full_float32, product
+from querylens_fast.topk.products import full_float32, linear
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,22 +72,21 @@ class Projection:
     def moments(self) -> Tensor:
         """`get_stats_df`'s columns [4, F] in float64, from tiles of scores that stay in the cache.
 
-        W is centered once, so scores come about their row's mean, which W's center gives.
+        W is centered once, so scores come about their row's mean but for rounding, which the first moment counts.
         """
         W_dec, W = (at_least_float32(x) for x in (self.W_dec, self.W))
         W = W if self.scale is None else W * self.scale[:, None]
-        center = W.mean(0, dtype=torch.float64)
-        W = W - center.to(W)
-        scores, squares = (W.new_empty(TILE[0] * TILE[1]) for _ in range(2))
+        center = W.mean(0)
+        W = W - center
+        room = W.new_empty(TILE[0] * TILE[1])
         parts = []
         for rows in W_dec.to(W).split(TILE[0]):
             rows, size = _near_one(rows)
             sums = torch.zeros(4, len(rows), dtype=torch.float64, device=W.device)
             for columns in W.split(TILE[1]):
-                shape = len(rows), len(columns)
-                tile, room = (x[: shape[0] * shape[1]].view(shape) for x in (scores, squares))
-                sums += _power_sums(product(rows, columns, tile), room)
-            parts.append(_moments(rows.double() @ center, sums / len(W), size))
+                scores = linear(rows, columns)
+                sums += _power_sums(scores, room[: scores.numel()].view(scores.shape))
+            parts.append(_moments(rows.double() @ center.double(), sums / len(W), size))
         return torch.cat(parts, 1)
 
 

@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from querylens_fast.integrations.columns import alignment_fields, logit_fields
+from querylens_fast.integrations.columns import logit_fields, vector_fields
 from querylens_fast.integrations.dashboard import Rows
 from querylens_fast.integrations.folder import claimed, json_bytes, write_bytes
 from querylens_fast.integrations.saedashboard_tables import COLUMNAR, tables_of
 from querylens_fast.integrations.sources import Source, blocks_of, open_source
 from querylens_fast.integrations.tokens import token_strings
 from querylens_fast.models.load import as_model
+from querylens_fast.runs.arguments import whole_number
 from querylens_fast.runs.atomic_write import whole
 
 FORMS = ("batch-*.json", "columnar")
@@ -77,8 +78,7 @@ def export_saedashboard(
     """
     if into not in FORMS:
         raise ValueError(f"into is {into!r}; expected {' or '.join(FORMS)}")
-    if rows_per_file < 1:
-        raise ValueError(f"rows_per_file is {rows_per_file}; expected at least 1")
+    whole_number("rows_per_file", rows_per_file)
     model, target = as_model(model), Path(folder)
     strings = token_strings(model, "dashboard")
     opened = open_source(
@@ -100,7 +100,7 @@ def export_saedashboard(
     opened.say_missing()
     head = {
         "model_id": model_id,
-        "layer": opened.layer if layer is None else layer,
+        "layer": whole_number("layer", opened.layer if layer is None else layer, 0),
         "sae_set": sae_set,
         "sae_id_suffix": sae_id_suffix,
     }
@@ -133,7 +133,7 @@ def _replace(paths: Sequence[Path], source: Source, strings: Sequence[str]) -> l
         places = [at[feature["feature_index"]] for feature in batch["features"]]
         fields = (fields for rows in _scattered(source, places) for fields in logit_fields(rows, strings))
         for feature, found in zip(batch["features"], fields, strict=True):
-            feature |= {name: value for name, value in found.items() if value}
+            feature |= {name: value for name, value in found.items() if value or not name.startswith("logits_hist")}
         write_bytes(path, json.dumps(batch).encode())
     return list(paths)
 
@@ -162,7 +162,7 @@ def _write_batches(
     paths = [target / f"batch-{i}.json" for i in range(len(blocks))]
     pending = [i for i, path in enumerate(paths) if not path.exists()]
     for i, rows in zip(pending, source.read([blocks[i] for i in pending]), strict=True):
-        fields = zip(rows.features.tolist(), alignment_fields(rows), logit_fields(rows, strings), strict=True)
+        fields = zip(rows.features.tolist(), vector_fields(rows), logit_fields(rows, strings), strict=True)
         features = [{**_blank(feature), **alignment, **logits} for feature, alignment, logits in fields]
         write_bytes(paths[i], json_bytes({**head, "features": features}))
     return paths

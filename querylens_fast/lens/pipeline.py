@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from querylens_fast.dictionaries.dashboard_values import norm_left_out
 from querylens_fast.dictionaries.dictionary import Dictionary
+from querylens_fast.dictionaries.rows import unit_rows
 from querylens_fast.lens.options import LensOptions
 from querylens_fast.lens.presets import Preset
-from querylens_fast.lens.readouts import Readout, Scorer, unit_rows
+from querylens_fast.lens.readouts import Readout, Scorer
 from querylens_fast.lens.reliability import Jackknife
 from querylens_fast.lens.results import LayerTerm, Signatures, Source
 from querylens_fast.lens.transitions import Adaptive, Moved, Transition, Transported
@@ -151,7 +153,9 @@ class Pipeline:
         given["histogram"] = options.histogram or None
         read, written = self.dictionary.hook_name, self.dictionary.hook_name_out
         given |= {"hook_name": read or None, "hook_name_out": written if written not in ("", read) else None}
-        given["unembedding"] = options.unembedding if self.preset.is_dashboard else None
+        if self.preset.is_dashboard:
+            left_out = norm_left_out(self.dictionary, self.model)
+            given |= {"unembedding": options.unembedding, "post_norm": "left out" if left_out else None}
         return {
             "preset": self.preset.name,
             **self.preset.as_dict(),
@@ -183,7 +187,9 @@ class Pipeline:
         return self.readout.topk(vectors, k, self.backend).to("cpu")
 
     def _placed(self, vectors: Tensor) -> Tensor:
-        if self.options.at_unit_length and self.transition.reads_vectors:
+        # Those that dashboards carry were divided by their length before.
+        divided = self.preset.is_dashboard and self.dictionary.carried
+        if self.options.at_unit_length and self.transition.reads_vectors and not divided:
             vectors = unit_rows(vectors)
         return vectors.to(self.model.device, self.model.dtype)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from querylens_fast.dictionaries.dashboard_values import as_dashboards
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.lens.options import LensOptions
@@ -64,7 +65,11 @@ def plan(
     """
     given = LensOptions.of(keywords) if options is None else options
     preset, model = given.lens, as_model(model)
-    dictionary = load_dictionary(dictionary).on(model)
+    dictionary = load_dictionary(dictionary)
+    if preset.is_dashboard:
+        dictionary = as_dashboards(dictionary, model, given.at_unit_length)
+    else:
+        dictionary = dictionary.on(model)
     if not preset.is_ablation:
         dictionary.check_direction(preset.feature_vector)
     if given.k > model.vocab_size:

@@ -18,7 +18,6 @@ from querylens_fast.models.norms import Norm, at_least_float32
 from querylens_fast.topk import api as ops
 
 COSINE_EPS = 1e-8
-MIN_LENGTH = 1e-8
 UNEMBEDDINGS = ("raw", "folded")
 ROWS_AT_ONCE = 1024
 """Token embeddings widened to float32 at a time: as many as stay in the processor's cache."""
@@ -187,14 +186,6 @@ def find_readout(
     if preset.readout == "embed_cosine_centered":
         return embed_cosine_centered(model, centre)
     return logit_difference(model) if model.logit_softcap is None else LogitReadout()
-
-
-def unit_rows(vectors: Tensor) -> Tensor:
-    """Vectors [n, D] over their length, in float32 or wider; over 1e-8 where they are shorter, as sae-lens does."""
-    wide = at_least_float32(vectors)
-    # In float64: squares of numbers from 2e19 overflow float32.
-    length = torch.linalg.vector_norm(wide, dim=1, keepdim=True, dtype=torch.float64)
-    return wide / length.clamp_min(MIN_LENGTH).to(wide.dtype)
 
 
 def _wide(x: Tensor | None) -> Tensor | None:

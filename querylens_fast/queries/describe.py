@@ -8,8 +8,8 @@ from typing import Any
 
 from querylens_fast.queries.catalog import Member
 from querylens_fast.queries.files import SIGNATURES, ResultFile
+from querylens_fast.queries.inventory import DictionaryInfo, PresetInfo, Progress
 from querylens_fast.queries.opened import OpenDictionary
-from querylens_fast.queries.views import DictionaryInfo, PresetInfo, Progress
 from querylens_fast.runs.run_record import DamagedFile
 from querylens_fast.runs.sealed_parquet import opened
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from querylens_fast.lens.storage import refuse_other_columns
-from querylens_fast.queries.views import Skipped
+from querylens_fast.queries.inventory import Skipped
 from querylens_fast.runs.run_record import DamagedFile, read_record
 from querylens_fast.runs.sealed_parquet import SEAL_KEY, opened, read_identity
 

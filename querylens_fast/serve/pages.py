@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,10 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 
 from querylens_fast.queries.budget import Budget
 from querylens_fast.queries.catalog import PREFERRED
-from querylens_fast.queries.results import Filter, Results
-from querylens_fast.queries.views import FIELDS, DictionaryInfo
+from querylens_fast.queries.inventory import DictionaryInfo
+from querylens_fast.queries.results import Results
+from querylens_fast.queries.views import FIELDS
+from querylens_fast.serve.asked import bound, filters, number_of, whole
 from querylens_fast.serve.markup import (
     FIELD_NAMES,
     Links,
@@ -86,27 +87,27 @@ def search(request: Request) -> HTMLResponse:
     }
     text = asked["q"] or None
     asked["token"] = "" if text else asked["token"]  # a form that was filled in keeps the token it began with
-    token = _whole(asked["token"], "token")
+    token = whole(asked["token"], "token")
     by_token = text is not None or token is not None
-    filters = _filters(asked)
+    bounds = filters(asked)
     order = asked["order"] if by_token or asked["order"].lstrip("-") != "score" else ""
     page = results.search(
         text,
         token_id=token,
         exact=asked["exact"] == "1",
-        filters=filters,
+        filters=bounds,
         dictionary=asked["dictionary"] or None,
         side=asked["side"] or None,
         end=asked["end"] or "top",
         preset=asked["preset"] or None,
-        layer=_whole(asked["layer"], "layer"),
+        layer=whole(asked["layer"], "layer"),
         order=order or None,
         after=asked["after"] or None,
         limit=ROWS,
         budget=_budget(request),
     )
     fields = [f for f in FIELDS if any(f in d.fields for d in known)]
-    used = {f.field for f in filters} | {order.lstrip("-")}
+    used = {f.field for f in bounds} | {order.lstrip("-")}
     return _page(
         request,
         "search",
@@ -116,7 +117,7 @@ def search(request: Request) -> HTMLResponse:
         numbered=_numbered(known, asked),
         columns=[f for f in fields if f in used or f in USUAL_COLUMNS],
         filter_fields=fields,
-        filtered=bool(filters) or asked["layer"] != "" or asked["exact"] != "" or asked["preset"] != "",
+        filtered=bool(bounds) or asked["layer"] != "" or asked["exact"] != "" or asked["preset"] != "",
         dictionary_options=[("", "all"), *((d.slug, d.slug) for d in known)],
         order_options=_orders(fields, by_token),
         first="/search" + query(asked, after=None),
@@ -128,7 +129,7 @@ def search(request: Request) -> HTMLResponse:
 def feature(request: Request, dictionary: str, feature: str) -> HTMLResponse:
     """All that is known of a feature."""
     results = _results(request)
-    view = results.feature(dictionary, _number_of(feature, "feature"), budget=_budget(request))
+    view = results.feature(dictionary, number_of(feature, "feature"), budget=_budget(request))
     everything = request.query_params.get("rows") == "all"
     return _page(request, "feature", **feature_context(view), all=everything, limit=None if everything else SHORT)
 
@@ -136,7 +137,7 @@ def feature(request: Request, dictionary: str, feature: str) -> HTMLResponse:
 @router.get("/token/{token}")
 def token(request: Request, token: str) -> HTMLResponse:
     """A token's features in every dictionary; those that have it among their lowest tokens when asked for."""
-    view = _results(request).token(_number_of(token, "token"), limit=5, budget=_budget(request))
+    view = _results(request).token(number_of(token, "token"), limit=5, budget=_budget(request))
     top = tuple(group for group in view.groups if group.end == "top")
     groups = view.groups if request.query_params.get("ends") == "both" or not top else top
     return _page(request, "token", view=view, groups=groups)
@@ -194,8 +195,8 @@ def try_page(request: Request) -> HTMLResponse:
             if asked["text"]:
                 firing = tried.firing(asked["dictionary"], asked["text"])
             else:
-                chosen, n = _number_of(asked["feature"], "feature"), _number_of(asked["n"], "n")
-                strength = _bound(asked["strength"], "strength") or 0.0
+                chosen, n = number_of(asked["feature"], "feature"), number_of(asked["n"], "n")
+                strength = bound(asked["strength"], "strength") or 0.0
                 steered = tried.steer(asked["dictionary"], chosen, strength, asked["prompt"], n)
         except (ValueError, LookupError, Busy, TooLong) as error:
             problem = str(error)
@@ -221,7 +222,13 @@ def documentation(request: Request) -> HTMLResponse:
         for path, methods in request.app.openapi()["paths"].items()
         for method, operation in methods.items()
     ]
-    return _page(request, "api", operations=operations)
+    return _page(request, "api", operations=operations, schemas=_schemas(request))
+
+
+def _schemas(request: Request) -> list[tuple[str, Any]]:
+    """The types of the answers, those of problems left out."""
+    found = request.app.openapi()["components"]["schemas"]
+    return [(name, schema) for name, schema in found.items() if "properties" in schema and "Error" not in name]
 
 
 def error_page(request: Request, status: int, message: str) -> HTMLResponse:
@@ -252,39 +259,6 @@ def _results(request: Request) -> Results:
 
 def _budget(request: Request) -> Budget:
     return request.state.budget
-
-
-def _number_of(text: str, name: str) -> int:
-    """A number that stands in an address; anything else is an unknown page."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 12):
-        raise LookupError(f"{name} is {text[:80]!r}; expected a number")
-    return int(text)
-
-
-def _whole(text: str, name: str) -> int | None:
-    if text == "":
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) <= 12):
-        raise ValueError(f"{name} is {text[:80]!r}; expected a whole number")
-    return int(text)
-
-
-def _bound(text: str, name: str) -> float | None:
-    if text == "":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{name} is {text[:80]!r}; expected a number") from None
-
-
-def _filters(asked: Mapping[str, str]) -> list[Filter]:
-    found = []
-    for field in FIELDS:
-        low, high = (_bound(asked[f"{field}_{b}"], f"{FIELD_NAMES[field]}, {b}") for b in ("min", "max"))
-        if (low, high) != (None, None):
-            found.append(Filter(field, -math.inf if low is None else low, math.inf if high is None else high))
-    return found
 
 
 def _numbered(known: Sequence[DictionaryInfo], asked: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Streamed top-k over a matrix product that is never held: the checks at the door and the choice of backend.
+"""Streamed top-k over a matrix product that is never held: argument checks and the choice of backend.
 
 ``streamed_topk(F, W, k)`` scores every row of F [n, d] against every row of W [V, d],
 
@@ -17,7 +17,8 @@ Precision. ``"exact"``: float64 inputs are scored in float64; float32, float16 a
 exactly and summed in float32 (never TF32). Candidates may come from a bfloat16 pass where one is faster, but every row
 of the result is proved against the bound on that pass's error, or scored again in float32. ``"float32"`` is the same
 answer by one plain pass. ``"bf16"`` rounds F and W to bfloat16 and takes that product's own scores: nothing
-is proved, ids may differ where scores are closer than its rounding, and equals across the k-th place are cut anyhow.
+is proved, ids may differ where scores are closer than its rounding, and which equal scores are kept at the k-th place
+is not defined.
 
 Backends. ``"torch"`` runs everywhere. ``"triton"`` is the fused kernel of csrc_triton: a GPU, or the CPU when Triton's
 interpreter is on (TRITON_INTERPRET=1 in the environment before the first use). ``"auto"`` decides by the tensor's
@@ -130,18 +131,18 @@ def streamed_topk(
         block_rows: rows of F scored at a time; None lets the backend choose. Changes memory and speed, not the result
             beyond the last bit of a score.
         max_memory_gib: bound on the torch backend's tiles and its narrow copy of W, at least 0.001; where rows have to
-            be scored again, as much once more. None: tiles of up to 128 MiB and a copy of up to 2 GiB. On the CPU
-            buffers of up to 512 MiB a thread are kept for the next call. The Triton backend needs none: it holds 1
-            GiB of winners, or as much of products, and a 16-bit copy of W.
+            be scored again, twice that. None: tiles of up to 128 MiB and up to 256 MiB of rounded rows of W. On the
+            CPU buffers of up to 512 MiB a thread are kept for the next call. The Triton backend has no bound to
+            set: it holds 1 GiB of winners, or as much of products, and a 16-bit copy of W.
         threads: CPU threads for this call; None leaves torch's setting.
 
     Returns:
         TopK, ids int64 and sorted as the module's notes say. Extra memory: the result, a tile of scores and, for the
-        bfloat16 pass, a copy of W in bfloat16; whatever n · V.
+        bfloat16 pass, up to 256 MiB of W in bfloat16; none of it grows with n · V.
 
     Raises:
         ValueError: on a shape, dtype, device or k that does not fit, on top=bottom=False without statistics, and on a
-            backend, precision, edges or bound that is unknown or can't be had here.
+            backend, precision, edges or bound that is unknown or not available on this machine.
     """
     check_matrices(F, W)
     check_vectors(F, W, bias=bias, scale=scale, offset=offset)

@@ -55,7 +55,7 @@ def check_options(
     block_rows: int | None,
     max_memory_gib: float | None,
 ) -> None:
-    """Check what is no tensor; backend: the chosen one, anything: whether a side or statistics are asked for."""
+    """Check the other arguments; backend: the chosen one, anything: whether a side or statistics are asked for."""
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= V:
         raise ValueError(f"k is {k!r} but W has {V} rows: k must be a whole number from 1 to {V}; lower k")
     if not anything:

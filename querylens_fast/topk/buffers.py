@@ -24,7 +24,7 @@ _kept = _Kept()
 
 
 def take(name: str, n_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for n_elements, flat and uninitialised; valid until the same thread takes this name again."""
+    """A flat, uninitialised buffer of n_elements; valid until the same thread takes this name again."""
     if device.type != "cpu":
         return torch.empty(n_elements, dtype=dtype, device=device)
     n_bytes = n_elements * dtype.itemsize
@@ -43,5 +43,5 @@ def converted(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def release() -> None:
-    """Give the calling thread's buffers back."""
+    """Free the calling thread's buffers."""
     _kept.buffers.clear()

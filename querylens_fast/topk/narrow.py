@@ -1,9 +1,9 @@
-"""W as the bfloat16 product takes it: rounded, with the epilogue folded in, in tiles; and what that costs in accuracy.
+"""W for the bfloat16 product: rounded, with the epilogue folded in, in tiles; and the error bound that follows.
 
     (<f, w> + o) s + b = <[f, o, o, o', 1, 1], [s w, s, s', s, b, b']>
 
-where o, s and b are the bfloat16 parts of offset, scale and bias and o', s', b' what is left of them. Without terms and
-with W in bfloat16 there is nothing to copy or to round.
+where o, s and b are offset, scale and bias rounded to bfloat16 and o', s', b' their remainders, rounded too. Without
+terms and with W in bfloat16 there is nothing to copy or to round.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from querylens_fast.topk.products import NARROW
 from querylens_fast.topk.request import Epilogue, Request
 
 MAX_COPY_BYTES = 1 << 28
-"""Rounded rows of W that are held at a time: all of them, or a panel (fresh memory costs more than rounding again)."""
+"""Rounded rows of W that are held at a time: all of them, or a panel (allocating costs more than rounding)."""
 MAX_APART = 16
 """Rows of W, at most, that are kept out of the product and scored exactly for every row of F."""
 EXTRA = 32
@@ -76,7 +76,7 @@ class NarrowProduct:
         return Bound(norm, rounding, self.scale, self.bias, NARROW, depth, folded=folded)
 
     def start(self, rows: Tensor | slice) -> None:
-        """Turn to a block of rows."""
+        """Set the block of rows that later calls of `write` score."""
         self._F = fold_rows(self.request.F[rows], self.request.epilogue.of_rows(rows), self.width)
 
     def write(self, columns: slice, out: Tensor) -> None:

@@ -51,7 +51,7 @@ class Found(NamedTuple):
     limit: Tensor
     """[r]: at least k columns, of this panel or of earlier ones, have a gain of this or more."""
     unordered: Tensor
-    """[r] rows that the raw order does not do for: no candidates."""
+    """[r] rows whose cut is not positive, so that the raw order is wrong: no candidates."""
     crowded: Tensor
     """[r] rows with too many groups to look into: no candidates."""
     invalid: Tensor
@@ -73,7 +73,7 @@ class Panel:
         total: bool = False,
         descending: bool = False,
     ) -> None:
-        """Take the room; descending: rows of W come longest first, so that the first tiles hold most of what counts."""
+        """Allocate; descending: rows of W come longest first, so the first tiles hold most of the extreme scores."""
         self.width = _tile_width(columns)
         self.rows, self.k, self.dtype, self.device, self.sides = rows, k, dtype, device, sides
         self.tiles = [slice(a, min(a + self.width, columns)) for a in range(0, columns, self.width)]
@@ -144,7 +144,7 @@ class Panel:
             largest: the side.
             shown: [r, k], `Found.shown` of the panels before.
             error: [T, r] bounds on what the gains of each tile may be off by, before they were rounded to the panel's
-                dtype; None: they are what is asked for, and `Found.crowded` rows are left out on account of ties only.
+                dtype; None: they are what is asked for, and `Found.crowded` rows are left out because of ties only.
             fine: set the limit by the extremes of all groups, not of a few larger ones.
         """
         rounding = 0.0 if error is None else 2.0**-8 if self.dtype == torch.bfloat16 else 2.0**-20

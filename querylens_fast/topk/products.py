@@ -17,7 +17,7 @@ NARROW = torch.bfloat16
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Keep float32 products on device true float32: no TF32, no bf16 shortcut, no autocast, whatever was chosen."""
+    """Keep float32 products on device true float32: no TF32, no bfloat16, no autocast, whatever the process has set."""
     with torch.autocast(device.type, enabled=False):
         try:
             before = torch.get_float32_matmul_precision()
@@ -72,7 +72,7 @@ def add_product(total: Tensor, x: Tensor, W: Tensor) -> None:
 
 
 class FasterLinear(TorchFunctionMode):
-    """Within it, ``nn.functional.linear`` is `linear`."""
+    """Context in which ``nn.functional.linear`` is `linear`."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -105,7 +105,7 @@ def onednn_is_faster() -> bool:
 
 @cache
 def onednn_is_float32() -> bool:
-    """Whether oneDNN is there and multiplies float32 as it is: tried once in a process."""
+    """Whether oneDNN is available and multiplies in true float32: tried once in a process."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     F, W = _normal(8, 512), _normal(2048, 512)
@@ -129,7 +129,7 @@ def _normal(*shape: int) -> Tensor:
 
 
 def _shortest(*runs: Callable[[], object]) -> list[float]:
-    """Shortest processor time of each of some runs on one thread: what other work on the machine hardly changes."""
+    """Shortest processor time of each of some runs on one thread: which other work on the machine hardly changes."""
     times: list[list[float]] = [[] for _ in runs]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -52,7 +52,7 @@ class Side(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Both sides and how they came about."""
+    """Both sides, and how many rows needed more than the first pass."""
 
     top: Side | None
     bottom: Side | None
@@ -119,7 +119,7 @@ def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def empty_side(F: Tensor, k: int, dtype: torch.dtype | None = None) -> Side:
-    """Room for the k best of every row of F."""
+    """Uninitialised results for the k best of every row of F."""
     shape = (len(F), k)
     scores = torch.empty(shape, dtype=dtype or accumulation_dtype(F.dtype), device=F.device)
     return Side(scores, torch.empty(shape, dtype=torch.int64, device=F.device))

@@ -95,7 +95,7 @@ class Moments:
             self.bins.add_rows([tile if tile.dtype == torch.float64 else tile.float() for tile in tiles], first_row)
 
     def add_tile(self, scores: Tensor, first_row: int) -> None:
-        """Count in a tile of scores [r, c] of the rows from first_row on, of any float dtype."""
+        """Count a tile of scores [r, c] of the rows from first_row on, of any float dtype."""
         columns = scores.shape[1]
         step = max(1, PART_ELEMENTS // max(1, columns))
         dtype = scores.dtype if scores.dtype == torch.float64 else torch.float32
@@ -110,7 +110,7 @@ class Moments:
             self._add(part, rows, first, second)
 
     def _add(self, part: Tensor, rows: slice, first: Tensor, second: Tensor) -> None:
-        """Count in a part [r, c] of float32 or wider, with room for two of its size."""
+        """Count a part [r, c] of float32 or wider; first and second are buffers of its shape."""
         fresh = self.count[rows] == 0
         if bool(fresh.any()):
             self.shift[rows] = torch.where(fresh, part.mean(1).double(), self.shift[rows])
@@ -130,7 +130,7 @@ class Moments:
     def add_sums(
         self, rows: slice, count: int, sums: Tensor, peak: Tensor, exponentials: Tensor, weighted: Tensor
     ) -> None:
-        """Count in sums over ``count`` columns of some rows [r].
+        """Add sums over ``count`` columns of some rows [r].
 
         Args:
             rows: which rows.
@@ -149,7 +149,7 @@ class Moments:
         self.exponentials[rows], self.weighted[rows] = known[0] + found[0], known[1] + found[1]
 
     def finish(self) -> RowStatistics:
-        """The statistics of what was counted in; NaN in rows that hold a score which is no finite number."""
+        """The statistics of the scores counted so far; NaN in rows that hold a NaN or an infinity."""
         first, second, third, fourth = self.sums / self.count
         variance = second - first**2
         central3 = third - 3 * first * second + 2 * first**3
@@ -170,7 +170,7 @@ class Moments:
 
 
 def _room(place: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for a part, kept between calls: fresh memory would cost more than the sums."""
+    """A buffer for a part, kept between calls: allocating it would cost more than the sums."""
     return buffers.take(f"moments {place}", rows * columns, dtype, device).view(rows, columns)
 
 

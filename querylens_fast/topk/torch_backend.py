@@ -34,7 +34,7 @@ class Product(Protocol):
         ...
 
     def start(self, rows: Tensor | slice) -> None:
-        """Turn to a block of rows."""
+        """Set the block of rows that later calls of `write` score."""
         ...
 
     def write(self, columns: slice, out: Tensor) -> None:
@@ -49,7 +49,7 @@ class WideProduct:
         self.request, self.dtype = request, request.dtype
 
     def start(self, rows: Tensor | slice) -> None:
-        """Turn to a block of rows."""
+        """Set the block of rows that later calls of `write` score."""
         self.F, self.epilogue = self.request.F[rows].to(self.dtype), self.request.epilogue.of_rows(rows)
 
     def write(self, columns: slice, out: Tensor) -> None:
@@ -151,7 +151,7 @@ def _search_panel(
 
 
 def _search_side(panel: Panel, line: _Line, first_column: int, largest: bool) -> int:
-    """Add a panel's candidates to a side; how many rows the raw order did not do for."""
+    """Add a panel's candidates to a side; how many rows have no positive cut (`panel`)."""
     earlier = line.shown
     found = panel.search(largest, earlier, None)
     line.add(found.candidates, first_column)

@@ -1,9 +1,9 @@
 """The Triton backend of the streamed top-k: group winners of a 16-bit pass, settled exactly on the device.
 
-A block of rows takes five launches (six where V is no multiple of a tile) and no answer from the device: operands and
+A block of rows takes five launches (six where V is no multiple of a tile) and no host synchronisation: operands and
 bounds of the rows, the product with its group winners, candidates, exact scores with proof, crowded groups. The last
 two run on a second stream beside the next block's product. After the last block the host reads the flags: rows without
-proof are done again with more room for candidates, and what that does not settle by the torch backend.
+proof are done again with more slots for candidates, and those still without proof by the torch backend.
 
 float32 is multiplied as float16 after powers of two (`csrc_triton.rows`), and so are operands of two dtypes; columns of
 W that are not finite or far longer than the others are set apart and scored for every row. Scores come from the fused
@@ -41,7 +41,7 @@ WINNER_BYTES = 1 << 30
 """Group winners of a block, and partial sums beside them: 16,384 rows at V = 262,144 and both sides."""
 MAX_ROWS = 1 << 15
 WIDER = 4
-"""Times as much room for candidates in the second try (`csrc_triton.finish` knows it too)."""
+"""Times as many slots for candidates in the second try (`csrc_triton.finish` knows it too)."""
 NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -55,12 +55,13 @@ def topk(request: Request, dtype: torch.dtype | None = None) -> Outcome:
         dtype: what is multiplied, in place of what precision says; results stay exact.
 
     Raises:
-        ValueError: A method that the dtype can't be had by (see `choose`).
+        ValueError: The method does not support the dtype (see `choose`).
     """
     F, W = plain(request.F), plain(request.W)
     assert F is not None and W is not None
     if request.precision == "bf16":
         F, W = F.bfloat16(), W.bfloat16()
+    W = W if W.stride(1) == 1 else W.contiguous()
     own = F.dtype if F.dtype == W.dtype else torch.float32
     moments = request.statistics
     if dtype is None:
@@ -81,13 +82,13 @@ def topk(request: Request, dtype: torch.dtype | None = None) -> Outcome:
                 statistics=moments is not None,
             )
         if columns is None or request.k + columns.n_apart > groups_of(len(W), _tile(choice)):
-            # Nothing can be proved, or there is no room for the candidates.
+            # Nothing can be proved, or there are fewer groups than candidates needed.
             return torch_backend.topk(request)
         return _Pass(request, choice, columns, exact=own == dtype).run()
 
 
 def choose(request: Request, dtype: torch.dtype) -> Choice:
-    """The way that serves a call whose pass is in dtype.
+    """Method and tile for a call whose pass is in dtype.
 
     Raises:
         ValueError: "fused" is asked for a product in float32, or one in bfloat16 of an interpreter that has none.
@@ -120,7 +121,7 @@ def _tile(choice: Choice) -> int:
 
 
 def slots_for(k: int, d: int, *, exact: bool) -> int:
-    """Room for candidates of a row and side, a power of two: what `bench unproved` counts on heavy-tailed rows.
+    """Slots for candidates of a row and side, a power of two; from `bench unproved` on heavy-tailed rows.
 
     With operands of the exact scores, the bound on the sums' rounding grows with d, and what it leaves open with it;
     rounded operands need more.
@@ -139,7 +140,6 @@ class _Pass:
         self.slots = slots_for(k + columns.n_apart, request.F.shape[1], exact=exact)
         self.scaled = columns.W.dtype == torch.float16 and (request.F.dtype, request.W.dtype) != (torch.float16,) * 2
         self.keys = Keys(request.top, request.bottom, columns.fixed)
-        self.W = request.W if request.W.stride(1) == 1 else request.W.contiguous()
         # The terms of exact scores, with what the pass must not see.
         given = (request.epilogue.scale, request.epilogue.bias)
         stand_ins = (columns.scale, columns.bias)
@@ -182,7 +182,7 @@ class _Pass:
         return len(one)
 
     def blocks(self, request: Request, slots: int) -> Results:
-        """Results of all rows of a request, without an answer from the device."""
+        """Results of all rows of a request, without a host synchronisation."""
         columns, sides, device = self.columns, len(self.request.sides), request.F.device
         n, k = len(request.F), request.k
         F = request.F if request.F.stride(1) == 1 else request.F.contiguous()
@@ -212,7 +212,7 @@ class _Pass:
                 beside.wait()
                 found = select(job.winners, part, k + columns.n_apart, slots, self.keys)
                 with beside.settling(found, part, exact_terms):
-                    finish(F[rows], self.W, found, part, results.of_rows(rows), how, self.keys)
+                    finish(F[rows], request.W, found, part, results.of_rows(rows), how, self.keys)
         beside.wait()
         return results
 
@@ -250,7 +250,7 @@ class _Beside:
         """Tensors of the block that is being settled: they must not be freed before that is done."""
 
     def wait(self) -> None:
-        """What is launched later finds every block so far settled."""
+        """Make later launches wait until every block so far is settled."""
         if self.stream is not None:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
         self.held = ()
