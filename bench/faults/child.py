@@ -60,8 +60,11 @@ def in_child(
         stdin.seek(0)
         sys.stdout.flush(), sys.stderr.flush()
         start, begun = time.monotonic(), mmap.mmap(-1, 8)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the work takes notice of it
         child = os.fork()
-        if child == 0:
+        if child:
+            signal.signal(signal.SIGINT, before)
+        else:
             # Not the parent's: pages of mapped files are not copied by a fork.
             begun[:8] = _peak_kib().to_bytes(8, "little")
             _run(work, stdin, output, limit_s)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -105,6 +106,7 @@ def _tried(case: Case, place: Path) -> tuple[Outcome, list[tuple[str, str]]]:
         from querylens_fast.cli import app
 
         os.chdir(out)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         app(case.arguments)
 
     ended = in_child(work, limit_s=LIMIT_S, answers="y\n" * 9)

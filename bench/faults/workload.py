@@ -90,7 +90,7 @@ class Workload:
             Job("a transport", "out.safetensors", lambda out: ql.load_transport(self.transport_path).save(out)),
             Job("a token sample", "out.safetensors", self.tokens.save),
             Job("a feature sample", "out.parquet", sample),
-            Job("an evaluation report", "out", self._report, share=0.5),
+            Job("an evaluation report", "out", self._report, share=0.2),
             Job("a Neuronpedia export", "out", self._export),
         ]
 
