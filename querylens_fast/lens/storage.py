@@ -148,11 +148,12 @@ def _wrong_rows(table: pa.Table) -> list[str]:
     import pyarrow.compute as pc
 
     lists = [name for name in table.column_names if name in LISTS]
-    lengths = {name: pc.min_max(pc.list_value_length(table[name])).as_py() for name in lists}
+    counted = {name: pc.call_function("list_value_length", [table[name]]) for name in lists}
+    lengths = {name: pc.call_function("min_max", [counted[name]]).as_py() for name in lists}
     one = lengths["top_ids"]
     wrong = [name for name in table.column_names if table[name].null_count]
     wrong += [name for name in lists if lengths[name] != one or one["min"] != one["max"]]
-    return wrong + [name for name in lists if pc.list_flatten(table[name]).null_count]
+    return wrong + [name for name in lists if pc.call_function("list_flatten", [table[name]]).null_count]
 
 
 def verify(path: str | Path) -> list[str]:
