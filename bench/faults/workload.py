@@ -161,19 +161,19 @@ def logged(write: Callable[[], object], log: Path) -> Callable[[], object]:
     def work() -> None:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-        def note(start: int) -> None:
-            os.write(file, f"{start}\n".encode())
+        def note(result: Path, start: int) -> None:
+            os.write(file, f"{result.name} {start}\n".encode())
 
         part, rows = PartWriter.write, JsonlSink.write
 
         def write_part(writer: PartWriter, start: int, table: object) -> None:
             part(writer, start, table)  # type: ignore[arg-type]
-            note(start)
+            note(writer.path, start)
 
         def write_rows(sink: JsonlSink, found: object, indices: list[int], names: object = None) -> None:
             rows(sink, found, indices, names)  # type: ignore[arg-type]
             for index in indices:
-                note(index)
+                note(sink.path, index)
 
         PartWriter.write, JsonlSink.write = write_part, write_rows  # type: ignore[method-assign]
         write()
@@ -181,8 +181,9 @@ def logged(write: Callable[[], object], log: Path) -> Callable[[], object]:
     return work
 
 
-def noted(log: Path) -> list[int]:
-    return [int(line) for line in log.read_text().split()] if log.exists() else []
+def noted(log: Path) -> list[str]:
+    """Result and first row of each block that is written."""
+    return log.read_text().splitlines() if log.exists() else []
 
 
 def resumed(workload: Workload, job: Job, out: Path, log: Path) -> tuple[Outcome, list[str]]:
