@@ -120,7 +120,10 @@ def refuse_other_columns(path: str | Path) -> None:
         for i in range(file.num_row_groups if not (sealed or wrong) else 0):
             wrong = wrong or _wrong_rows(file.read_row_group(i, [*SINGLE, *(n for n in LISTS if n in schema.names)]))
     if wrong:
-        raise ValueError(f"{str(path)!r} is no file of signatures: {', '.join(wrong)} is missing or of another type")
+        raise ValueError(
+            f"{str(path)!r} is no file of signatures: {', '.join(wrong)} is missing, of another type, or not whole in "
+            "every row"
+        )
 
 
 SINGLE = ("feature", "layer")

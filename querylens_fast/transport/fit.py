@@ -74,8 +74,9 @@ def fit_transport(
         max_memory_gib: Bound on the working memory (not on the result: groups · P · D² numbers a side and order).
         submodule: "attn" or "mlp" leaves the other module's Jacobian out (reference's ``submodule``).
         through_norms: False takes Jacobians of the modules without their norms (reference's ``use_*_layer_norm``).
-        groups: Keep the matrices of so many disjoint groups of sequences, at the same cost; the file is so many times
-            as large. Gives standard errors of scores (`lens.reliability`) and independent fits (`Transport.group`).
+        groups: Keep the matrices of so many disjoint groups of sequences (with energies, those of the value side too),
+            at the same cost; the file is so many times as large. Gives standard errors of scores (`lens.reliability`)
+            and independent fits (`Transport.group`).
         until: Take only as many of the sequences as it needs until the top tokens of the median feature agree between
             the two halves of what was taken, with at least this Jaccard index (0 < until < 1). What was reached, and
             how many sequences would do if it was not, is logged and is in the metadata.
