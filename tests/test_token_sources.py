@@ -72,3 +72,16 @@ def test_masks_are_zeros_and_ones(strange: float, gpt2: ql.Model, tmp_path: Path
     for given in (ids, {"input_ids": ids, "attention_mask": mask}, tmp_path / "t.safetensors"):
         with pytest.raises(ValueError, match="the mask holds .*expected only 1"):
             ql.Tokens(ids, mask) if given is ids else ql.load_tokens(given, model=gpt2)  # type: ignore[arg-type]
+
+
+def test_datasets_that_are_tokenized_already(gpt2: ql.Model) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [[5, 6, 7], [8, 9, 0]]
+    mask = [[1, 1, 1], [1, 1, 0]]
+    table = datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": mask})
+    found = ql.load_tokens(table, model=gpt2)
+    assert found.ids.tolist() == rows and found.valid_mask.int().tolist() == mask
+    ragged = ql.load_tokens(datasets.Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]]}), model=gpt2, num_samples=1)
+    assert ragged.ids.shape == (1, 3)
+    fitted = ql.fit_transport(gpt2, table, sides=("key",), orders=("first_order",), progress=False)
+    assert fitted.n_valid == 5

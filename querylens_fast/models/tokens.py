@@ -77,12 +77,12 @@ class Tokens:
 
 
 def as_tokens(tokens: Any, model: Any = None) -> Tokens:
-    """`Tokens` from `Tokens`, an id tensor [B, S], or nested lists of ids; pads by the model's pad token."""
+    """`Tokens` of whatever holds ids or text (`load_tokens`), ids [B, S] and lists; pads by the model's pad token."""
     if isinstance(tokens, Tokens):
         mask = tokens.valid_mask if tokens.mask_is_known else None
         checked = _checked(tokens.ids, mask, model, tokens.source, tokens.details)
         return tokens if checked.mask_is_known == tokens.mask_is_known else checked
-    if isinstance(tokens, (str, Path)):
+    if isinstance(tokens, (str, Path)) or _is_dataset(tokens):
         return load_tokens(tokens, model=model)
     if isinstance(tokens, Mapping) and "input_ids" in tokens:  # a tokenizer's BatchEncoding
         ids, mask = _rows(tokens["input_ids"])
@@ -151,7 +151,7 @@ def load_tokens(
         max_length: Tokens a sequence, for text and datasets.
         seed: Of the draw.
         split: The dataset's split.
-        column: The dataset's text column.
+        column: The dataset's text column; a `Dataset` without one may be tokenized already, as ``input_ids``.
 
     Raises:
         FileNotFoundError: The file or dataset cannot be had.
@@ -160,8 +160,11 @@ def load_tokens(
     if max_length < 1:
         raise ValueError(f"max_length is {max_length}; expected at least 1")
     if not isinstance(source, (str, Path)):
-        if _is_dataset(source):
-            dataset: Any = source
+        dataset: Any = source
+        if _is_dataset(source) and "input_ids" in dataset.column_names and column not in dataset.column_names:
+            names = [n for n in ("input_ids", "attention_mask") if n in dataset.column_names]
+            source = {n: [list(row) for row in dataset[n]] for n in names}  # type: ignore[assignment]
+        elif _is_dataset(source):
             if column not in dataset.column_names:
                 raise ValueError(f"the dataset has columns {dataset.column_names}; none is named {column!r}")
             rows = tokenize_and_concatenate(dataset[column], _tokenizer(model), max_length)
