@@ -39,6 +39,7 @@ from querylens_fast.transport.fit import fit_transport, mean_embedding
 from querylens_fast.transport.jacobians import Order
 from querylens_fast.transport.per_feature import Total, alone
 from querylens_fast.transport.published import find_transport
+from querylens_fast.transport.reading import reading
 from querylens_fast.transport.transport import Transport
 
 
@@ -90,7 +91,7 @@ def plan(
         inside = inside_names([dictionary], preset)
         transport = open_transport(model, given) or fit_if_cheaper(model, given, tokens, n, module is not None, inside)
         if module is not None and transport is not None:
-            transport = transport.reading(module, bool(inside))
+            transport = reading(transport, module, bool(inside))
     if tuned_lens is not None and not isinstance(tuned_lens, TunedLens):
         tuned_lens = load_tuned_lens(tuned_lens)
     planned = _Plan(model, dictionary, preset, given, transport, tokens, tuned_lens, total)
@@ -108,7 +109,7 @@ def inside_names(dictionaries: Sequence[Dictionary], preset: Preset) -> list[str
 
 
 def _reading_module(dictionary: Dictionary, module: int, model: Model, options: LensOptions) -> Dictionary:
-    """The dictionary with its keys at the point after the module that they read, for `Transport.reading`.
+    """The dictionary with its keys at the point after the module that they read, for `reading`.
 
     Raises:
         ValueError: Statistics were asked for that need each key's own walk, keys read the output of a module of a model

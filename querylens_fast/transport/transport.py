@@ -26,7 +26,7 @@ from torch import Tensor
 
 from querylens_fast.models.model import Model
 from querylens_fast.transport.files import FORMAT, Inside, read_transport, write_transport
-from querylens_fast.transport.jacobians import Order, Side, counts
+from querylens_fast.transport.jacobians import Order, Side
 
 __all__ = ["FORMAT", "ORDERS", "SIDES", "Transport", "load_transport", "matrix_at", "point_name"]
 
@@ -39,11 +39,6 @@ def point_name(point: int) -> str:
     if point == 0:
         return "resid_pre of layer 0"
     return f"resid_{'mid' if point % 2 else 'post'} of layer {(point - 1) // 2}"
-
-
-def inside_name(module: int) -> str:
-    """The hook name of what a module's output matrix reads: "blocks.3.attn.hook_z" or "blocks.3.mlp.hook_post"."""
-    return f"blocks.{module // 2}.{'mlp.hook_post' if module % 2 else 'attn.hook_z'}"
 
 
 def matrix_at(kept: Tensor, side: Side, order: Order, at: int) -> Tensor:
@@ -72,8 +67,8 @@ class Transport:
         group_centres: The groups' shares of the centre, [G, D].
         group_energies: ("value", "full") → [G, P, D, D], the groups' shares of the energies' mean over the R sets.
             Empty where energies or groups were not fitted, and in files of earlier versions.
-        inside: (order, module) → [G, D, W], for keys that read what the module's output matrix does (`reading`): each
-            group's share (G = 1 without groups), which sum up to the matrix.
+        inside: (order, module) → [G, D, W], for keys that read what the module's output matrix does (`reading`), as
+            each group's share (G = 1 without groups), which sum up to the matrix.
     """
 
     matrices: dict[tuple[Side, Order], Tensor]
@@ -203,46 +198,9 @@ class Transport:
             metadata={**self.metadata, "points": ",".join(map(str, even))},
         )
 
-    def reading(self, module: int, inside: bool) -> Transport:
-        """A copy for keys that read a module: its one key matrix of each order, at point module + 1, is theirs.
-
-        A key that reads the module's output has its gradient go through the module's Jacobian and on from its input:
-        K_{i+1} − K_i, exactly, as both carry the key on from that input alike; of the first order that is T′_i. With
-        ``inside`` the key reads what the module's output matrix reads, [D, W], which has to have been fitted.
-
-        Raises:
-            ValueError: The transport holds nothing of that kind for the module.
-        """
-        shares: dict[Order, Tensor] = {}
-        counted = counts(module, self.metadata.get("submodule", "both"))
-        if inside:
-            shares = {order: kept for (order, at), kept in self.inside.items() if at == module}
-        elif counted and module in self.points and module + 1 in self.points:
-            for (side, order), kept in (self.groups or {k: m[None] for k, m in self.matrices.items()}).items():
-                if side == "key" and order == "full":
-                    at, before = (self.points.index(p) for p in (module + 1, module))
-                    shares[order] = kept[:, at] - kept[:, before]
-                elif side == "key":
-                    shares[order] = kept[:, module]
-        if not shares:
-            name = inside_name(module) if inside else f"{'mlp' if module % 2 else 'attn'} {module // 2}'s output"
-            remedy = f"inside=[{name!r}]" if inside else "sides=('key',) or both, and submodule='both'"
-            raise ValueError(
-                f"this transport of {self.metadata['model']!r} ({self.metadata['tokens']}) cannot carry keys that read "
-                f"{name}: fit it with {remedy}"
-            )
-        return replace(
-            self,
-            matrices={("key", order): kept.sum(0)[None] for order, kept in shares.items()},
-            energies={},
-            group_energies={},
-            groups={("key", order): kept[:, None] for order, kept in shares.items()} if self.groups else {},
-            metadata={**self.metadata, "points": str(module + 1), "keys_read": "modules"},
-        )
-
     @property
     def _of_module(self) -> bool:
-        """Whether this is what `reading` gives: both orders hold one matrix, without an identity."""
+        """Whether this is what `reading.reading` gives: both orders hold one matrix, without an identity."""
         return "keys_read" in self.metadata
 
     def layer_terms(self, side: Side, point: int, layer: int) -> list[tuple[int, Tensor | None]]:
