@@ -33,7 +33,7 @@ from bench.record import save
 TRITON_SHARE = 20
 """Calls on torch for each under Triton's interpreter, which takes some 80 ms for one."""
 PARTS = ("kills", "interrupts", "disks", "corruptions", "hostile", "products")
-FULL = {"kills": 380, "interrupts": 84, "disks": 90, "corruptions": 400, "hostile": 800, "products": 10_000}
+FULL = {"kills": 380, "interrupts": 84, "disks": 90, "corruptions": 400, "hostile": 900, "products": 10_000}
 HARM = {
     "traceback": "tracebacks",
     "unexpected": "errors of no kind",
