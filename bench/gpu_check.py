@@ -53,7 +53,14 @@ class Part(NamedTuple):
 
 def _parts() -> tuple[Part, ...]:
     kernels = ["fused,bfloat16", "fused,float16", "rows,bfloat16", "rows,float32", "select,bfloat16"]
-    kernels += ["finish,bfloat16", "finish,float32", "winners,bfloat16", "sums,bfloat16"]
+    kernels += [
+        "columns,bfloat16",
+        "columns,float32",
+        "finish,bfloat16",
+        "finish,float32",
+        "winners,bfloat16",
+        "sums,bfloat16",
+    ]
     modes = [f"checks,{d},{m}" for m in ("fused", "gemm") for d in ("bfloat16", "float32", "float16")]
     first = ["stages,gemma-2-2b,bfloat16,fused", "case,gemma-2-2b,bfloat16", "stages,gemma-2-2b,float32,fused"]
     first += ["case,gemma-2-2b,float32", "million,bfloat16", "stages,gpt2,bfloat16,fused", "case,gpt2,bfloat16"]

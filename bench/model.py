@@ -125,6 +125,7 @@ def stages(shape: Shape, gpu: Gpu, code: Code, simulated: list[dict[str, Any]]) 
     import torch
 
     from csrc_triton.configs import choose
+    from csrc_triton.winners import TILE
 
     narrow = torch.float16 if shape.dtype == "float32" else torch.bfloat16
     choice = choose(gpu.target, narrow, shape.d, shape.V, shape.k)
@@ -133,20 +134,19 @@ def stages(shape: Shape, gpu: Gpu, code: Code, simulated: list[dict[str, Any]]) 
     name, pair = ("fp16", "fp32 fp32") if shape.dtype == "float32" else ("bf16", "bf16 bf16")
     lines = n * sides
     gemm_s = shape.flop / (gpu.narrow_tflops * 1e12 * gpu.gemm_share)
-    times = {"prepare W": gpu.moved_s(V * d * (3 * shape.bytes_each + (2 if shape.dtype == "float32" else 0)))}
+    # Norms; float32 is read again and written in 16 bits.
+    times = {"prepare W": gpu.moved_s(V * d * (4 + 4 + 2 if shape.dtype == "float32" else 2))}
     row_bytes = n * d * (2 * shape.bytes_each + (2 if shape.dtype == "float32" else 0))
     times["rows"] = gpu.moved_s(row_bytes)
     times["product: main loop"] = gemm_s
-    groups = 4 * math.ceil(V / (choice.config.block_n if choice.method == "fused" else 256))
+    groups = (choice.config if choice.method == "fused" else TILE).groups(V)
     times |= _epilogue(shape, gpu, code, name, choice, gemm_s)
-    select = code.one("select", "4096") if groups > 256 else code.one("select", "256")
-    turn = select["inner_loops"][0] if select["inner_loops"] else 0
-    # More keys a program are more warps, or more turns over as many; the code compiled has 256 or 4,096.
-    block = 256 if groups <= 256 else 1 << (groups - 1).bit_length()
-    cycles = select["warps"] * (select["cycles"] + (found["turns"] - 1) * turn) * (1 if block == 256 else block / 4096)
-    times["select"] = max(gpu.busy_s(lines * cycles), gpu.moved_s(lines * groups * 4))
+    times["select"] = _selection(gpu, code, lines, groups, found, shape.k)
     times["finish"] = _scoring(gpu, code.one(f"finish {pair}", "64"), lines, found["median_candidates"], 32, shape)
-    opened, columns = lines * found["crowded"], 64 * found["mean_crowded_groups"] / max(found["crowded"], 1e-9)
+    opened, columns = (
+        lines * found["crowded"],
+        found["group"] * found["mean_crowded_groups"] / max(found["crowded"], 1e-9),
+    )
     crowded_s = _scoring(gpu, code.one(f"open groups {pair}", "64"), opened, columns, 32, shape)
     times["open groups"] = crowded_s + gpu.busy_s(lines * IDLE_CYCLES)
     redone = found["unproved"] * (sum(times.values()) - times["prepare W"]) * 1.0
@@ -165,12 +165,25 @@ def _epilogue(shape: Shape, gpu: Gpu, code: Code, name: str, choice: Any, gemm_s
         issue = gpu.busy_s(programs * winners["warps"] * winners["cycles"])
         return {"product: written and read": gpu.moved_s(2 * written), "product: winners": issue}
     tile = choice.config
-    fused = code.one(f"fused {name} {tile.block_m}x{tile.block_n}x{tile.block_k}w{tile.num_warps}")
+    split = ["split"] if tile.splits > 1 else []
+    fused = code.one(f"fused {name} {tile.block_m}x{tile.block_n}x{tile.block_k}w{tile.num_warps}", *split)
     tiles = math.ceil(shape.n / tile.block_m) * math.ceil(shape.V / tile.block_n)
     issue = gpu.busy_s(tiles * tile.num_warps * (fused["epilogue_cycles"] or fused["cycles"]))
     hidden = min(issue, gemm_s) if tile.blocks_per_sm > 1 else 0.0
-    written = 32.0 * math.ceil(shape.V / tile.block_n) * shape.n * shape.sides
+    written = 8.0 * tile.groups(shape.V) * shape.n * shape.sides
     return {"product: epilogue": issue - hidden, "product: winners written": gpu.moved_s(written)}
+
+
+def _selection(gpu: Gpu, code: Code, lines: float, groups: int, found: dict[str, float], k: int) -> float:
+    """Seconds of the selection for each row and side: loading, bisection, and the chosen sets, 64 at a time."""
+    from csrc_triton.select import CHUNK, sets_of
+
+    block, parts = sets_of(groups, k)
+    compiled = code.one("select", f"{block}x{parts}")
+    loads, bisection, chosen = *compiled["inner_loops"][:2], max(compiled["inner_loops"][2:])
+    cycles = compiled["cycles"] + (math.ceil(groups / (block * parts)) - 1) * loads
+    cycles += (found["turns"] - 1) * bisection + (math.ceil(found["median_candidates"] / CHUNK) - 1) * chosen
+    return max(gpu.busy_s(lines * compiled["warps"] * cycles), gpu.moved_s(lines * groups * 4))
 
 
 def _scoring(gpu: Gpu, compiled: dict[str, Any], lines: float, columns: float, at_a_time: int, shape: Shape) -> float:

@@ -94,13 +94,24 @@ class Server:
             return answer.read()
 
     def memory_mib(self, name: str = "VmRSS") -> float:
-        """Resident memory, or with VmHWM its largest so far."""
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+        """Resident memory, or with VmHWM its largest so far, with RssAnon that which is no page of a file."""
+        return memory_mib(self.process.pid, name)
+
+    def build_memory_mib(self) -> float:
+        """RssAnon of the process that makes an index; 0 where there is none."""
+        threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        with suppress(OSError, StopIteration):
+            return sum(memory_mib(int(child), "RssAnon") for path in threads for child in path.read_text().split())
+        return 0.0
 
     def stop(self) -> int:
         self.process.terminate()
         return self.process.wait(30)
+
+
+def memory_mib(process: int, name: str) -> float:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -180,11 +191,15 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         server.get("/api/v1/dictionaries")
         record["first_answer_s"] = time.perf_counter() - server.began
         record["search_without_index_s"] = seconds(lambda: server.get("/api/v1/search?text=w1000&limit=25"))
+        anonymous = [(0.0, 0.0)]
         while not all(
             p["indexed"] for p in json.loads(server.get("/api/v1/dictionaries"))["dictionaries"][0]["presets"]
         ):
-            time.sleep(0.5)
+            anonymous.append((server.build_memory_mib(), server.memory_mib("RssAnon")))
+            time.sleep(0.1)
         record["indexed_after_s"] = time.perf_counter() - server.began
+        record["build_memory_anonymous_mib"] = max(built for built, _ in anonymous)
+        record["memory_until_indexed_anonymous_mib"] = max(map(sum, anonymous))  # both processes
         record["memory_until_indexed_mib"] = server.memory_mib("VmHWM")
     finally:
         server.stop()
@@ -225,7 +240,10 @@ def report(record: dict[str, Any]) -> None:
             f"  {kind:28s} p50 {r['p50_ms']:6.1f} ms  p99 {r['p99_ms']:6.1f} ms  {r['requests_per_s']:6.0f}/s"
             + (f"  FAILED {r['failed']}" if r["failed"] else "")
         )
-    print(f"  largest memory {record['memory_mib']:.0f} MiB, {record['memory_until_indexed_mib']:.0f} while indexing")
+    print(
+        f"  largest memory {record['memory_mib']:.0f} MiB, {record['memory_until_indexed_mib']:.0f} until indexed; "
+        f"with the process that indexes {record['memory_until_indexed_anonymous_mib']:.0f} MiB without pages of files"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -28,7 +28,6 @@ DEPTHS = (768, 2304, 4096, 5120)
 KS = (10, 25, 32, 100)
 STEP = 1 << 13
 """Columns at a time."""
-GROUP = 64
 APART = 32
 """Columns set apart at most, as in `csrc_triton.finish`."""
 UNIT = 2.0**-24
@@ -114,9 +113,10 @@ def errors_of(problem: Problem, F: Tensor, columns: Columns) -> tuple[Tensor, Te
     return narrow, 1.001 * (dots + 6e-7 * norm * columns.norm)
 
 
-def winners(problem: Problem, narrow: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
-    """Best and second of each group [rows, groups, 2], and the scores of columns set apart [rows, A]."""
-    found, apart = [], []
+def winners(problem: Problem, narrow: Tensor, columns: Columns, sizes: set[int]) -> tuple[dict[int, Tensor], Tensor]:
+    """Best and second of each group of so many columns [rows, groups, 2], and the scores of columns set apart."""
+    found: dict[int, list[Tensor]] = {size: [] for size in sizes}
+    apart = []
     for W in problem.blocks():
         wide = W.float()
         far = torch.linalg.vector_norm(wide, dim=1) > columns.longest
@@ -126,24 +126,49 @@ def winners(problem: Problem, narrow: Tensor, columns: Columns) -> tuple[Tensor,
         if problem.dtype == torch.float32:
             wide = (wide * 2.0**columns.exponent).half().float() * 2.0**-columns.exponent
         scores = narrow @ wide.T
-        # Groups of a tile of 256 columns: pairs (c // 2) % 4, as the accumulator's threads hold them.
-        groups = scores.view(len(scores), -1, 32, 4, 2).transpose(2, 3).reshape(len(scores), -1, GROUP)
-        found.append(groups.topk(2, dim=2).values)
-    return torch.cat(found, 1), torch.cat(apart, 1) if apart else narrow.new_zeros(len(narrow), 0)
+        for size, parts in found.items():
+            # Of every 4 · size columns the pairs (c // 2) % 4, as the accumulator's threads hold them.
+            groups = scores.view(len(scores), -1, size // 2, 4, 2).transpose(2, 3).reshape(len(scores), -1, size)
+            parts.append(groups.topk(2, dim=2).values)
+    known = {size: torch.cat(parts, 1) for size, parts in found.items()}
+    return known, torch.cat(apart, 1) if apart else narrow.new_zeros(len(narrow), 0)
 
 
-def turns(best: Tensor, key: Tensor, k: int) -> Tensor:
-    """Turns of the bisection of `csrc_triton.select` over best keys [rows, groups]; key [rows]: of a score of 1."""
+def group_of(problem: Problem, k: int) -> int:
+    """Columns of a group in a call for k on an H100."""
+    from csrc_triton.configs import choose
+
+    narrow = torch.float16 if problem.dtype == torch.float32 else problem.dtype
+    return choose("sm_90", narrow, problem.d, problem.V, k).config.group
+
+
+def joined(best: Tensor, k: int) -> Tensor:
+    """Best keys [rows, sets] of the sets that `csrc_triton.select` joins groups [rows, groups] to."""
+    from csrc_triton.select import sets_of
+
+    block = sets_of(best.shape[1], k)[0]
+    padded = torch.nn.functional.pad(best, (0, -best.shape[1] % block), value=float(best.min()))
+    return padded.unflatten(1, (-1, block)).amax(1)
+
+
+def bisect(best: Tensor, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Threshold, a score, and turns of the bisection of `csrc_triton.select`, [rows] each.
+
+    Args:
+        best: [rows, sets] finite best scores.
+        key: [rows], of a score of 1.
+        k: how many sets have to reach the threshold.
+    """
     keys = (best * key[:, None]).long()
     low, high = keys.amin(1), keys.amax(1) + 1
     reaching, taken = torch.full_like(low, keys.shape[1]), torch.zeros_like(low)
-    while bool((going := (reaching > k + k // 8) & (high - low > 1)).any()):
+    while bool((going := (reaching > k + k // 32) & (high - low > 1)).any()):
         middle = (low + high) >> 1
         count = (keys >= middle[:, None]).sum(1)
         up, down = going & (count >= k), going & (count < k)
         low, high = torch.where(up, middle, low), torch.where(down, middle, high)
         reaching, taken = torch.where(up, count, reaching), taken + going
-    return taken
+    return low / key, taken
 
 
 def simulate(problem: Problem, ks: tuple[int, ...] = KS) -> list[dict[str, Any]]:
@@ -154,12 +179,14 @@ def simulate(problem: Problem, ks: tuple[int, ...] = KS) -> list[dict[str, Any]]
 
     columns, F = prepare(problem), problem.features()
     narrow, error = errors_of(problem, F, columns)
-    known, apart = winners(problem, narrow, columns)
-    best, results = known[:, :, 0], []
+    every, apart = winners(problem, narrow, columns, {group_of(problem, k) for k in ks})
+    results = []
     key = 64 * UNITS / (torch.linalg.vector_norm(F.float(), dim=1) * columns.norm)
     for k in ks:
-        n_apart = apart.shape[1]
-        threshold = best.topk(k + n_apart, dim=1).values[:, -1] - 2 * error
+        n_apart, group = apart.shape[1], group_of(problem, k)
+        known, best = every[group], every[group][:, :, 0]
+        lowest, taken = bisect(joined(best, k + n_apart), key, k + n_apart)
+        threshold = lowest - 2 * error
         count = (known >= threshold[:, None, None]).sum((1, 2))
         slots = slots_for(k + n_apart, problem.d, exact=problem.dtype != torch.float32)
         kth = torch.cat([known.flatten(1), apart], 1).topk(k, dim=1).values[:, -1]
@@ -174,10 +201,11 @@ def simulate(problem: Problem, ks: tuple[int, ...] = KS) -> list[dict[str, Any]]
                 "rows": problem.rows,
                 "dtype": str(problem.dtype).removeprefix("torch."),
                 "k": k,
+                "group": group,
                 "slots": slots,
                 "columns_apart": n_apart,
                 "median_candidates": float(count.float().median()),
-                "turns": float(turns(best, key, k + n_apart).float().median()),
+                "turns": float(taken.float().median()),
                 "p99_candidates": float(count.float().quantile(0.99)),
                 "crowded": float((crowded > 0).float().mean()),
                 "mean_crowded_groups": float(crowded.float().mean()),

@@ -1,8 +1,12 @@
 """Preparation of W and the terms, once a call: the operand of the pass, bounds, columns set apart.
 
 Columns that are not finite, or twice as long as all but 32, would spoil the bounds of all others: the pass sees zeros
-in their place, and every row scores them exactly.
+in their place, and every row scores them exactly. One launch reads W for norms and largest elements; where the operand
+is not W itself, a second one reads W again and writes it.
 """
+
+# pyright does not know the types of a kernel's values and launches.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -10,10 +14,77 @@ import math
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.finish import MAX_APART
 from csrc_triton.rows import Columns
+
+ROWS = 16
+"""Rows of W in a program."""
+BLOCK = 128
+"""Elements of d read at a time."""
+NUM_WARPS = 4
+
+
+@triton.jit
+def _measure_kernel(
+    W,  # [V, d]
+    norms,  # [V] float32
+    peaks,  # [V] float32
+    V,
+    d,
+    stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Norm and largest element of each row; NaN where it holds one."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    w_at = W + tl.minimum(rows, V - 1).to(tl.int64)[:, None] * stride
+    at = tl.arange(0, BLOCK)
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    largest = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, d, BLOCK):
+        w = tl.load(w_at + (start + at)[None, :], mask=(at < d - start)[None, :], other=0.0).to(tl.float32)
+        squares += w * w
+        largest = tl.maximum(largest, tl.abs(w))
+    tl.store(norms + rows, tl.sqrt(tl.sum(squares, axis=1)), mask=rows < V)
+    tl.store(peaks + rows, tl.max(largest, axis=1), mask=rows < V)
+
+
+@triton.jit
+def _narrow_kernel(
+    W,  # [V, d]
+    kept,  # [V] bool
+    narrow,  # [V, D]
+    errors,  # [V] float32
+    V,
+    d,
+    D,
+    stride,
+    up,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the rows that are kept, times up and rounded to float16 if SCALED, and how far rounding moves them."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    safe = tl.minimum(rows, V - 1).to(tl.int64)
+    keep = tl.load(kept + safe).to(tl.int1)[:, None]
+    at = tl.arange(0, BLOCK)
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, D, BLOCK):
+        inside = (at < d - start)[None, :] & keep
+        w = tl.load(W + safe[:, None] * stride + (start + at)[None, :], mask=inside, other=0.0)
+        if SCALED:
+            wide = w.to(tl.float32) * up
+            w = wide.to(tl.float16)
+            difference = wide - w.to(tl.float32)
+            squares += difference * difference
+        there = (rows < V)[:, None] & (at < D - start)[None, :]
+        tl.store(narrow + safe[:, None] * D + (start + at)[None, :], w, mask=there)
+    tl.store(errors + rows, tl.sqrt(tl.sum(squares, axis=1)), mask=rows < V)
 
 
 class Prepared(NamedTuple):
@@ -47,10 +118,10 @@ def prepare(
     terms: bool = False,
     statistics: bool = False,
 ) -> Prepared | None:
-    """Read W three times, once a call.
+    """Read W once or twice and write the operand, once a call.
 
     Args:
-        W: [V, d].
+        W: [V, d], last axis contiguous.
         dtype: of the operand.
         bias: [V] or None.
         scale: [V] or None.
@@ -64,13 +135,17 @@ def prepare(
     device, V = W.device, len(W)
     scale = None if scale is None else scale.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    norms = torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in W.split(_step(W))])
+    norms, peaks = torch.empty(2, V, dtype=torch.float32, device=device)
+    with torch.cuda.device_of(W):
+        _measure_kernel[(triton.cdiv(V, ROWS),)](
+            W, norms, peaks, V, W.shape[1], W.stride(0), ROWS=ROWS, BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
     norms = norms if scale is None else norms * scale.abs()
     found = _set_apart(norms, bias)
     if found is None or statistics and found.ids is not None:
         return None
     ids, fixed = found
-    narrow, error, exponent = _narrow(W, dtype, scale, ids, scaled=scaled)
+    narrow, error, exponent = _narrow(W, dtype, scale, ids, peaks if scaled else None)
     if ids is not None:
         norms = norms.index_fill(0, ids, 0.0)
         bias = None if bias is None else bias.index_fill(0, ids, 0.0)
@@ -120,35 +195,40 @@ def _set_apart(norms: Tensor, bias: Tensor | None) -> _Apart | None:
     return _Apart(chosen.nonzero().squeeze(1) if (n_both if fixed else n_apart) else None, fixed)
 
 
-def _step(W: Tensor) -> int:
-    """Rows of W that are worked on at a time: copies in float32 of up to 256 MiB."""
-    return max(1, (1 << 26) // W.shape[1])
-
-
 def _narrow(
-    W: Tensor, dtype: torch.dtype, scale: Tensor | None, apart: Tensor | None, *, scaled: bool
+    W: Tensor, dtype: torch.dtype, scale: Tensor | None, apart: Tensor | None, peaks: Tensor | None
 ) -> tuple[Tensor, float, int]:
-    """The operand of the pass, the largest |scale| ‖w - w'‖ of its rows, and the exponent that it was multiplied by."""
+    """The operand of the pass, the largest |scale| ‖w - w'‖ of its rows, and the exponent that it was multiplied by.
+
+    With ``peaks``, the largest element of each row [V], W is rounded to float16 after a power of two.
+    """
     V, d = W.shape
-    if not scaled and apart is None and d % 16 == 0:
+    if peaks is None and apart is None and d % 16 == 0:
         W = W.to(dtype).contiguous()
         return (W if W.data_ptr() % 16 == 0 else W.clone()), 0.0, 0
-    narrow = torch.zeros(V, d + -d % 16, dtype=dtype, device=W.device)
-    step = _step(W)
-    exponent = 0
     kept = torch.ones(V, dtype=torch.bool, device=W.device)
     if apart is not None:
         kept[apart] = False
-    if scaled:
-        peak = torch.stack([part.abs().amax(1).masked_fill(~kept[i * step : i * step + step], 0).amax()
-                            for i, part in enumerate(W.split(step))]).amax()  # fmt: skip
-        exponent = max(-100, min(100, 15 - math.frexp(float(peak))[1])) if float(peak) else 0
-    error = torch.zeros((), device=W.device)
-    for start in range(0, V, step):
-        rows = slice(start, start + step)
-        part = W[rows].float().masked_fill(~kept[rows, None], 0) * 2.0**exponent
-        narrow[rows, :d] = part
-        lost = torch.linalg.vector_norm(part - narrow[rows, :d].float(), dim=1)
-        error = torch.maximum(error, (lost if scale is None else lost * scale[rows].abs().nan_to_num(0, 0)).amax())
-    largest = 1.0 if scale is None else float(scale.abs().nan_to_num(0, 0).max())
-    return narrow, float(error) * 1.001 + largest * math.sqrt(d) * 2.0**-63, exponent
+    peak = 0.0 if peaks is None else float(peaks.where(kept, 0).max())
+    exponent = max(-100, min(100, 15 - math.frexp(peak)[1])) if peak else 0
+    narrow = torch.empty(V, d + -d % 16, dtype=dtype, device=W.device)
+    errors = torch.empty(V, dtype=torch.float32, device=W.device)
+    with torch.cuda.device_of(W):
+        _narrow_kernel[(triton.cdiv(V, ROWS),)](
+            W,
+            kept,
+            narrow,
+            errors,
+            V,
+            d,
+            narrow.shape[1],
+            W.stride(0),
+            2.0**exponent,
+            SCALED=peaks is not None,
+            ROWS=ROWS,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
+    sizes = torch.ones((), device=W.device) if scale is None else scale.abs().nan_to_num(0, 0)
+    error, largest = torch.stack([(errors * sizes).max(), sizes.max()]).tolist()
+    return narrow, error * 1.001 + largest * math.sqrt(d) * 2.0**-63, exponent

@@ -2,8 +2,8 @@
 
 If t is the k-th best key and e the error bound of the pass, k columns score at least t - e exactly, so a column whose
 key is below t - 2e cannot be among the k best: the candidates are the winners from t - 2e on, as many as the row needs.
-t is bisected over the best keys of the groups; second-best keys are fetched for the chosen groups alone. More groups
-than BLOCK are joined by their maxima first, and read again for the choice.
+Groups are joined to sets {s, s + BLOCK, s + 2 BLOCK, …} by their best keys, and t is bisected over the sets: k sets
+hold k columns. The groups of sets that reach t - 2e are read again, with their second-best keys.
 """
 
 # pyright does not know the types of a kernel's values and launches.
@@ -23,7 +23,9 @@ from csrc_triton.job import Keys
 from csrc_triton.rows import Rows
 
 MAX_BLOCK = 1 << 12
-"""Best keys of a row that one program keeps in registers (V of 262,144 at 64 columns a group)."""
+"""Sets of groups, at most: their best keys are kept in registers."""
+CHUNK = 64
+"""Chosen sets whose groups are read at a time, at most."""
 
 _INT_MIN = tl.constexpr(-(2**31))
 _LOWEST = tl.constexpr(-INF_KEY - 64)
@@ -65,6 +67,7 @@ def _select_kernel(
     error,  # [n] float32
     keys,  # [n, sides, SLOTS] int32
     groups,  # [n, sides, SLOTS] int32
+    chosen,  # [n, sides, SLOTS] int32, sets with candidates
     counts,  # [n, sides] int32
     left_out,  # [n, sides] int32
     side_stride,
@@ -74,22 +77,25 @@ def _select_kernel(
     FIXED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    MANY: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     row, side = tl.program_id(0).to(tl.int64), tl.program_id(1)
     flip = -side if TOP else side * 0 - 1
+    # Multiples of four, so that loads of 16 bytes are aligned.
+    G, side_stride = G // 4 * 4, side_stride // 4 * 4
     base = winners + side.to(tl.int64) * side_stride + row * 2 * G
-    at = tl.arange(0, BLOCK)
-    mine = tl.where(at < G, tl.load(base + at, mask=at < G, other=0) ^ flip, _INT_MIN)
-    best = mine
-    if MANY:
-        for start in range(BLOCK, G, BLOCK):
-            more = tl.load(base + start + at, mask=at < G - start, other=0) ^ flip
-            best = tl.maximum(best, tl.where(at < G - start, more, _INT_MIN))
-    low = tl.min(best, axis=0).to(tl.int64)
+    sets = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), _INT_MIN, tl.int32)
+    for start in range(0, G, PARTS * BLOCK):
+        for part in tl.static_range(PARTS):  # pyright: ignore
+            group = start + part * BLOCK + sets
+            more = tl.load(base + group, mask=group < G, other=0) ^ flip
+            best = tl.maximum(best, tl.where(group < G, more, _INT_MIN))
     high = tl.max(best, axis=0).to(tl.int64) + 1
+    low = tl.min(tl.where(sets < G, best, 2147483647), axis=0).to(tl.int64)
     reaching = tl.full((), BLOCK, tl.int32)
-    while (reaching > k + k // 8) & (high - low > 1):
+    while (reaching > k + k // 32) & (high - low > 1):
         middle = (low + high) >> 1
         count = tl.sum((best >= middle.to(tl.int32)).to(tl.int32), axis=0)
         enough = count >= k
@@ -107,32 +113,36 @@ def _select_kernel(
         threshold = tl.where(lowest == lowest, (ordered_key(lowest) ^ flip) & -64, _INT_MIN).to(tl.int64)
     threshold = tl.maximum(threshold, _LOWEST).to(tl.int32)
     out = (row * tl.num_programs(1) + side) * SLOTS
-    written = tl.full((), 0, tl.int32)
-    rest = tl.full((), _INT_MIN, tl.int32)
-    for start in range(0, G, BLOCK):
-        if MANY:
-            mine = tl.where(at < G - start, tl.load(base + start + at, mask=at < G - start, other=0) ^ flip, _INT_MIN)
-        chosen = (mine >= threshold).to(tl.int32)
-        slot = written + tl.cumsum(chosen, axis=0) - chosen
-        kept = (chosen > 0) & (slot < SLOTS)
-        tl.store(keys + out + slot, mine, mask=kept)
-        tl.store(groups + out + slot, 2 * (start + at), mask=kept)
-        rest = tl.maximum(rest, tl.max(tl.where(kept, _INT_MIN, mine), axis=0))
-        written += tl.sum(chosen, axis=0)
+    # Sets with candidates. One without a slot holds a candidate at least.
+    reaches = (best >= threshold).to(tl.int32)
+    slot = tl.cumsum(reaches, axis=0) - reaches
+    kept = (reaches > 0) & (slot < SLOTS)
+    tl.store(chosen + out + slot, sets, mask=kept)
+    rest = tl.max(tl.where(kept, _INT_MIN, best), axis=0)
+    n_chosen = tl.sum(reaches, axis=0)
+    written = tl.maximum(n_chosen - SLOTS, 0)
+    n_chosen = tl.minimum(n_chosen, SLOTS)
+    place = tl.full((), 0, tl.int32)
     # The barrier makes stores of this program's other threads visible.
     tl.debug_barrier()
-    slots = tl.arange(0, SLOTS)
-    there = slots < written
-    group = tl.load(groups + out + slots, mask=there, other=0)
-    second = tl.where(there, tl.load(base + G + group // 2, mask=there, other=0) ^ flip, _INT_MIN)
-    chosen = (second >= threshold).to(tl.int32)
-    slot = written + tl.cumsum(chosen, axis=0) - chosen
-    kept = (chosen > 0) & (slot < SLOTS)
-    tl.debug_barrier()
-    tl.store(keys + out + slot, second, mask=kept)
-    tl.store(groups + out + slot, group + 1, mask=kept)
-    rest = tl.maximum(rest, tl.max(tl.where(kept, _INT_MIN, second), axis=0))
-    tl.store(counts + row * tl.num_programs(1) + side, written + tl.sum(chosen, axis=0))
+    line, member = tl.arange(0, CHUNK), tl.arange(0, 2 * PARTS)
+    second = member % 2
+    for first in range(0, n_chosen, CHUNK):
+        own = tl.load(chosen + out + first + line, mask=line < n_chosen - first, other=0)
+        for start in range(0, G, PARTS * BLOCK):
+            group = start + own[:, None] + BLOCK * (member // 2)[None, :]
+            there = (line < n_chosen - first)[:, None] & (group < G)
+            found = tl.load(base + (second * G)[None, :] + group, mask=there, other=0) ^ flip
+            found = tl.reshape(tl.where(there, found, _INT_MIN), (CHUNK * 2 * PARTS,))
+            group = tl.reshape(2 * group + second[None, :], (CHUNK * 2 * PARTS,))
+            good = (found >= threshold).to(tl.int32)
+            at = place + tl.cumsum(good, axis=0) - good
+            taken = (good > 0) & (at < SLOTS)
+            tl.store(keys + out + at, found, mask=taken)
+            tl.store(groups + out + at, group, mask=taken)
+            rest = tl.maximum(rest, tl.max(tl.where(taken, _INT_MIN, found), axis=0))
+            place += tl.sum(good, axis=0)
+    tl.store(counts + row * tl.num_programs(1) + side, place + written)
     tl.store(left_out + row * tl.num_programs(1) + side, rest)
 
 
@@ -147,9 +157,9 @@ def select(winners: Tensor, rows: Rows, k: int, slots: int, keys: Keys) -> Candi
         keys: as they were written.
     """
     sides, n, _, G = winners.shape
-    found, groups = torch.empty(2, n, sides, slots, dtype=torch.int32, device=winners.device).unbind()
+    found, groups, chosen = torch.empty(3, n, sides, slots, dtype=torch.int32, device=winners.device).unbind()
     counts, left_out = torch.empty(2, n, sides, dtype=torch.int32, device=winners.device).unbind()
-    block = min(MAX_BLOCK, triton.next_power_of_2(G))
+    block, parts = sets_of(G, k)
     with torch.cuda.device_of(winners):
         _select_kernel[(n, sides)](
             winners,
@@ -157,6 +167,7 @@ def select(winners: Tensor, rows: Rows, k: int, slots: int, keys: Keys) -> Candi
             rows.error,
             found,
             groups,
+            chosen,
             counts,
             left_out,
             winners.stride(0),
@@ -166,12 +177,24 @@ def select(winners: Tensor, rows: Rows, k: int, slots: int, keys: Keys) -> Candi
             FIXED=keys.fixed,
             SLOTS=slots,
             BLOCK=block,
-            MANY=block < G,
+            PARTS=parts,
+            CHUNK=min(slots, CHUNK),
             num_warps=warps_for(block, hip=torch.version.hip is not None),
         )
     return Candidates(found, groups, counts, left_out)
 
 
+def sets_of(G: int, k: int) -> tuple[int, int]:
+    """How many sets G groups are joined to, a power of two, and groups of a set that are read at a time: 1, 2 or 4.
+
+    Four groups make a set, but there are at least 6 k sets: of fewer, many would hold two of the k best, which lowers
+    the threshold.
+    """
+    whole = triton.next_power_of_2(G)
+    block = min(max(whole // 4, triton.next_power_of_2(6 * k)), whole, MAX_BLOCK)
+    return block, min(4, triton.next_power_of_2(triton.cdiv(G, block)))
+
+
 def warps_for(block: int, *, hip: bool) -> int:
-    """Warps of a program: 16 keys a thread, on AMD's warps of twice the threads too."""
+    """Warps of a program: 16 sets a thread, on AMD's warps of twice the threads too."""
     return max(1, block // (1024 if hip else 512))

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from csrc_triton import finish, rows, sums, winners
+from csrc_triton import columns, finish, rows, sums, winners
 from csrc_triton.configs import TMA_TARGETS, Config, configs, light, persistent, statistics_config
 from csrc_triton.epilogue import UNITS
-from csrc_triton.select import MAX_BLOCK, _select_kernel, warps_for
+from csrc_triton.select import CHUNK, MAX_BLOCK, _select_kernel, warps_for
 from csrc_triton.topk import _topk_kernel
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -44,15 +44,16 @@ def variants(target: str) -> list[Variant]:
     for dtype in NARROW:
         for config in configs(target, dtype):
             for terms in (False, True):
-                found += [_fused(target, dtype, config, terms=terms, **more) for more in _KINDS]
+                kinds = [kind for kind in _KINDS if config.group > 32 or "split" not in kind]
+                found += [_fused(target, dtype, config, terms=terms, **kind) for kind in kinds]
         statistics = statistics_config(target, dtype)
         found.append(_fused(target, dtype, statistics, terms=True, statistics=True))
         found.append(_fused(target, dtype, statistics, terms=True, statistics=True, ragged=True))
     for dtype, fixed, ragged in product(POINTERS, (True, False), (False, True)):
         found.append(_winners(dtype, fixed, ragged, statistics=False))
     found += [_winners(dtype, True, True, statistics=True) for dtype in POINTERS]
-    for (block, many), fixed in product(((256, False), (MAX_BLOCK, False), (MAX_BLOCK, True)), (True, False)):
-        found.append(_select(target, block, many, fixed))
+    found += [_select(target, *shape) for shape in _SELECTIONS]
+    found += [_select(target, *shape, fixed=False) for shape in (_SELECTIONS[0], _SELECTIONS[-1])]
     for dtypes in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)):
         for terms, apart in product((False, True), repeat=2):
             found.append(_finish(target, dtypes, 64, terms=terms, apart=apart))
@@ -67,12 +68,18 @@ def variants(target: str) -> list[Variant]:
     found.append(_open(target, (torch.bfloat16, torch.bfloat16), 128, fixed=False))
     for dtype, scaled in product((torch.float32, torch.bfloat16), (True, False)):
         found += [_rows(dtype, scaled=scaled, shift=shift) for shift in (False, True)]
+    for dtype, scaled in ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)):
+        found += _columns(dtype, scaled=scaled)
     totals = {"sums": "*fp32", "totals": "*fp64"}
     found.append(_variant("sums", sums._sums_kernel, totals, {"BLOCK": sums.BLOCK}, {"num_warps": 1}, short=True))
     return found
 
 
-_KINDS: tuple[dict[str, bool], ...] = ({}, {"ragged": True}, {"even": False}, {"fixed": False})
+_SELECTIONS = ((256, 1, 64), (512, 4, 64), (512, 4, 128), (1024, 4, 64), (1024, 4, 256), (MAX_BLOCK, 4, 1024))
+"""Sets, groups of a set read at a time, and slots."""
+_KINDS: tuple[dict[str, bool], ...] = (
+    {}, {"ragged": True}, {"even": False}, {"fixed": False}, {"split": True}, {"split": True, "ragged": True}
+)  # fmt: skip
 
 
 def _fused(
@@ -85,9 +92,11 @@ def _fused(
     ragged: bool = False,
     even: bool = True,
     fixed: bool = True,
+    split: bool = False,
 ) -> Variant:
     tma = target in TMA_TARGETS and even
     config = light(config) if ragged or not fixed else config
+    config = config._replace(splits=2) if split else config
     name = POINTERS[dtype]
     constexprs = {
         "TERMS": terms,
@@ -101,6 +110,8 @@ def _fused(
         "PERSISTENT": persistent(tma=tma, terms=terms, plain=fixed and not ragged),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "SPLITS": config.splits,
+        "PARTS": max(config.splits, config.parts),
         "BLOCK_K": config.block_k,
         "BAND": 8,
     }
@@ -111,7 +122,7 @@ def _fused(
             "W": f"tensordesc<{name}[{config.block_n},{config.block_k}]>",
         }
     shape = f"{config.block_m}x{config.block_n}x{config.block_k}w{config.num_warps}"
-    flags = {"tma": tma, "ragged": ragged, "uneven d": not even, "float keys": not fixed}
+    flags = {"tma": tma, "ragged": ragged, "uneven d": not even, "float keys": not fixed, "split": split}
     flags |= {"terms": terms, "statistics": statistics}
     return _variant(
         " ".join(["fused", name, shape, *(word for word, on in flags.items() if on)]),
@@ -120,34 +131,34 @@ def _fused(
         constexprs,
         {"num_warps": config.num_warps, "num_stages": config.num_stages},
         integers=("stride_f", "stride_w", "d"),
-        short=dtype == torch.bfloat16,
+        short=dtype == torch.bfloat16 and not (split and (terms or ragged)),
     )
 
 
 def _winners(dtype: torch.dtype, fixed: bool, ragged: bool, *, statistics: bool) -> Variant:
     flags = {"TERMS": statistics, "FIXED": fixed, "RAGGED": ragged, "TOP": True, "BOTTOM": True}
-    flags |= {"STATISTICS": statistics, "BLOCK_M": winners.BLOCK_M, "BLOCK_N": winners.BLOCK_N}
+    flags |= {"STATISTICS": statistics, "BLOCK_M": winners.TILE.block_m, "BLOCK_N": winners.TILE.block_n}
     words = {"ragged": ragged, "float keys": not fixed, "terms statistics": statistics}
     return _variant(
         " ".join(["winners", POINTERS[dtype], *(word for word, on in words.items() if on)]),
         winners._winners_kernel,
         {"dots": f"*{POINTERS[dtype]}"} | _VECTORS,
         flags,
-        {"num_warps": winners.NUM_WARPS},
+        {"num_warps": winners.TILE.num_warps},
         integers=("stride",),
         short=dtype == torch.float32,
     )
 
 
-def _select(target: str, block: int, many: bool, fixed: bool) -> Variant:
-    flags = {"TOP": True, "FIXED": fixed, "SLOTS": 64, "BLOCK": block, "MANY": many}
+def _select(target: str, block: int, parts: int, slots: int, *, fixed: bool = True) -> Variant:
+    flags = {"TOP": True, "FIXED": fixed, "SLOTS": slots, "BLOCK": block, "PARTS": parts, "CHUNK": min(slots, CHUNK)}
     return _variant(
-        f"select {block}{' many' if many else ''}{'' if fixed else ' float keys'}",
+        f"select {block}x{parts} {slots}{'' if fixed else ' float keys'}",
         _select_kernel,
-        _CANDIDATES | {"winners": "*i32"},
+        _CANDIDATES | {"winners": "*i32", "chosen": "*i32"},
         flags,
         {"num_warps": warps_for(block, hip=target == "gfx942")},
-        short=fixed,
+        short=slots == 64,
     )
 
 
@@ -204,6 +215,23 @@ def _rows(dtype: torch.dtype, *, scaled: bool, shift: bool) -> Variant:
         integers=("stride", "D"),
         short=not shift,
     )
+
+
+def _columns(dtype: torch.dtype, *, scaled: bool) -> list[Variant]:
+    W, narrow = f"*{POINTERS[dtype]}", f"*{POINTERS[torch.float16 if scaled else dtype]}"
+    tile, options = {"ROWS": columns.ROWS, "BLOCK": columns.BLOCK}, {"num_warps": columns.NUM_WARPS}
+    found = []
+    if scaled:
+        types = {"W": W, "norms": "*fp32", "peaks": "*fp32"}
+        name = f"measure W {POINTERS[dtype]}"
+        found.append(
+            _variant(name, columns._measure_kernel, types, tile, options, integers=("stride", "d"), short=True)
+        )
+    types = {"W": W, "kept": "*i1", "narrow": narrow, "errors": "*fp32", "up": "fp32"}
+    name = f"narrow W {POINTERS[dtype]}{' scaled' if scaled else ''}"
+    flags = {"SCALED": scaled} | tile
+    integers = ("stride", "d", "D")
+    return [*found, _variant(name, columns._narrow_kernel, types, flags, options, integers=integers, short=True)]
 
 
 _VECTORS = dict.fromkeys(("unit", "factor", "offset", "scale", "bias", "shift", "sums"), "*fp32") | {"winners": "*i32"}

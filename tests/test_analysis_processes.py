@@ -28,6 +28,8 @@ def agree(rank: int, world_size: int, meeting: str, name: str) -> None:
         for layer, feature in zip(case.layers, case.features, strict=False):
             found = analyse(name, baseline, layer, feature, rank=rank, world_size=world_size)
             assert_same_row(found, case, baseline, layer, feature)
+    # No process may leave while another still talks to it: gloo's threads would be torn down in use.
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -60,6 +60,29 @@ def test_demo_files_are_what_the_interface_gives(demo_folder: Path) -> None:
     assert table["top_tokens"].take([7]).to_pylist() == found.top_tokens[:1]
 
 
+def test_a_demo_beside_one_of_an_earlier_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes to a folder of its own, where it is found again; into the other one it is refused by name."""
+    example = load_example()
+    small = dataclasses.replace(
+        example, dictionaries=example.dictionaries[:1], fit_tokens=example.fit_tokens.head(1),
+        held_out=example.held_out.head(24),
+    )  # fmt: skip
+    monkeypatch.setattr(showcase, "load_example", lambda assets: small)
+    monkeypatch.setattr(showcase, "QUARTILE_EXAMPLES", 5)
+    monkeypatch.chdir(tmp_path)
+    earlier = Path("querylens_demo") / "sae_layer0.logit_lens_key.parquet"
+    ql.signatures(small.dictionaries[0], small.model, preset="logit_lens_key", out=earlier, progress=False)
+    before = earlier.read_bytes()
+    assert "holds results of an earlier version or with another k; these are in querylens_demo-2" in call("demo")
+    result = Path("querylens_demo-2") / earlier.name
+    made = result.stat()
+    assert "these are in querylens_demo-2" in call("demo") and result.stat().st_mtime_ns == made.st_mtime_ns
+    assert list(earlier.parent.iterdir()) == [earlier] and earlier.read_bytes() == before
+    told = " ".join(refused("demo", "--out", earlier.parent).split())
+    assert "of an earlier version or with another k: delete the folder or give another --out" in told
+    assert "different: histogram" in told and list(earlier.parent.iterdir()) == [earlier]
+
+
 def input_scores(
     sources: list[ql.Dictionary],
     model: ql.Model,

@@ -1,5 +1,8 @@
 """What the command line says when a command does not end well: one line, and how to go on."""
 
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,57 @@ def test_ctrl_c_says_how_to_go_on(gpt2_folder: Path, tmp_path: Path, monkeypatch
     assert "out.parquet' is kept; run the same call again to go on from there" in stopped.stderr
     assert len(list((tmp_path / "out.parquet.parts").glob("part-*"))) == 2
     assert runner.invoke(app, call).exit_code == 0
+
+
+def import_interrupted(name: str) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def error_made_of_it(name: str) -> None:
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ImportError("cannot import torch") from None
+
+
+def swallowed(name: str) -> None:
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    Dying()
+    time.sleep(1)
+    raise ValueError("the interrupt was lost")
+
+
+def test_an_import_is_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native modules abort the process where they are: the interrupt comes when the import is over."""
+    (tmp_path / "being_imported.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stopped, console.interruptible():
+            being_imported = __import__("being_imported")
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 130 and being_imported.whole
+
+
+@pytest.mark.parametrize("library", [import_interrupted, error_made_of_it, swallowed])
+def test_ctrl_c_counts_whatever_libraries_make_of_it(
+    library: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the first import on: one line, exit code 130."""
+    monkeypatch.setattr("querylens_fast.cli.lazy.importlib.import_module", library)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            app(["verify", "missing.parquet"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stopped; start the same command again to go on\n"
 
 
 def failing(error: BaseException) -> typer.Typer:

@@ -25,7 +25,7 @@ CHILDREN = {
     "hangs": "import subprocess; print('{\"times\": {\"one\": 1}}', flush=True); subprocess.run(['sleep', '60'])",
 }
 FAST = ("kernel,rows,float32", "kernel,fused,bfloat16", "kernel,winners,bfloat16", "kernel,select,bfloat16")
-FAST += ("kernel,finish,float32", "kernel,sums,bfloat16", "graph")
+FAST += ("kernel,columns,float32", "kernel,finish,float32", "kernel,sums,bfloat16", "graph")
 
 
 def checked(monkeypatch: pytest.MonkeyPatch, out: Path, parts: list[Part], *arguments: str) -> tuple[Any, int]:

@@ -24,7 +24,7 @@ from querylens_fast.runs.atomic_write import whole, write_whole
 from querylens_fast.runs.part_writer import PartWriter, read_identity, verify
 from querylens_fast.runs.run_lock import held
 from querylens_fast.runs.run_record import DamagedFile, read_record
-from querylens_fast.runs.sealed_parquet import opened, read_sealed
+from querylens_fast.runs.sealed_parquet import opened, read_checked
 
 EARLIER = Path(__file__).parent / "earlier"
 """Results and half-finished runs written by the version before parts had digests."""
@@ -311,7 +311,21 @@ def test_an_edit_that_keeps_the_metadata_is_noticed(finished: Path, tmp_path: Pa
     pq.write_table(pq.read_table(finished).slice(1), path)
     assert "was edited: another program has written it again" in verify(path)[0]
     with pytest.raises(DamagedFile, match="was edited"):
-        read_sealed(path)
+        read_checked(path)
+
+
+def test_nothing_of_a_damaged_file_is_parsed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digests are compared first: a parser sees only bytes that were written here."""
+    data, path = finished.read_bytes(), tmp_path / "damaged.parquet"
+
+    def parsed(*arguments: object, **given: object) -> None:
+        raise AssertionError("parsed")
+
+    for place, what, parser in ((100, "rows are", "ParquetFile"), (len(data) - 50, "footer is", "read_metadata")):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with monkeypatch.context() as patch, pytest.raises(DamagedFile, match=what):
+            patch.setattr(pq, parser, parsed)
+            read_checked(path)
 
 
 def test_verify(gpt2: ql.Model, earlier: Path, tmp_path: Path) -> None:

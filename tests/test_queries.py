@@ -98,6 +98,18 @@ def test_filters_leave_out_what_is_outside_or_unknown(opened: Results) -> None:
     assert {r.layer for r in opened.search(layer=1, limit=200).rows} == {1}
 
 
+@pytest.mark.parametrize("order", [None, "-score", "rel_var"])
+@pytest.mark.parametrize("end", ["top", "bottom"])
+def test_rows_are_filtered_by_the_score_of_their_token(opened: Results, order: str | None, end: str) -> None:
+    every = all_rows(opened, text="self", order=order, end=end)
+    scores = sorted(r.score for r in every if r.score is not None)
+    low, high = scores[len(scores) // 4], scores[3 * len(scores) // 4]
+    kept = all_rows(opened, limit=3, text="self", order=order, end=end, filters=[Filter("score", low, high)])
+    assert kept == [r for r in every if r.score is not None and low <= r.score <= high] and 0 < len(kept) < len(every)
+    with pytest.raises(ValueError, match="without a token there is none"):
+        opened.search(filters=[Filter("score", 1.0)])
+
+
 def test_filters_look_behind_the_rows_of_a_page(opened: Results) -> None:
     tried = 0
     for token_id in range(61):

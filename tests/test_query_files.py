@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,6 +37,35 @@ def test_files_that_come_change_and_go_are_noticed(copied_results: Path) -> None
     with pytest.raises(LookupError, match="sae0"):
         found.feature("sae0", 3)
     assert found.dictionaries == ()
+
+
+def test_a_file_of_the_same_size_and_time_is_another_one(copied_results: Path) -> None:
+    """Overwritten in place and dated back, as some copying programs do."""
+    import pyarrow.parquet as pq
+
+    path = copied_results / VALUE
+    table = pq.read_table(path).combine_chunks()
+    table = table.replace_schema_metadata({b"querylens_fast": table.schema.metadata[b"querylens_fast"]})  # no seal
+    plain = {"compression": "none", "use_dictionary": False}
+    pq.write_table(table, path, **plain)
+    before, found = os.stat(path), ql.open_results(copied_results)
+    first = [t.score for t in found.feature("sae0", 0).signatures[-1].top]
+    names = table.column_names
+    other = table.set_column(names.index("feature"), table.schema.field("feature"), table["feature"][::-1])
+    with open(path, "r+b") as file:
+        pq.write_table(other, file, **plain)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = os.stat(path)
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+    assert [t.score for t in found.feature("sae0", N_FEATURES - 1).signatures[-1].top] == first
+
+
+def test_a_jsonl_result_in_a_folder_is_named_as_left_out(copied_results: Path) -> None:
+    for name in ("whole.jsonl", "whole.jsonl.run.json"):
+        shutil.copy(Path(__file__).parent / "earlier" / name, copied_results)
+    (copied_results / "notes.jsonl").write_text("{}\n")
+    [skipped] = ql.open_results(copied_results).skipped
+    assert Path(skipped.file).name == "whole.jsonl" and "written as Parquet are served" in skipped.reason
 
 
 def test_results_of_an_earlier_version_are_of_the_same_dictionary(copied_results: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 import querylens_fast as ql
-from querylens_fast.queries import ResultGone, build
+from querylens_fast.queries import ResultGone, build, build_passes
+from querylens_fast.queries.build_passes import posting_order
 from querylens_fast.queries.files import open_file
 from querylens_fast.queries.index import find_index
 from querylens_fast.queries.scan import Record, Scan
+from querylens_fast.runs.run_lock import held
 
 VALUE = "sae0.query_lens_value.parquet"
 
@@ -32,7 +35,7 @@ def assert_same(some: Record, other: Record) -> None:
 def test_an_index_says_what_the_file_says(
     served_model: ql.Model, tmp_path: Path, preset: str, features: object, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "SORTED_AT_ONCE", 50)
+    monkeypatch.setattr(build_passes, "SORTED_AT_ONCE", 50)
     other = ql.load_model(served_model.name, dtype=dtype)
     values = torch.randn(70, served_model.d_model, generator=torch.Generator().manual_seed(0))
     values[10:20] = values[0]  # equal scores
@@ -65,11 +68,11 @@ def interrupted(times: int) -> Iterator[None]:
 def test_a_killed_build_goes_on_to_the_same_bytes(
     copied_results: Path, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "SORTED_AT_ONCE", 100)
+    monkeypatch.setattr(build_passes, "SORTED_AT_ONCE", 100)
     file = open_file(copied_results / VALUE)
     whole = build.build_index(file).read_bytes()
     (copied_results / f"{VALUE}.index").unlink()
-    monkeypatch.setattr(build, "SECONDS_A_NOTE", 0.0)
+    monkeypatch.setattr(build_passes, "SECONDS_A_NOTE", 0.0)
     steps = interrupted(times)
     with pytest.raises(KeyboardInterrupt):
         build.build_index(file, lambda: next(steps))
@@ -78,20 +81,34 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
     assert sorted(p.name for p in copied_results.glob(f"{VALUE}*")) == [VALUE, f"{VALUE}.index"]
 
 
+def test_an_index_that_another_server_makes_is_waited_for(
+    copied_results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And made here where that one ends before it is done."""
+    path, other = copied_results / VALUE, ExitStack()
+    other.enter_context(held(path.with_name(f"{VALUE}.index")))
+    monkeypatch.setattr(build.os, "nice", lambda by: None)
+    monkeypatch.setattr(build.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(build.time, "sleep", lambda seconds: other.close())
+    build.main([str(path)])
+    assert find_index(open_file(path)) is not None
+
+
 def test_a_build_takes_its_room_before_it_begins(copied_results: Path) -> None:
     """A mapped file that finds the disk full while it is written would end the process."""
     steps = interrupted(7)  # when the row groups have been counted
     with pytest.raises(KeyboardInterrupt):
         build.build_index(open_file(copied_results / VALUE), lambda: next(steps))
     pieces = [p for p in (copied_results / f"{VALUE}.index.parts").iterdir() if p.name != "note.json"]
-    assert len(pieces) == 5 and all(p.stat().st_blocks * 512 >= p.stat().st_size > 0 for p in pieces)
+    assert len(pieces) == 7 and all(p.stat().st_blocks * 512 >= p.stat().st_size > 0 for p in pieces)
 
 
 def test_postings_of_equal_scores_come_by_row() -> None:
     scores = np.array([0.0, -0.0, 1.0, -0.0, 0.0], np.float32)
     tokens, rows = np.zeros(5, np.int64), np.arange(5)
-    assert build._posting_order(tokens, rows, scores, "top").tolist() == [2, 0, 1, 3, 4]
-    assert build._posting_order(tokens, rows, scores, "bottom").tolist() == [0, 1, 3, 4, 2]
+    for by_row in (True, False):
+        assert posting_order(tokens, rows, scores, "top", by_row=by_row).tolist() == [2, 0, 1, 3, 4]
+        assert posting_order(tokens, rows, scores, "bottom", by_row=by_row).tolist() == [0, 1, 3, 4, 2]
 
 
 def test_an_index_of_another_result_or_cut_off_counts_as_none(copied_results: Path) -> None:

@@ -1,6 +1,7 @@
 """Standard errors: the jackknife against its definition and against refits. Stability: samples compared."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,15 @@ from querylens_fast.lens.presets import find_preset
 from querylens_fast.lens.reliability import Jackknife, jackknife_se
 from querylens_fast.transport.growth import jaccard
 
-PRESETS = ("query_lens_value", "query_lens_key", "query_lens_value_approx", "query_lens_key_approx")
+PRESETS = (
+    *("query_lens_value", "query_lens_key", "query_lens_value_approx", "query_lens_key_approx"),
+    "query_lens_value_adaptive",
+)
 
 
 @pytest.fixture(scope="module")
 def grouped(gpt2: ql.Model, sample: ql.Tokens) -> ql.Transport:
-    return ql.fit_transport(gpt2, sample, groups=5, progress=False)
+    return ql.fit_transport(gpt2, sample, groups=5, energy="exact", progress=False)
 
 
 def test_standard_error_of_a_mean() -> None:
@@ -46,6 +50,7 @@ def test_jackknife_is_what_fits_without_each_group_say(
     """Every score and list under the leave-one-out readouts is that of a transport fitted on the other sequences."""
     dictionary, k, chosen = ql.neuron_dictionary(gpt2, 1), 6, torch.arange(12)
     lens = find_preset(preset)
+    energy = "exact" if lens.stream_transition == "adaptive" else "none"
     found = ql.signatures(dictionary, gpt2, preset=preset, transport=grouped, k=k, features=chosen)
     jackknife = Jackknife(gpt2, grouped, lens, dictionary.point(lens.feature_vector))
     vectors = dictionary.vectors(lens.feature_vector, chosen)
@@ -53,13 +58,15 @@ def test_jackknife_is_what_fits_without_each_group_say(
     scores, stays = [], torch.ones_like(found.top_ids, dtype=torch.bool)
     for left_out in range(5):
         rest = torch.arange(5) != left_out
-        refit = ql.fit_transport(gpt2, ql.Tokens(sample.ids[rest], sample.valid_mask[rest]), progress=False)
+        tokens = ql.Tokens(sample.ids[rest], sample.valid_mask[rest])
+        refit = ql.fit_transport(gpt2, tokens, energy=energy, progress=False)
         options = {"preset": preset, "transport": refit}
         scores.append(ql.scores_at(dictionary, gpt2, chosen, found.top_ids, **options))
         lists = ql.signatures(dictionary, gpt2, k=k, features=chosen, **options).top_ids
         stays &= (found.top_ids[:, :, None] == lists[:, None]).any(2)
     sizes = torch.tensor([float(n) for n in grouped.group_sizes])
     assert torch.allclose(error, jackknife_se(found.top_scores, scores, sizes), rtol=1e-6, atol=1e-9)
+    assert found.top_se is not None and torch.equal(found.top_se, error.cpu())
     assert torch.equal(stable, stays.sum(1)) and 0 < int(stable.sum()) < stays.numel()
 
 
@@ -67,8 +74,24 @@ def test_jackknife_needs_groups_and_a_matrix(gpt2: ql.Model, sample: ql.Tokens, 
     plain = ql.fit_transport(gpt2, sample, progress=False)
     with pytest.raises(ValueError, match="fit it with groups=8"):
         Jackknife(gpt2, plain, find_preset("query_lens_value"), 2)
-    with pytest.raises(ValueError, match="standard errors are of first_order and full"):
-        Jackknife(gpt2, grouped, find_preset("query_lens_value_adaptive"), 2)
+    with pytest.raises(ValueError, match="standard errors are of first_order, full and adaptive"):
+        Jackknife(gpt2, grouped, find_preset("logit_lens_value"), 2)
+
+
+def test_energies_of_groups_sum_up_and_are_kept_in_files(
+    gpt2: ql.Model, sample: ql.Tokens, grouped: ql.Transport, tmp_path: Path
+) -> None:
+    pair = ("value", "full")
+    assert torch.allclose(grouped.group_energies[pair].sum(0), grouped.energies[pair].mean(1), rtol=1e-9)
+    probed = ql.fit_transport(gpt2, sample, groups=2, energy="probes", n_probes=11, progress=False)
+    assert torch.allclose(probed.group_energies[pair].sum(0), probed.energies[pair].mean(1), rtol=1e-9)
+    again = ql.load_transport(grouped.save(tmp_path / "t.safetensors"))
+    assert torch.equal(again.group_energies[pair], grouped.group_energies[pair])
+    with pytest.raises(ValueError, match="keeps no energies of groups"):
+        ql.fit_transport(gpt2, sample, groups=2, progress=False).leave_one_out_energies(*pair, 2)
+    earlier = replace(grouped, group_energies={})  # files of earlier versions: no standard errors, as ever
+    options = {"preset": "query_lens_value_adaptive", "k": 3, "features": [0, 1]}
+    assert ql.signatures(ql.neuron_dictionary(gpt2, 1), gpt2, transport=earlier, **options).top_se is None
 
 
 def test_jaccard_of_lists() -> None:

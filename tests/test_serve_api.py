@@ -92,8 +92,15 @@ def test_the_api_is_documented(client: TestClient) -> None:
     assert {"/api/v1/search", "/api/v1/features/{dictionary}/{feature}"} <= set(schema["paths"])
     said = {p["name"] for p in schema["paths"]["/api/v1/search"]["get"]["parameters"]}
     assert {f"{field}_{bound}" for field in FIELDS for bound in ("min", "max")} <= said
-    for path in schema["paths"]:
-        assert path in client.get("/api/docs").text
+    page = client.get("/api/docs").text
+    for path, methods in schema["paths"].items():
+        assert path in page
+        for p in methods["get"].get("parameters", []):
+            assert p["description"], (path, p["name"])
+    for name, kind in schema["components"]["schemas"].items():
+        for field, about in kind.get("properties", {}).items() if "Validation" not in name else ():
+            assert about.get("description"), (name, field)
+    assert 'href="#FeatureView"' in page and 'id="FeatureView"' in page
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import querylens_fast as ql
 from querylens_fast.serve.markup import number, preset_name, score_bar, shade
-from querylens_fast.serve.plots import line_plot, nice_ticks
+from querylens_fast.serve.plots import histogram, line_plot, nice_ticks
 
 STYLE = Path(ql.__file__).parent / "serve" / "static" / "style.css"
 
@@ -56,6 +56,9 @@ def test_numbers_names_and_plots() -> None:
         ticks = nice_ticks(low, high)
         assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8 and ticks == sorted(set(ticks))
     assert line_plot({}, "x", "y") is None and line_plot({"a": [(0, float("nan"), None)]}, "x", "y") is None
+    drawn = histogram([-2.0, -1.0, 0.5, 2.0], [1, 4, 9])
+    assert drawn is not None and [c.sign for c in drawn.columns] == ["n", "n", "p"]
+    assert "\u22122" in [t.label for t in drawn.ticks]
     plot = line_plot({"a": [(3, 0.2, None), (0, 0.9, 0.1)], "b": [(1, 0.5, None)]}, "x", "y")
     assert plot is not None and [m.x for m in plot.series[0].marks] == sorted(m.x for m in plot.series[0].marks)
     assert plot is not None and all(0 <= m.y <= plot.bottom for line in plot.series for m in line.marks)

@@ -20,7 +20,7 @@ from querylens_fast.queries.views import Activity, Context, Link, Score
 from querylens_fast.runs.part_writer import PartWriter
 from querylens_fast.serve import static_report
 from querylens_fast.serve.app import create_app
-from querylens_fast.serve.markup import environment
+from querylens_fast.serve.markup import environment, number
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +266,38 @@ def test_a_run_that_is_not_finished_is_on_the_overview(folder: Path, tmp_path: P
         ql.signatures(source, model, preset="logit_lens_value", k=3, out=path, block_rows=2, progress=False)
         client.app.state.results.refresh()  # type: ignore[attr-defined]
         assert "Not finished" not in client.get("/").text and client.get("/feature/later/8").status_code == 200
+
+
+def test_what_is_compared_without_being_asked(folder: Path, tmp_path: Path) -> None:
+    """Logit Lens and Query Lens; one preset of two dictionaries; a result with itself where there is no other."""
+    name, shown = "logit_lens_key.parquet", []
+    for n, names in enumerate(
+        ((f"sae0.{name}",), (f"sae0.{name}", f"sae1.{name}"), (f"sae1.{name}", "sae1.query_lens_key.parquet"))
+    ):
+        (tmp_path / str(n)).mkdir()
+        for one in names:
+            shutil.copy(folder / one, tmp_path / str(n))
+        with TestClient(create_app(open_results(tmp_path / str(n))), base_url="http://127.0.0.1") as client:
+            shown.append(re.findall(r'value="([^"]*)" selected', client.get("/compare").text))
+    assert shown == [
+        ["sae0/logit_lens_key"] * 2,
+        ["sae0/logit_lens_key", "sae1/logit_lens_key"],
+        ["sae1/logit_lens_key", "sae1/query_lens_key"],
+    ]
+
+
+def test_reliability_is_on_the_overview_and_scores_can_be_bounded(client: TestClient) -> None:
+    results = client.app.state.results  # type: ignore[attr-defined]
+    stable = results.dictionaries[1].stable_k
+    assert set(stable) == {"query_lens_key", "query_lens_value", "query_lens_value_approx"}
+    text = re.sub(r"<[^>]*>|\s+", " ", client.get("/").text)
+    assert "Reliability" in text and re.search(
+        rf"sae1 +1 +key: Query Lens +{re.escape(number(stable['query_lens_key']))}", text
+    )
+    least = max(row.score for row in results.search("self").rows)
+    page = client.get("/search", params={"q": "self", "score_min": least}).text
+    assert 'name="score_min"' in page and page.count('<th scope="row">') == 1
+    assert 'name="score_min"' not in client.get("/search?score_min=3").text
 
 
 def test_a_histogram_and_the_hook_point_are_shown(client: TestClient) -> None:

@@ -26,7 +26,7 @@ from bench.record import save
 from bench.timing import quantiles
 from querylens_fast.lens.parquet import _OPTIONS, ROW_GROUP
 from querylens_fast.runs import part_writer
-from querylens_fast.runs.sealed_parquet import opened
+from querylens_fast.runs.sealed_parquet import CheckedFile, opened
 
 BLOCK, K, VOCABULARY = 1 << 14, 25, 50_257
 
@@ -52,7 +52,7 @@ def block(start: int, n: int) -> pa.Table:
 @contextmanager
 def without_digests() -> Iterator[None]:
     """Part files as pyarrow alone writes and reads them."""
-    before = part_writer.write_sealed, part_writer.read_sealed
+    before = part_writer.write_sealed, part_writer.read_checked
 
     def write(
         path: Path, tables: Any, schema: pa.Schema, options: dict[str, Any], row_group: Any = None, part: bool = False
@@ -64,14 +64,14 @@ def without_digests() -> Iterator[None]:
                 rows += table.num_rows
         return rows
 
-    def read(path: Path) -> tuple[pa.Table, dict[bytes, bytes]]:
-        return pq.read_table(path), pq.read_metadata(path).metadata or {}
+    def read(path: Path) -> CheckedFile:
+        return CheckedFile(path, path.read_bytes(), pq.read_metadata(path))
 
-    part_writer.write_sealed, part_writer.read_sealed = write, read
+    part_writer.write_sealed, part_writer.read_checked = write, read
     try:
         yield
     finally:
-        part_writer.write_sealed, part_writer.read_sealed = before
+        part_writer.write_sealed, part_writer.read_checked = before
 
 
 def write(path: Path, tables: dict[int, pa.Table], n: int) -> None:

@@ -22,6 +22,7 @@ from querylens_fast.dictionaries.matrices import neuron_dictionary
 from querylens_fast.dictionaries.rows import FeatureIds, MemoryRows, Rows
 from querylens_fast.lens.presets import Preset
 from querylens_fast.models.model import Model
+from querylens_fast.runs.input_file import read_text
 
 LIST_FILES = (".json", ".pkl", ".pickle")
 NEURONS = "neurons"
@@ -188,7 +189,7 @@ def _ids_in(path: Path) -> list[int] | None:
     if path.suffix != ".json" or not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (ValueError, RecursionError):
         return None  # load_features says what is wrong with it
     return found if isinstance(found, list) and all(type(x) is int for x in found) else None

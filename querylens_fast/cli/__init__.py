@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,7 +57,14 @@ EVALUATE_COMMANDS = {
 OWN_ARGUMENTS = ("run", "bench")
 """Commands that take any further arguments."""
 
-app = typer.Typer(
+
+class _App(typer.Typer):
+    def __call__(self, *arguments: Any, **given: Any) -> Any:
+        with console.interruptible():  # also while commands are looked up, which imports torch
+            return super().__call__(*arguments, **given)
+
+
+app = _App(
     cls=lazy_group(COMMANDS, OWN_ARGUMENTS),
     help="Token signatures for every feature of sparse autoencoders and transcoders.",
     no_args_is_help=True,

@@ -79,6 +79,10 @@ def transport(
     model: ModelArgument,
     tokens: Annotated[str, typer.Argument(help="Token file, text file or dataset name.")],
     out: Annotated[Path, typer.Option(help="The transport file to write.")] = Path("transport.safetensors"),
+    inside: Annotated[
+        list[str] | None,
+        typer.Option(help="Carry keys that read inside modules too: blocks.3.attn.hook_z, blocks.*.mlp.hook_post, …"),
+    ] = None,
     sampling: Flags = SAMPLING,
     fitting: Flags = FITTING,
     loading: Flags = LOADING,
@@ -90,7 +94,7 @@ def transport(
         quiet_loading()
         loaded = ql.load_model(model, **{**loading, "device": group.device(loading["device"])})
         sample = ql.load_tokens(tokens, model=loaded, **sampling)
-        fitted = ql.fit_transport(loaded, sample, **fitting)
+        fitted = ql.fit_transport(loaded, sample, inside=inside or (), **fitting)
         sample = sample.head(int(fitted.metadata["n_sequences"]))
         if group.leads:
             fitted.save(out)
@@ -142,6 +146,7 @@ def topk(
 
 
 def _read_matrix(spec: str) -> Any:
+    import torch
     from safetensors import SafetensorError, safe_open
 
     from querylens_fast.runs.sealed_tensors import check_seal
@@ -156,7 +161,12 @@ def _read_matrix(spec: str) -> Any:
         with safe_open(path, framework="pt") as file:
             if name not in file.keys():
                 raise ValueError(f"{path!r} has no tensor {name!r}; it holds {', '.join(file.keys())}")
-            return file.get_tensor(name)
+            found = file.get_tensor(name)
+            if found.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                raise ValueError(
+                    f"{path!r}: {name} holds {found.dtype}; expected float16, bfloat16, float32 or float64"
+                )
+            return found
     except SafetensorError as error:
         raise ValueError(f"{path!r} is damaged or truncated: {error}") from error
 

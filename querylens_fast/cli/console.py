@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -22,12 +26,57 @@ EXPECTED = (ValueError, OSError, ImportError, RankStopped)
 """What the package raises for input that it cannot take."""
 INTERRUPTED = 130
 _debug = False
+_interrupted = _said = False
 
 
 def debug(on: bool) -> None:
     """Show the traceback of every error, too."""
     global _debug
     _debug = on
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """End with one line and exit code 130 on Ctrl-C, also where a library swallows it or makes another error of it.
+
+    Errors that no `reported_errors` has seen are one line, too.
+    """
+    global _interrupted, _said
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        global _interrupted
+        _interrupted = True
+        if _imports(frame):  # some libraries abort the process where their import is interrupted
+            again()
+        else:
+            raise KeyboardInterrupt
+
+    def again() -> None:
+        if not sys.is_finalizing():
+            threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
+
+    def unraisable(raised: Any) -> None:
+        if issubclass(raised.exc_type, KeyboardInterrupt):
+            again()  # when this hook has returned: here it would be swallowed too
+        else:
+            told(raised)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored in a shell's background
+        yield
+        return
+    told, _said = sys.unraisablehook, False
+    try:
+        signal.signal(signal.SIGINT, interrupt)
+        sys.unraisablehook = unraisable
+        yield
+    except BaseException as raised:
+        if not (_interrupted or isinstance(raised, (Exception, KeyboardInterrupt))):
+            raise
+        sys.exit(INTERRUPTED if _said else _exit_code(raised))
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook, _interrupted = told, False
 
 
 @contextmanager
@@ -38,20 +87,35 @@ def reported_errors() -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt as stop:
-        typer.secho(str(stop) or "stopped; start the same command again to go on", fg="yellow", err=True)
-        raise typer.Exit(INTERRUPTED) from stop
     except (typer.Exit, typer.Abort):
         raise
-    except Exception as raised:
-        error = _as_expected(raised)
-        if _debug:
-            traceback.print_exc()
-        if not said_elsewhere(error):
-            typer.secho(f"error: {described(error)}", fg="red", err=True)
-            for note in getattr(error, "__notes__", []):
-                typer.secho(f"  {note}", err=True)
-        raise typer.Exit(2 if isinstance(error, EXPECTED) else 1) from raised
+    except (Exception, KeyboardInterrupt) as raised:
+        raise typer.Exit(_exit_code(raised)) from raised
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Is a module being imported in this frame or one that called it?"""
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
+
+
+def _exit_code(raised: BaseException) -> int:
+    """Say what ended the command, and after Ctrl-C what is kept where the interrupt itself says so; the exit code."""
+    global _said
+    if _interrupted or not isinstance(raised, Exception):
+        _said = True
+        said = str(raised) if isinstance(raised, KeyboardInterrupt) else ""
+        typer.secho(said or "stopped; start the same command again to go on", fg="yellow", err=True)
+        return INTERRUPTED
+    error = _as_expected(raised)
+    if _debug:
+        traceback.print_exception(raised)
+    if not said_elsewhere(error):
+        typer.secho(f"error: {described(error)}", fg="red", err=True)
+        for note in getattr(error, "__notes__", []):
+            typer.secho(f"  {note}", err=True)
+    return 2 if isinstance(error, EXPECTED) else 1
 
 
 def _as_expected(error: Exception) -> Exception:

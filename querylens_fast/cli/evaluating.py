@@ -19,6 +19,7 @@ from querylens_fast.evaluation.judge import DEFAULT_JUDGE
 from querylens_fast.evaluation.report import PROMPT
 from querylens_fast.evaluation.scores import Case, labels_of
 from querylens_fast.runs import processes
+from querylens_fast.runs.input_file import read_text
 
 ModelOption = Annotated[str | None, typer.Option(help="Default: the embedded model and dictionaries.")]
 ManyOption = Annotated[list[str] | None, typer.Option("--dictionary", help="Repeat for more layers.")]
@@ -266,7 +267,9 @@ def _options(
     if prefixes is not None:
         if not prefixes.is_file():
             raise FileNotFoundError(f"prefixes file {str(prefixes)!r} does not exist")
-        texts = [line for line in prefixes.read_text(encoding="utf-8").splitlines() if line]
+        texts = [line for line in read_text(prefixes).splitlines() if line.strip()]
+        if not texts:
+            raise ValueError(f"prefixes file {str(prefixes)!r} is empty; expected a prefix a line")
     names = None if methods is None else methods.split(",")
     return {**scoring, "methods": names, "k": sizes, "transport": transport, "prefixes": texts}
 

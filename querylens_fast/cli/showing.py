@@ -13,7 +13,10 @@ from querylens_fast.demo import ASSETS
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("querylens_demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results; by default querylens_demo, or a new one where that holds others."),
+    ] = None,
     k: Annotated[int, typer.Option(help="Tokens on each side, in the files.")] = 25,
     serve: Annotated[bool, typer.Option("--serve", help="Then show the results in a browser.")] = False,
     port: Annotated[int, typer.Option(help="Of --serve.")] = 8765,
@@ -47,13 +50,16 @@ def demo(
     steps = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
     total = f"{showcase.total_seconds(result):.1f} s on {showcase.threads()} threads"
     say(f"{result.n_features} features × 4 signatures in {total} ({steps})")
-    say(f"results: {out.resolve()} ({len(result.files)} files: transport, tokens, one Parquet a dictionary and preset)")
+    if out is None and result.folder != showcase.FOLDER:
+        say(f"{showcase.FOLDER} holds results of an earlier version or with another k; these are in {result.folder}")
+    listed = "transport, tokens, one Parquet a dictionary and preset"
+    say(f"results: {result.folder.resolve()} ({len(result.files)} files: {listed})")
     if serve:
         from querylens_fast.cli.serving import serve_results
 
         with reported_errors():
             known = [f"{path.name}={path}" for path in sorted(ASSETS.iterdir()) if (path / "cfg.json").is_file()]
-            serve_results([out], "127.0.0.1", port, None, str(ASSETS / "model"), known, open_browser=True)
+            serve_results([result.folder], "127.0.0.1", port, None, str(ASSETS / "model"), known, open_browser=True)
 
 
 def bench(ctx: typer.Context) -> None:

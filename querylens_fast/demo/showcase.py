@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +16,6 @@ from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample
 from querylens_fast.lens.compute import Signatures, signatures
-from querylens_fast.lens.storage import StoredSignatures
 from querylens_fast.models.load import load_model
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, load_tokens
@@ -22,6 +23,7 @@ from querylens_fast.relations.flow import feature_flow
 from querylens_fast.transport.fit import fit_transport
 from querylens_fast.transport.transport import Transport
 
+FOLDER = Path("querylens_demo")
 PRESETS = ("logit_lens_key", "query_lens_key", "logit_lens_value", "query_lens_value")
 FIT_SEQUENCES = 16
 N_PROBES = 16
@@ -50,14 +52,16 @@ class Shown:
     tokens: dict[str, list[str]]
 
 
-@dataclass
-class DemoResult:
-    """What the demo did: files written, seconds by step, the table's rows."""
+class DemoResult(NamedTuple):
+    """What the demo did."""
 
+    folder: Path
     files: list[Path]
-    seconds: dict[str, float] = field(default_factory=dict)
-    rows: list[Shown] = field(default_factory=list)
-    n_features: int = 0
+    seconds: dict[str, float]
+    """By step."""
+    rows: list[Shown]
+    """Of the table."""
+    n_features: int
 
 
 def load_example(assets: Path = ASSETS) -> Example:
@@ -80,48 +84,81 @@ def load_example(assets: Path = ASSETS) -> Example:
     )
 
 
-def run_demo(out: Path, k: int = 25, assets: Path = ASSETS, browsable: bool = False) -> DemoResult:
+def run_demo(out: Path | None = None, k: int = 25, assets: Path = ASSETS, browsable: bool = False) -> DemoResult:
     """Fit the transport, write four signatures of every feature of every layer, and choose three features to show.
 
     With ``browsable`` the feature samples, their tokens and the feature flow are written too, for `serve`. Shown are,
     among the features of a dictionary that are active in at least 20 held-out sequences, those at the quartiles (25,
     50, 75 %) of their strongest activation.
+
+    Args:
+        out: Folder; None: `FOLDER`, or where that holds results of an earlier version or with another k, the first of
+            FOLDER-2, FOLDER-3, … that does not.
+        k: Tokens on each side.
+        assets: The model and its dictionaries.
+        browsable: Write what only pages show, too.
+
+    Raises:
+        FileExistsError: ``out`` holds other results.
     """
-    result, clock = DemoResult([]), time.perf_counter()
-
-    def lap(step: str) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        result.seconds[step], clock = now - clock, now
-
+    clock = _Clock()
     example = load_example(assets)
-    model = example.model
-    lap("load")
-    transport = fit_transport(model, example.fit_tokens, orders=("full",), energy="probes", n_probes=N_PROBES)
-    out.mkdir(parents=True, exist_ok=True)
-    result.files.append(transport.save(out / "transport.safetensors"))
-    example.fit_tokens.save(out / "tokens.safetensors")
-    result.files.append(out / "tokens.safetensors")
-    lap("transport")
+    clock.lap("load")
+    transport = fit_transport(example.model, example.fit_tokens, orders=("full",), energy="probes", n_probes=N_PROBES)
+    clock.lap("transport")
+    folder, files = _write_signatures(out, example, transport, k)
+    transport.save(folder / "transport.safetensors")
+    example.fit_tokens.save(folder / "tokens.safetensors")
+    files += [folder / "transport.safetensors", folder / "tokens.safetensors"]
+    clock.lap("signatures")
+    rows = []
     for dictionary in example.dictionaries:
-        for preset in PRESETS:
-            path = out / f"{Path(dictionary.name).name}.{preset}.parquet"
-            stored: StoredSignatures = signatures(
-                dictionary, model, preset=preset, transport=transport, k=k, histogram=BINS, out=path, progress=False
-            )
-            result.files.append(stored.path)
-        result.n_features += dictionary.n_features
-    lap("signatures")
-    for dictionary in example.dictionaries:
-        kept = out / f"sample-{Path(dictionary.name).name}.parquet" if browsable else None
-        sample = feature_sample(dictionary, model, example.held_out, out=kept, progress=False)
-        result.rows += _shown(model, dictionary, transport, sample)
-    lap("activations")
+        kept = folder / f"sample-{Path(dictionary.name).name}.parquet" if browsable else None
+        sample = feature_sample(dictionary, example.model, example.held_out, out=kept, progress=False)
+        rows += _shown(example.model, dictionary, transport, sample)
+    clock.lap("activations")
     if browsable:
-        example.held_out.save(out / "held_out.safetensors")
-        feature_flow(example.dictionaries, k=5, out=out / "flow.parquet", progress=False)
-        lap("flow")
-    return result
+        example.held_out.save(folder / "held_out.safetensors")
+        feature_flow(example.dictionaries, k=5, out=folder / "flow.parquet", progress=False)
+        clock.lap("flow")
+    return DemoResult(folder, files, clock.seconds, rows, sum(d.n_features for d in example.dictionaries))
+
+
+class _Clock:
+    """Seconds by step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, step: str) -> None:
+        now = time.perf_counter()
+        self.seconds[step], self._last = now - self._last, now
+
+
+def _write_signatures(out: Path | None, example: Example, transport: Transport, k: int) -> tuple[Path, list[Path]]:
+    """(Folder, files). Results that are there are compared first, so that nothing is written beside other ones."""
+    for n in count(1):
+        folder = out or (FOLDER if n == 1 else Path(f"{FOLDER}-{n}"))
+        wanted = [
+            (folder / f"{Path(dictionary.name).name}.{preset}.parquet", dictionary, preset)
+            for dictionary in example.dictionaries
+            for preset in PRESETS
+        ]
+        options: dict[str, Any] = {"transport": transport, "k": k, "histogram": BINS, "progress": False}
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for path, dictionary, preset in sorted(wanted, key=lambda job: not job[0].exists()):
+                signatures(dictionary, example.model, preset=preset, out=path, **options)
+        except FileExistsError as error:
+            if out is None:
+                continue
+            raise FileExistsError(
+                f"{str(out)!r} holds results of another demo, of an earlier version or with another k: delete the "
+                f"folder or give another --out ({error})"
+            ) from error
+        return folder, [path for path, _, _ in wanted]
+    raise AssertionError("unreachable")
 
 
 def _shown(model: Model, dictionary: Dictionary, transport: Transport, sample: FeatureSample) -> list[Shown]:

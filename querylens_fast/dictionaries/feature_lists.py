@@ -22,6 +22,7 @@ from typing import Any
 
 from querylens_fast.dictionaries.pickles import PlainUnpickler, RefusedPickleError, check_expanded
 from querylens_fast.runs.atomic_write import write_whole
+from querylens_fast.runs.input_file import fits_memory, read_text
 
 FORMAT = "querylens_fast.features/1"
 
@@ -195,7 +196,7 @@ def convert_features(pkl: str | Path, json: str | Path) -> Path:
 
 def _read_json(path: Path) -> list[Feature]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"features file {str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("features"), list):
@@ -310,7 +311,8 @@ def _admitted(module: str, name: str) -> Any:
 
 
 def _unpickle(path: Path) -> Any:
-    data = path.read_bytes()
+    with fits_memory(path):
+        data = path.read_bytes()
     try:
         found = PlainUnpickler(io.BytesIO(data), _admitted).load()
         check_expanded(found, len(data))

@@ -30,13 +30,15 @@ from querylens_fast.models.load import as_model
 from querylens_fast.models.tokens import Tokens, as_tokens
 from querylens_fast.runs.arguments import finite_number, whole_number
 from querylens_fast.runs.atomic_write import whole
-from querylens_fast.runs.sealed_parquet import read_sealed, write_sealed
+from querylens_fast.runs.sealed_parquet import read_checked, write_sealed
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 METADATA_KEY = b"querylens_fast"
 WHAT = "feature sample"
+NEEDED = ("dictionary", "dictionary_fingerprint", "tokens", "tokens_digest", "n_valid", "n_sequences", "n_examples")
+"""What a sample's metadata has to say."""
 BYTES_AN_ACTIVATION = 24
 """Of an activation while it is counted: encoded, masked, compared, and its peaks' places."""
 MAX_SEQUENCES = 16
@@ -233,12 +235,19 @@ def load_feature_sample(path: str | Path) -> FeatureSample:
     if not Path(path).is_file():
         raise FileNotFoundError(f"feature sample {str(path)!r} does not exist; make one with feature_sample(..., out=)")
     try:
-        table, entries = read_sealed(Path(path))
-        metadata = json.loads(entries[METADATA_KEY])
-    except (KeyError, ValueError) as error:
+        file = read_checked(Path(path))
+        metadata = json.loads(file.entries[METADATA_KEY])
+        if metadata.get("what") != WHAT or not all(name in metadata for name in NEEDED):
+            raise ValueError(f"it holds {metadata.get('what')!r}; expected a {WHAT}, whole")
+        return _from_table(metadata, file.table())
+    except OSError:
+        raise
+    except Exception as error:  # of the parser too: its columns may be of any type
         raise ValueError(f"{str(path)!r} is no feature sample of this package, or damaged: {error}") from error
-    if not isinstance(metadata, dict) or metadata.get("what") != WHAT:
-        raise ValueError(f"{str(path)!r} holds {metadata.get('what')!r}; expected a {WHAT}")
+
+
+def _from_table(metadata: dict[str, Any], table: pa.Table) -> FeatureSample:
+    """The sample that `FeatureSample.table` made a table of; raises what the columns of another table lead to."""
 
     def column(name: str) -> Tensor:
         return torch.from_numpy(table[name].combine_chunks().to_numpy(zero_copy_only=False).copy())
@@ -255,6 +264,10 @@ def load_feature_sample(path: str | Path) -> FeatureSample:
 
     lengths = torch.tensor(table["token_ids"].combine_chunks().value_lengths().to_pylist())
     features = torch.arange(len(counts)).repeat_interleave(lengths)
+    if not len(flat("token_ids")) == len(flat("token_counts")) == len(features):
+        raise ValueError("its lists are of different lengths")
+    if not 0 <= int(flat("example_sequences").min()) <= int(flat("example_sequences").max()) < metadata["n_sequences"]:
+        raise ValueError("it has examples of other sequences than its own")
     return FeatureSample(
         metadata,
         column("n_active"),

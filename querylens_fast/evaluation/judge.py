@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,11 +34,13 @@ from tqdm import tqdm
 
 from querylens_fast.models.model import Model
 from querylens_fast.runs.atomic_write import output_file, write_whole
+from querylens_fast.runs.input_file import fits_memory
 
 DEFAULT_JUDGE = "gpt-5-nano"
 """The reference's."""
 TIMEOUT_S = 60.0
 MAX_ANSWER_BYTES = 1 << 20
+MAX_LINE_BYTES = 1 << 24
 SYSTEM_PROMPT = files("querylens_fast.evaluation").joinpath("judge_prompt.txt").read_text(encoding="utf-8").strip()
 
 
@@ -111,13 +116,16 @@ def read_answers(path: str | Path) -> dict[str, Judgement]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: A line that is no answer (named by its number).
+        ValueError: A line that is no answer (named by its number), or no line at all.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"answer file {str(path)!r} does not exist")
     found: dict[str, list[Judgement]] = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
+    with open(path, "rb") as file:
+        for number, data in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+            if len(data) == MAX_LINE_BYTES:
+                raise ValueError(f"{str(path)!r} line {number} is too long for an answer of a judge")
+            line = data.decode(errors="replace")
             if not line.strip():
                 continue
             try:
@@ -128,6 +136,8 @@ def read_answers(path: str | Path) -> dict[str, Judgement]:
                     break  # the last line of a run that was killed while writing
                 raise ValueError(f"{str(path)!r} line {number} is no answer of a judge ({problem})") from problem
             found.setdefault(key, []).append(parse_answer(key, _content(answer)))
+    if not found:
+        raise ValueError(f"answer file {str(path)!r} holds no answers; submit the requests, or ask with base_url")
     return {key: median_judgement(several) for key, several in found.items()}
 
 
@@ -183,7 +193,7 @@ def ask(
         OSError: The server cannot be reached, times out or answers with an error; the answers so far are kept, and the
             same call goes on from there.
     """
-    if urlsplit(base_url).scheme not in ("http", "https"):
+    if urlsplit(base_url).scheme not in ("http", "https") or re.search(r"[\s\x00-\x1f\x7f]", base_url):
         raise ValueError(f"base_url is {base_url!r}; expected an http address like 'http://127.0.0.1:8000/v1'")
     distinct, answers = _distinct(lists, queries), Path(answers)
     done = _answered(answers, judge)
@@ -221,7 +231,8 @@ def _answered(answers: Path, judge: str) -> set[str]:
     if not answers.exists():
         return set()
     output_file(answers)
-    text = answers.read_bytes()
+    with fits_memory(answers):
+        text = answers.read_bytes()
     whole, half = text[: text.rfind(b"\n") + 1], text[text.rfind(b"\n") + 1 :]
     found = set()
     try:
@@ -248,13 +259,23 @@ def _post(base_url: str, body: dict[str, Any], api_key: str | None, timeout_s: f
     asked = request.Request(url, json.dumps(body).encode(), headers)
     try:
         with request.urlopen(asked, timeout=timeout_s) as response:
-            found = json.loads(response.read(MAX_ANSWER_BYTES))
+            found = json.loads(_body(response, timeout_s))
     except error.HTTPError as problem:
         detail = " ".join(problem.read(500).decode(errors="replace").split())
         raise OSError(f"the judge at {url} answered {problem.code}: {detail}; {_KEPT}") from problem
-    except (OSError, ValueError, RecursionError) as problem:
+    except (OSError, HTTPException, ValueError, RecursionError) as problem:
         raise OSError(f"the judge at {url} could not be asked ({problem}); {_KEPT}") from problem
     return found if isinstance(found, dict) else {"error": str(found)[:200]}
+
+
+def _body(response: HTTPResponse, timeout_s: float) -> bytes:
+    """The bytes of an answer, which has to be whole in time: a socket's own limit begins anew with each byte."""
+    limit, body = time.monotonic() + timeout_s, b""
+    while (part := response.read1(1 << 16)) and len(body) <= MAX_ANSWER_BYTES:
+        body += part
+        if time.monotonic() > limit:
+            raise TimeoutError("timed out: the answer does not end")
+    return body
 
 
 _BEGINNING = b'{"custom_id": "'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,7 @@ from querylens_fast.lens.search import show
 from querylens_fast.lens.storage import StoredSignatures, format_of, read_identity, refuse_other_columns
 from querylens_fast.models.load import load_model
 from querylens_fast.relations.tables import Block, Categories, RelationTable, read_table, rows, tabulate
+from querylens_fast.runs.run_record import digest_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,6 +55,8 @@ def result_lists(path: str | Path, n_features: int, *, seed: int = 0, model: str
     refuse_other_columns(path)
     table = StoredSignatures(Path(path), 0, format_of(path)).table()
     features = table["feature"].to_pylist()
+    if not features:
+        raise ValueError(f"result {str(path)!r} holds no signatures to judge")
     if len(set(features)) != len(features):
         raise ValueError(f"result {str(path)!r} holds features of several layers; judge one layer's result at a time")
     places = _sample(len(features), n_features, seed)
@@ -114,7 +118,7 @@ def judge_table(
 
     Raises:
         ValueError: No list has an answer.
-        FileExistsError: ``out`` exists.
+        FileExistsError: ``out`` holds other judgements.
     """
     keys = [list_key(one.tokens) for one in lists]
     own = [found.get(key) for key in keys]
@@ -143,4 +147,5 @@ def judge_table(
         return table
 
     metadata = {"what": "judgements", "result": source, "judge": judge, "prompt": prompt_digest()}
-    return tabulate([Block(len(own), compute)], metadata, out=out, resume=False, progress=False)
+    metadata["answers"] = digest_of([keys, [None if j is None else astuple(j) for j in own]])
+    return tabulate([Block(len(own), compute)], metadata, out=out, progress=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.lens.compute import signatures
 from querylens_fast.lens.presets import Preset, find_preset
-from querylens_fast.lens.storage import StoredSignatures, read_identity
+from querylens_fast.lens.storage import StoredSignatures, read_identity, refuse_other_columns
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens
 from querylens_fast.runs.run_record import agree
@@ -55,7 +55,7 @@ class Method:
         """
         if self.preset is not None:
             return self._computed(context, dictionary, features, k)
-        return self._stored(dictionary, features, k)
+        return self._stored(context.model, features, k)
 
     def serves(self, dictionary: Dictionary) -> bool:
         """Whether the method is about this dictionary: a preset is about any, a file about its own."""
@@ -106,10 +106,13 @@ class Method:
             **given,
         ).top_ids
 
-    def _stored(self, dictionary: Dictionary, features: Tensor, k: int) -> Tensor:
+    def _stored(self, model: Model, features: Tensor, k: int) -> Tensor:
         path = self.path
         assert path is not None
+        refuse_other_columns(path)
         table = StoredSignatures(path, 0, "jsonl" if path.suffix == ".jsonl" else "parquet").table()
+        if not len(table):
+            raise ValueError(f"{str(path)!r} holds no signatures; write one with features='all'")
         stored = torch.from_numpy(table["feature"].to_numpy().copy())
         order = stored.argsort()
         place = torch.searchsorted(stored[order], features).clamp_max(len(stored) - 1)
@@ -119,7 +122,13 @@ class Method:
             missing = int(features[absent][0])
             raise ValueError(f"{str(path)!r} holds no signature of feature {missing}; write one with features='all'")
         chosen = table["top_ids"].combine_chunks().take(place.numpy())
-        return torch.tensor([ids[:k] for ids in chosen.to_pylist()], dtype=torch.int64).reshape(-1, k)
+        found = torch.tensor([ids[:k] for ids in chosen.to_pylist()], dtype=torch.int64).reshape(-1, k)
+        if not 0 <= int(found.min()) <= int(found.max()) < model.vocab_size:
+            raise ValueError(
+                f"{str(path)!r} holds token ids from {int(found.min())} to {int(found.max())}; expected those of "
+                f"{model.name!r}, below {model.vocab_size}"
+            )
+        return found
 
 
 def find_methods(names: Sequence[str | Path]) -> list[Method]:

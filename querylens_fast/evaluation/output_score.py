@@ -109,7 +109,11 @@ def prefix_ids(model: Model, prefixes: Sequence[str] | Tensor | None) -> list[Te
     if isinstance(prefixes, Tensor):
         if prefixes.ndim != 2 or not prefixes.numel():
             raise ValueError(f"prefixes are {list(prefixes.shape)}; expected token ids [B, S]")
-        return [prefixes.long()]
+        if prefixes.is_floating_point() or not 0 <= int(prefixes.min()) <= int(prefixes.max()) < model.vocab_size:
+            raise ValueError(
+                f"prefixes hold other numbers than token ids of {model.name!r}, 0 to {model.vocab_size - 1}"
+            )
+        return _within_positions(model, [prefixes.long()])
     if model.tokenizer is None:
         raise ValueError(f"model {model.name!r} has no tokenizer for the prefixes: pass token ids [B, S]")
     texts = neutral_prefixes() if prefixes is None else list(prefixes)
@@ -121,7 +125,17 @@ def prefix_ids(model: Model, prefixes: Sequence[str] | Tensor | None) -> list[Te
         by_length.setdefault(len(ids), []).append(ids)
     if not by_length:
         raise ValueError("prefixes is an empty list; expected at least one")
-    return [torch.tensor(ids) for _, ids in sorted(by_length.items())]
+    return _within_positions(model, [torch.tensor(ids) for _, ids in sorted(by_length.items())])
+
+
+def _within_positions(model: Model, prefixes: list[Tensor]) -> list[Tensor]:
+    """The prefixes; raises ValueError for one that is longer than the model's positions."""
+    longest, positions = max(ids.shape[1] for ids in prefixes), model.max_positions
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"a prefix has {longest} tokens, but model {model.name!r} has {positions} positions; shorten it"
+        )
+    return prefixes
 
 
 @torch.no_grad()

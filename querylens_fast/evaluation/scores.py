@@ -10,7 +10,6 @@ T is the k top tokens of a method. Means and comparisons of these rows: `means`.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +36,7 @@ from querylens_fast.relations.tables import (
     tabulate,
 )
 from querylens_fast.runs.arguments import whole_number
+from querylens_fast.runs.input_file import digest_of_file
 from querylens_fast.runs.run_record import digest_of as run_digest
 from querylens_fast.transport.growth import top_tokens
 from querylens_fast.transport.jacobians import Side
@@ -152,7 +152,7 @@ def _files(methods: Sequence[Method], context: Context) -> dict[str, dict[str, s
     """Digests of the files that methods read, for the table's identity; none where they read none."""
     files = {method.name: run_digest(read_identity(method.path)) for method in methods if method.path is not None}
     if context.tuned_lens is not None:
-        digest = hashlib.sha256(Path(context.tuned_lens).read_bytes()).hexdigest()
+        digest = digest_of_file(context.tuned_lens)
         files |= {m.name: digest for m in methods if m.preset and m.preset.stream_transition == "tuned_lens"}
     return {"files": files} if files else {}
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from querylens_fast.dictionaries.feature_lists import Activation, Feature, load_features
-from querylens_fast.runs.sealed_parquet import read_sealed
+from querylens_fast.runs.sealed_parquet import read_checked
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _sampled(sample: Any, n_features: int) -> tuple[Tensor, Tensor]:
     if isinstance(sample, (str, Path)):
         if not Path(sample).is_file():
             raise FileNotFoundError(f"feature sample {str(sample)!r} does not exist")
-        table, _ = read_sealed(Path(sample))
+        table = read_checked(Path(sample)).table()
         if missing := {"feature", "maximum", "density"} - set(table.column_names):
             raise ValueError(f"{str(sample)!r} is no feature sample: it has no {', '.join(sorted(missing))}")
         ids = torch.from_numpy(table["feature"].to_numpy().copy()).long()

@@ -20,6 +20,7 @@ from querylens_fast.integrations.folder import write_bytes
 from querylens_fast.integrations.sources import open_source
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
+from querylens_fast.runs.input_file import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def _read_graph(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"graph file {str(path)!r} does not exist")
     try:
-        graph = json.loads(path.read_text(encoding="utf-8"))
+        graph = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"graph file {str(path)!r} is not valid JSON: {error}") from error
     nodes = graph.get("nodes") if isinstance(graph, dict) else None

@@ -23,7 +23,7 @@ from querylens_fast.lens.presets import Preset
 from querylens_fast.lens.readouts import Readout, Scorer
 from querylens_fast.lens.reliability import Jackknife
 from querylens_fast.lens.results import LayerTerm, Signatures, Source
-from querylens_fast.lens.transitions import Moved, Transition, Transported
+from querylens_fast.lens.transitions import Adaptive, Moved, Transition, Transported
 from querylens_fast.lens.tuned_lens import TunedLens
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import at_least_float32
@@ -55,11 +55,12 @@ class Pipeline:
 
     @cached_property
     def jackknife(self) -> Jackknife | None:
-        """Standard errors of top scores, where the transport keeps groups of sequences and one matrix is applied."""
+        """Standard errors of top scores, where the transport keeps groups of sequences and what the preset needs."""
         transport, stats = self.transport, self.options.stats
         if transport is None or len(transport.group_sizes) < 2 or stats == "none":
             return None
-        if not isinstance(self.transition, Transported):
+        mixed = isinstance(self.transition, Adaptive) and self.transition.threshold is None
+        if not (isinstance(self.transition, Transported) or mixed and transport.group_energies):
             return None
         point, final_norm = self.dictionary.point(self.preset.feature_vector), self.options.final_norm
         return Jackknife(self.model, transport, self.preset, point, final_norm)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from querylens_fast.lens.presets import Preset
 from querylens_fast.lens.readouts import find_readout
+from querylens_fast.lens.transitions import shrunk
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import at_least_float32
 from querylens_fast.transport.jacobians import Order
@@ -43,20 +44,23 @@ class Jackknife:
         Args:
             model: The model.
             transport: Fitted with groups > 1, on the model's device.
-            preset: One whose transition is "first_order" or "full".
+            preset: One whose transition is "first_order", "full", or "adaptive" without a threshold.
             point: Where the features act.
             final_norm: As in `signatures`.
 
         Raises:
-            ValueError: The transport keeps no groups, or the preset does not go through one matrix.
+            ValueError: The transport keeps no groups, or no energies of groups, which "adaptive" needs; or the preset
+                does not go through a transport.
         """
-        if preset.stream_transition not in ("first_order", "full"):
+        if preset.stream_transition not in ("first_order", "full", "adaptive"):
             raise ValueError(
                 f"preset {preset.name!r} has stream_transition={preset.stream_transition!r}; standard errors are "
-                "of first_order and full"
+                "of first_order, full and adaptive"
             )
         order: Order = "first_order" if preset.stream_transition == "first_order" else "full"
         self.matrices = transport.leave_one_out(preset.feature_vector, order, point)
+        adaptive = preset.stream_transition == "adaptive"
+        self.energies = transport.leave_one_out_energies("value", "full", point) if adaptive else None
         self.sizes = torch.tensor(transport.group_sizes, dtype=torch.float64)
         centres = transport.leave_one_out_centres()
         if preset.readout != "embed_cosine_centered" or centres is None:
@@ -76,14 +80,23 @@ class Jackknife:
         """
         ids = top_ids.to(self.matrices.device)
         stays, without = torch.ones_like(ids, dtype=torch.bool), []
-        for matrix, scorer in zip(self.matrices, self.scorers, strict=True):
-            moved = vectors.to(matrix) @ matrix.mT
+        for group, scorer in enumerate(self.scorers):
+            moved = self._moved(vectors, group)
             without.append(at_least_float32(scorer.scores_at(moved, ids)))
             kept = scorer.topk(moved, ids.shape[1], backend, bottom=False).top_ids
             assert kept is not None
             stays &= (ids[:, :, None] == kept[:, None, :]).any(2)
         scores = top_scores.to(without[0])
         return Reliability(jackknife_se(scores, without, self.sizes), stays.sum(1))
+
+    def _moved(self, vectors: Tensor, group: int) -> Tensor:
+        """What is read out for features' vectors [n, D] without a group of the sequences, [n, D]."""
+        own = vectors.to(self.matrices)
+        moved = own @ self.matrices[group].mT
+        if self.energies is None:
+            return moved
+        energy = ((own @ self.energies[group]) * own).sum(-1).clamp_min(torch.finfo(own.dtype).tiny)
+        return shrunk(moved, own, (1 - moved.square().sum(-1) / energy).clamp(0, 1))
 
 
 def jackknife_se(whole: Tensor, without: Sequence[Tensor], sizes: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from querylens_fast.lens.parquet import ParquetSink
 from querylens_fast.runs import part_writer, sealed_parquet, sealed_tensors
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from querylens_fast.lens.results import Signatures
     from querylens_fast.models.model import Model
 
@@ -106,24 +108,52 @@ def read_identity(path: str | Path) -> dict[str, Any]:
 
 
 def refuse_other_columns(path: str | Path) -> None:
-    """Raise ValueError unless a Parquet file has the columns of signatures: ids and scores of both sides, as lists."""
-    import pyarrow as pa
+    """Raise ValueError unless a Parquet file has the columns of signatures: ids and scores of both sides, as lists.
 
+    The rows of a file without a seal, which any program may have written, are looked at too.
+    """
     if FORMATS.get(Path(path).suffix) == "jsonl":
         return
     with sealed_parquet.opened(Path(path), rewritten=True) as file:
-        found = {field.name: field.type for field in file.schema_arrow}
-    wanted = {"feature": pa.types.is_integer, "layer": pa.types.is_integer}
-    lists = {f"{side}_ids": pa.types.is_integer for side in ("top", "bottom")}
-    lists |= {f"{side}_scores": pa.types.is_floating for side in ("top", "bottom")}
-    wrong = [name for name, fits in wanted.items() if name not in found or not fits(found[name])]
-    wrong += [
-        name
-        for name, fits in lists.items()
-        if name not in found or not pa.types.is_list(found[name]) or not fits(found[name].value_type)
-    ]
+        schema, sealed = file.schema_arrow, sealed_parquet.SEAL_KEY in (file.metadata.metadata or {})
+        wrong = _wrong_types(schema)
+        for i in range(file.num_row_groups if not (sealed or wrong) else 0):
+            wrong = wrong or _wrong_rows(file.read_row_group(i, [*SINGLE, *(n for n in LISTS if n in schema.names)]))
     if wrong:
-        raise ValueError(f"{str(path)!r} is no file of signatures: {', '.join(wrong)} is missing or of another type")
+        raise ValueError(
+            f"{str(path)!r} is no file of signatures: {', '.join(wrong)} is missing, of another type, or not whole in "
+            "every row"
+        )
+
+
+SINGLE = ("feature", "layer")
+LISTS = {f"{side}_{what}": what for what in ("ids", "scores", "tokens") for side in ("top", "bottom")}
+
+
+def _wrong_types(schema: pa.Schema) -> list[str]:
+    """The columns of signatures that a table lacks, has twice, or has of another type; token strings may be missing."""
+    import pyarrow as pa
+
+    fits = {"ids": pa.types.is_integer, "scores": pa.types.is_floating, "tokens": pa.types.is_string}
+    counts = {name: schema.names.count(name) for name in (*SINGLE, *LISTS)}
+    wrong = [name for name, n in counts.items() if n > 1 or n == 0 and LISTS.get(name) != "tokens"]
+    types = {name: schema.field(name).type for name, n in counts.items() if n == 1}
+    wrong += [name for name in SINGLE if name in types and not pa.types.is_integer(types[name])]
+    lists = {name: types[name] for name in LISTS if name in types}
+    return wrong + [n for n, t in lists.items() if not (pa.types.is_list(t) and fits[LISTS[n]](t.value_type))]
+
+
+def _wrong_rows(table: pa.Table) -> list[str]:
+    """The columns with nulls, or with lists that are not all of one length."""
+    import pyarrow.compute as pc
+
+    lists = [name for name in table.column_names if name in LISTS]
+    counted = {name: pc.call_function("list_value_length", [table[name]]) for name in lists}
+    lengths = {name: pc.call_function("min_max", [counted[name]]).as_py() for name in lists}
+    one = lengths["top_ids"]
+    wrong = [name for name in table.column_names if table[name].null_count]
+    wrong += [name for name in lists if lengths[name] != one or one["min"] != one["max"]]
+    return wrong + [name for name in lists if pc.call_function("list_flatten", [table[name]]).null_count]
 
 
 def verify(path: str | Path) -> list[str]:

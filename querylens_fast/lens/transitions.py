@@ -121,6 +121,11 @@ class Transported(Transition):
         return Moved(moved, stats, layer_means=means)
 
 
+def shrunk(moved: Tensor, vectors: Tensor, rel_var: Tensor) -> Tensor:
+    """(1 − c r) M v + c r v for M v [n, D], v [n, D] and r [n]; see `Adaptive`."""
+    return torch.lerp(moved, vectors, (SHRINKAGE * rel_var).to(moved)[:, None])
+
+
 @dataclass(frozen=True)
 class Adaptive(Transition):
     """The full transport of the value side, corrected for how well its mean represents the contexts.
@@ -150,8 +155,7 @@ class Adaptive(Transition):
             moved, choices = self._chosen(vectors, spread, self.threshold)
             return Moved(moved, stats, choices)
         moved = self.transport.apply(vectors, "value", "full", self.point)
-        weight = (SHRINKAGE * spread).to(moved)[:, None]
-        return Moved(torch.lerp(moved, vectors.to(moved), weight), stats, ["shrunk"] * len(vectors))
+        return Moved(shrunk(moved, vectors.to(moved), spread), stats, ["shrunk"] * len(vectors))
 
     def _chosen(self, vectors: Tensor, spread: Tensor, threshold: float) -> tuple[Tensor, list[str]]:
         """The chosen transition's vectors and its name for each feature; ``spread`` is rel_var(full)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from querylens_fast.dictionaries.checkpoints import read_checkpoint
+from querylens_fast.runs.input_file import digest_of_file
 
 _TRANSLATOR = re.compile(r"\d+\.(weight|bias)")
 
@@ -76,7 +76,7 @@ def load_tuned_lens(path: str | Path) -> TunedLens:
     for name, tensor in params.items():
         if _TRANSLATOR.fullmatch(str(name)):
             _check(path, str(name), tensor)
-    return TunedLens(dict(params), str(path), hashlib.sha256(path.read_bytes()).hexdigest()[:32])
+    return TunedLens(dict(params), str(path), digest_of_file(path)[:32])
 
 
 def _check(path: Path, name: str, tensor: Tensor) -> None:

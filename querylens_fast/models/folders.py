@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from querylens_fast.models.errors import UnsupportedModelError
+from querylens_fast.runs.input_file import fits_memory
 
 DTYPES = {
     "float64": torch.float64,
@@ -119,6 +120,9 @@ def check_folder(name: str) -> None:
         raise FileNotFoundError(f"{name} has no config.json: it is not a folder written by save_pretrained")
     if (folder / "adapter_config.json").is_file():
         raise _adapter(name)
+    for file in folder.iterdir():
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise ValueError(f"model {name!r}: its {file.name} is a pipe or device; expected a regular file")
     config = _read_json(folder / "config.json", name)
     for owner in (config, *(v for v in config.values() if isinstance(v, dict))):
         for key in SIZES:
@@ -166,7 +170,7 @@ def safetensors_shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
         if file.name.startswith("adapter_"):
             raise _adapter(name)
         try:
-            with safe_open(str(file), framework="pt") as opened:
+            with fits_memory(file), safe_open(str(file), framework="pt") as opened:
                 shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
         except (SafetensorError, OSError) as error:
             raise ValueError(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from querylens_fast.runs.input_file import fits_memory, read_text
 from querylens_fast.runs.sealed_tensors import check_seal, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ def load_tokens(
     if path.suffix in (".txt", ".md", ".py", ".rst"):
         if not path.is_file():
             raise FileNotFoundError(f"text file {str(path)!r} does not exist")
-        rows = tokenize_and_concatenate([_text(path)], _tokenizer(model), max_length)
+        rows = tokenize_and_concatenate([read_text(path)], _tokenizer(model), max_length)
     elif path.suffix in (".jsonl", ".parquet"):
         rows = tokenize_and_concatenate(_column(path, column), _tokenizer(model), max_length)
     elif path.exists():
@@ -204,8 +205,9 @@ def _read_safetensors(path: Path) -> tuple[Tensor, Tensor | None]:
     if not path.is_file():
         raise FileNotFoundError(f"token file {str(path)!r} does not exist")
     try:
-        check_seal(path)
-        tensors = load_file(str(path))
+        with fits_memory(path):
+            check_seal(path)
+            tensors = load_file(str(path))
     except SafetensorError as error:
         raise ValueError(f"token file {str(path)!r} is damaged or truncated: {error}") from error
     if "tokens" not in tensors:
@@ -256,13 +258,6 @@ def _is_dataset(source: Any) -> bool:
     return hasattr(source, "column_names") and type(source).__module__.startswith("datasets")
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text file {str(path)!r} is not UTF-8 ({error}); convert it first") from error
-
-
 def _column(path: Path, column: str) -> list[str]:
     """The texts of one column of a .jsonl or Parquet file."""
     if not path.is_file():
@@ -273,7 +268,7 @@ def _column(path: Path, column: str) -> list[str]:
 
             texts = pq.read_table(path, columns=[column])[column].to_pylist()
         else:
-            texts = [json.loads(line)[column] for line in _text(path).splitlines() if line.strip()]
+            texts = [json.loads(line)[column] for line in read_text(path).splitlines() if line.strip()]
     except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as rows with a text column {column!r} ({error})") from error
     if not all(isinstance(text, str) for text in texts):

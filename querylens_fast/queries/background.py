@@ -35,6 +35,8 @@ class Indexer:
     def stop(self) -> None:
         """End, with the process that builds: it goes on from there another time."""
         self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(10 * SECONDS)  # Python aborts where a thread of it computes when it ends
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             self._process.wait()
@@ -57,4 +59,6 @@ class Indexer:
             command = [sys.executable, "-c", code, *map(str, new)]
             package = str(Path(__file__).parents[2])
             paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths})
+            variables = {**os.environ, "PYTHONPATH": paths}
+            # A session of its own: Ctrl-C in a terminal goes to the server alone, which ends this process too.
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=variables, start_new_session=True)

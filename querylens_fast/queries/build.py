@@ -1,9 +1,11 @@
 """Making the index of a result (`queries.index`), in memory that does not grow with it.
-Three passes: count how often each token occurs; write every row and put its tokens at their places; sort each token's
-postings by score, a range of tokens at a time. The pieces lie in ``<index>.parts`` with a note of how far they are, so
-a build that was killed goes on from there; the index appears under its name when it is whole.
 
-Disk for a million features with k = 25: 400 bytes a feature for its row and 400 for its postings.
+Three passes: count how often each token occurs (here); write the rows, and each row group's postings sorted by token;
+merge these, a range of tokens at a time (`queries.build_passes`). The pieces lie in ``<index>.parts`` with a note of
+how far they are, so a build that was killed goes on from there; the index appears under its name when it is whole.
+
+Disk for a million features with k = 25: 400 bytes a feature for its row and 400 for its postings, and 600 while it is
+made.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ import json
 import logging
 import os
 import shutil
+import signal
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from querylens_fast.queries.build_passes import Check, Passes, pieces
 from querylens_fast.queries.files import ResultFile, open_file, reading
 from querylens_fast.queries.index import (
     ENDS,
@@ -42,11 +48,6 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 logger = logging.getLogger(__name__)
-SORTED_AT_ONCE = 1 << 21
-"""Postings sorted at a time."""
-SECONDS_A_NOTE = 3.0
-"""Between notes of how far the build is; each puts what is written on the disk."""
-Check = Callable[[], None]
 
 
 def build_index(file: ResultFile, check: Check = lambda: None) -> Path:
@@ -69,12 +70,12 @@ def build_index(file: ResultFile, check: Check = lambda: None) -> Path:
         with reading(file.path), opened(file.path, read_dictionary=_encoded(file)) as parquet:
             counted = _count(file, parquet, check)
             layout, values = _plan(file, parquet, counted)
-            build = _Build(counted, layout, parts, _begin(parts, layout), check)
+            passes = Passes(layout, counted.starts, counted.row_of, parts, _begin(parts, layout), check)
             for name, array in values.items():
-                build.view(name)[:] = array
-            build.scatter(parquet)
-        build.sort()
-        build.close()
+                passes.view(name)[:] = array
+            passes.write(parquet)
+        passes.merge()
+        passes.close()
         with open(parts / "index", "rb") as done:
             os.fsync(done.fileno())
         os.replace(parts / "index", path)
@@ -112,8 +113,8 @@ def _writable(file: ResultFile) -> Path:
     return aside
 
 
-def _groups(parquet: pq.ParquetFile, columns: Sequence[str], check: Check, first: int = 0) -> Iterator[pa.Table]:
-    for i in range(first, parquet.num_row_groups):
+def _groups(parquet: pq.ParquetFile, columns: Sequence[str], check: Check) -> Iterator[pa.Table]:
+    for i in range(parquet.num_row_groups):
         check()
         yield parquet.read_row_group(i, list(columns))
 
@@ -179,12 +180,12 @@ def _begin(parts: Path, layout: Layout) -> dict[str, Any]:
     note, known = parts / "note.json", {"header": layout.header.hex(), "group": 0, "top": 0, "bottom": 0}
     with suppress(OSError, ValueError, KeyError):
         found = json.loads(note.read_text(encoding="utf-8"))
-        pieces = all((parts / name).stat().st_size == size for name, size in _pieces(layout).items())
-        if found["header"] == known["header"] and pieces:
+        whole = all((parts / name).stat().st_size == size for name, size in pieces(layout).items())
+        if found["header"] == known["header"] and whole:
             return found
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True)
-    sizes = {"index": layout.size, **_pieces(layout)}
+    sizes = {"index": layout.size, **pieces(layout)}
     try:
         for name, size in sizes.items():
             with open(parts / name, "wb") as file:
@@ -200,121 +201,6 @@ def _begin(parts: Path, layout: Layout) -> dict[str, Any]:
         said = f"no room for an index of {sum(sizes.values()) / 2**20:.0f} MiB while it is made: {error.strerror}"
         raise OSError(error.errno, said, str(parts)) from error
     return known
-
-
-class _Build:
-    """Passes 2 and 3, which go on where the note says."""
-
-    def __init__(self, counted: Counted, layout: Layout, parts: Path, note: dict[str, Any], check: Check) -> None:
-        self.counted, self.layout, self.parts, self.note, self.check = counted, layout, parts, note, check
-        self.whole = np.memmap(parts / "index", np.uint8, "r+")
-        self.next_note = time.monotonic() + SECONDS_A_NOTE
-        self.loose = {end: (self._piece(f"{end}_rows"), self._piece(f"{end}_scores")) for end in ENDS}
-
-    def view(self, name: str) -> np.ndarray:
-        """An array of the index."""
-        start, dtype, shape = self.layout.arrays[name]
-        size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        return self.whole[start : start + size].view(dtype).reshape(shape)
-
-    def scatter(self, parquet: pq.ParquetFile) -> None:
-        """Pass 2: write the rows, and put their tokens at their places, in the order of the rows."""
-        cursors = {end: self.counted.starts[end][:-1].copy() for end in ENDS}
-        start = 0
-        for i in range(parquet.num_row_groups):
-            self.check()
-            done = i < self.note["group"]
-            table = parquet.read_row_group(i, ["top_ids", "bottom_ids"] if done else None)
-            places = np.arange(start, start + table.num_rows)
-            rows = places if self.counted.row_of is None else self.counted.row_of[places]
-            if not done:
-                self._write_rows(table, rows)
-            for end in ENDS:
-                tokens = flat(table[f"{end}_ids"].combine_chunks())
-                if not done:
-                    scores = flat(table[f"{end}_scores"].combine_chunks())
-                    self._put(end, tokens, np.repeat(rows, self.counted.k), scores, cursors[end])
-                cursors[end] += np.bincount(tokens, minlength=len(cursors[end]))
-            start += table.num_rows
-            if not done:
-                self._done("group", i + 1)
-
-    def sort(self) -> None:
-        """Pass 3: each token's postings by score, then by row, into their places in the index."""
-        for end in ENDS:
-            starts = self.counted.starts[end]
-            out = self.view(f"{end}_rows"), self.view(f"{end}_scores")
-            first = self.note[end]
-            while first < len(starts) - 1:
-                self.check()
-                last = max(first + 1, int(np.searchsorted(starts, starts[first] + SORTED_AT_ONCE, side="right")) - 1)
-                here = slice(int(starts[first]), int(starts[last]))
-                rows, scores = (np.array(piece[here]) for piece in self.loose[end])
-                tokens = np.repeat(np.arange(last - first), np.diff(starts[first : last + 1]))
-                order = _posting_order(tokens, rows, scores, end)
-                out[0][here], out[1][here] = rows[order], scores[order]
-                self._done(end, last)
-                first = last
-
-    def close(self) -> None:
-        """Put the index on the disk."""
-        self.whole.flush()
-
-    def _piece(self, name: str) -> np.ndarray:
-        """A file of unsorted postings."""
-        _, dtype, shape = self.layout.arrays[name]
-        return np.memmap(self.parts / name, dtype, "r+") if shape[0] else np.zeros(0, dtype)
-
-    def _write_rows(self, table: pa.Table, rows: np.ndarray) -> None:
-        dtype, names = self.layout.record, table.column_names
-        records = np.zeros(table.num_rows, dtype)
-        for name in dtype.names or ():
-            column = table["layer_energy_scores" if name == "layer_energy" else name].combine_chunks()
-            while not hasattr(column, "to_numpy") or str(column.type).startswith("list"):
-                column = column.flatten()
-            records[name] = column.to_numpy(zero_copy_only=False).reshape(records[name].shape)
-        self.view("rows")[rows] = records.view(np.uint8).reshape(len(rows), dtype.itemsize)
-        for name in statistics_of(names):
-            self.view(f"column:{name}")[rows] = table[name].to_numpy()
-        if "transition" in names:
-            codes = {text: i for i, text in enumerate(self.layout.choices)}
-            self.view("choices")[rows] = [codes[text] for text in table["transition"].to_pylist()]
-
-    def _put(self, end: str, tokens: np.ndarray, rows: np.ndarray, scores: np.ndarray, cursors: np.ndarray) -> None:
-        """Put postings behind those that their tokens have already."""
-        order = np.argsort(tokens, kind="stable")
-        ordered = tokens[order]
-        run = np.flatnonzero(np.diff(ordered, prepend=-1))
-        within = np.arange(len(ordered)) - np.repeat(run, np.diff(run, append=len(ordered)))
-        at = cursors[ordered] + within
-        self.loose[end][0][at], self.loose[end][1][at] = rows[order], scores[order]
-
-    def _done(self, what: str, upto: int) -> None:
-        self.note[what] = upto
-        if time.monotonic() < self.next_note:
-            return
-        for array in (self.whole, *(piece for pieces in self.loose.values() for piece in pieces)):
-            if isinstance(array, np.memmap):
-                array.flush()
-        write_whole(self.parts / "note.json", json.dumps(self.note))
-        self.next_note = time.monotonic() + SECONDS_A_NOTE
-
-
-def _pieces(layout: Layout) -> dict[str, int]:
-    """The files of unsorted postings, and their sizes."""
-    arrays = {name: layout.arrays[name] for end in ENDS for name in (f"{end}_rows", f"{end}_scores")}
-    return {name: dtype.itemsize * shape[0] for name, (_, dtype, shape) in arrays.items()}
-
-
-def _posting_order(tokens: np.ndarray, rows: np.ndarray, scores: np.ndarray, end: str) -> np.ndarray:
-    """The order by token, then score (top: the largest first), then row, of postings that are sorted by token."""
-    if scores.dtype == np.float32 and (np.diff(rows)[np.diff(tokens) == 0] >= 0).all():
-        # One stable sort of integers: the token, then the bits of the score in an order that is that of the numbers.
-        bits = (scores + np.float32(0)).view(np.uint32)  # -0.0 and 0.0 are equal scores
-        ascending = np.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))
-        keys = tokens.astype(np.uint64) << np.uint64(32) | (~ascending if end == "top" else ascending)
-        return np.argsort(keys, kind="stable")
-    return np.lexsort((rows, -scores if end == "top" else scores, tokens))
 
 
 def _added(some: np.ndarray, more: np.ndarray) -> np.ndarray:
@@ -352,8 +238,15 @@ def main(paths: Sequence[str]) -> None:
 
     if hasattr(os, "nice"):
         os.nice(10)
-    for path in paths:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the lock's file goes, too
+    waiting = deque(map(Path, paths))
+    while waiting:
+        path = waiting.popleft()
         try:
-            build_index(open_file(Path(path)), check)
+            build_index(open_file(path), check)
+        except FileExistsError:  # another server makes it; should that end before it is done, this one goes on
+            waiting.append(path)
+            check()
+            time.sleep(1.0)
         except (ValueError, OSError) as error:
             logger.warning("no index of %s: %s", path, error)

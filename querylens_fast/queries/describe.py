@@ -8,8 +8,8 @@ from typing import Any
 
 from querylens_fast.queries.catalog import Member
 from querylens_fast.queries.files import SIGNATURES, ResultFile
+from querylens_fast.queries.inventory import DictionaryInfo, PresetInfo, Progress
 from querylens_fast.queries.opened import OpenDictionary
-from querylens_fast.queries.views import DictionaryInfo, PresetInfo, Progress
 from querylens_fast.runs.run_record import DamagedFile
 from querylens_fast.runs.sealed_parquet import opened
 
@@ -23,7 +23,6 @@ TRANSPORT_DETAILS = ("tokens", "n_valid", "n_sequences", "energy", "groups", "li
 def dictionary(found: OpenDictionary) -> DictionaryInfo:
     """A dictionary as the overview shows it."""
     entry, scores = found.entry, found.scores
-    rel_var = {m.label: found.mean("rel_var", m) for m in entry.members}
     sample = None if entry.sample is None else str(entry.sample.identity.get("tokens"))
     relations = dict.fromkeys(str(file.identity["what"]) for file in entry.relations)
     return DictionaryInfo(
@@ -40,8 +39,15 @@ def dictionary(found: OpenDictionary) -> DictionaryInfo:
         mean_scores={} if scores is None else found.once("means", scores.means),
         sample=sample,
         relations=tuple(relations),
-        rel_var={label: mean for label, mean in rel_var.items() if mean is not None},
+        rel_var=_means(found, "rel_var"),
+        stable_k=_means(found, "stable_k"),
     )
+
+
+def _means(found: OpenDictionary, name: str) -> dict[str, float]:
+    """The mean of a statistic in each result that has it, by label."""
+    means = {member.label: found.mean(name, member) for member in found.entry.members}
+    return {label: mean for label, mean in means.items() if mean is not None}
 
 
 def preset(found: OpenDictionary, member: Member) -> PresetInfo:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from querylens_fast.queries.views import Skipped
+from querylens_fast.lens.storage import refuse_other_columns
+from querylens_fast.queries.inventory import Skipped
 from querylens_fast.runs.run_record import DamagedFile, read_record
 from querylens_fast.runs.sealed_parquet import SEAL_KEY, opened, read_identity
 
@@ -36,6 +37,8 @@ class Stamp:
 
     size: int
     modified_ns: int
+    changed_ns: int
+    """What cannot be set back."""
     inode: int
     finished: bool
 
@@ -46,7 +49,7 @@ class Stamp:
             found, finished = os.stat(path), True
         except FileNotFoundError:
             found, finished = os.stat(_parts_of(path)), False
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino, finished)
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, finished)
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,8 @@ def open_file(path: Path) -> ResultFile:
         seal = (file.metadata.metadata or {}).get(SEAL_KEY, b"").decode() or None
         n_rows = file.metadata.num_rows
     kind = _kind_of(path, identity)
+    if kind == SIGNATURES:
+        refuse_other_columns(path)
     if kind in (SCORES, *RELATIONS) and n_rows > MAX_ROWS:
         raise ValueError(f"{str(path)!r} is a table of {n_rows:,} rows; tables of {kind} are served up to {MAX_ROWS:,}")
     return ResultFile(path, kind, identity, stamp, seal, n_rows)
@@ -155,12 +160,12 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _inside(folder: Path) -> Iterable[Path]:
-    """The results in a folder: .parquet files, and those of which there are parts only."""
+    """The results in a folder: .parquet files, those of which there are parts only, and JSONL, which is not served."""
     named: dict[Path, None] = {}
     for root, folders, names in os.walk(folder):
         here = Path(root)
         for name in sorted(names):
-            if name.endswith(".parquet"):
+            if name.endswith(".parquet") or (name.endswith(".jsonl") and f"{name}.run.json" in names):
                 named[here / name] = None
         for name in sorted(folders):
             if name.endswith(".parquet" + PARTS):

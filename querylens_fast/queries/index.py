@@ -192,9 +192,8 @@ class Index:
 
     def ids(self, row: int, end: str) -> list[int]:
         """The tokens of one end of the row's signature."""
-        dtype, start = self._record.fields[f"{end}_ids"][:2]  # type: ignore[index]
-        place = self._offset("rows") + (self.first + row) * self._record.itemsize + start
-        return np.frombuffer(self._read(place, dtype.itemsize), np.int32).tolist()
+        start, size, step = self._ids_at[end]
+        return np.frombuffer(self._read(start + row * step, size), np.int32).tolist()
 
     def value(self, name: str, row: int) -> float:
         """A statistic of one row."""
@@ -229,6 +228,13 @@ class Index:
         data, ends = text.tobytes(), starts.tolist()
         parts = (data[a:b].decode() for a, b in zip(ends, ends[1:], strict=False))
         return dict(zip(ids.tolist(), parts, strict=True))
+
+    @cached_property
+    def _ids_at(self) -> dict[str, tuple[int, int, int]]:
+        """(First byte, bytes, bytes from row to row) of each end's tokens."""
+        step, fields = self._record.itemsize, self._record.fields or {}
+        rows = self._offset("rows") + self.first * step
+        return {end: (rows + at, dtype.itemsize, step) for end in ENDS for dtype, at, *_ in [fields[f"{end}_ids"]]}
 
     @cached_property
     def _offsets(self) -> dict[str, tuple[int, np.dtype]]:

@@ -132,7 +132,10 @@ class OpenDictionary:
 
     def place(self, feature: int) -> int:
         """Where a feature that is there stands in `features`."""
-        return int(self.places(np.array([feature]))[0])
+        known = self.features
+        first = int(known[0])
+        whole = int(known[-1]) - first == len(known) - 1
+        return feature - first if whole else int(np.searchsorted(known, feature))
 
     def row_of(self, member: Member, feature: int) -> int | None:
         """The row of a feature in a result."""

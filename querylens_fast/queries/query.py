@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from querylens_fast.queries.views import ENDS, FIELDS, MAX_LIMIT, ORDERS, SIDES, End, Side
+from querylens_fast.queries.views import BOUNDS, ENDS, MAX_LIMIT, ORDERS, SIDES, End, Side
 
 MAX_TEXT = 1000
 """Characters of a text that is searched for."""
@@ -24,8 +24,8 @@ class Filter:
     high: float = math.inf
 
     def __post_init__(self) -> None:
-        if self.field not in FIELDS:
-            raise ValueError(f"filter is on {self.field!r}; expected one of {', '.join(FIELDS)}")
+        if self.field not in BOUNDS:
+            raise ValueError(f"filter is on {self.field!r}; expected one of {', '.join(BOUNDS)}")
         if math.isnan(self.low) or math.isnan(self.high):
             raise ValueError(f"filter on {self.field} has bounds {self.low} and {self.high}; expected numbers")
 
@@ -55,8 +55,8 @@ class Query:
             raise ValueError(
                 f"order is {self.order!r}; expected one of {', '.join(ORDERS)}, with - before it to reverse"
             )
-        if self.order is not None and self.order.removeprefix("-") == "score" and not self.has_token:
-            raise ValueError("order is 'score'; without a token there is none: order by another field")
+        if not self.has_token and "score" in ((self.order or "").removeprefix("-"), *(f.field for f in self.filters)):
+            raise ValueError("score: without a token there is none; order and filter by another field")
         if not 1 <= self.limit <= MAX_LIMIT:
             raise ValueError(f"limit is {self.limit}; expected 1 to {MAX_LIMIT}")
         if self.text is not None and len(self.text) > MAX_TEXT:

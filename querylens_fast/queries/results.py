@@ -19,24 +19,12 @@ from querylens_fast.queries.compare import compare
 from querylens_fast.queries.feature_view import feature_view
 from querylens_fast.queries.files import ResultFile, ResultGone, find_files, open_file
 from querylens_fast.queries.index import find_index
+from querylens_fast.queries.inventory import DictionaryInfo, Progress, Skipped
 from querylens_fast.queries.opened import Once, OpenDictionary, Rows
 from querylens_fast.queries.query import Filter, Query
 from querylens_fast.queries.scan import Scan
 from querylens_fast.queries.search import Lister, Source, search
-from querylens_fast.queries.views import (
-    ENDS,
-    SIDES,
-    Comparison,
-    DictionaryInfo,
-    FeatureView,
-    Page,
-    PresetInfo,
-    Progress,
-    Skipped,
-    Token,
-    TokenGroup,
-    TokenView,
-)
+from querylens_fast.queries.views import ENDS, SIDES, Comparison, FeatureView, Page, Token, TokenGroup, TokenView
 from querylens_fast.queries.vocabulary import Vocabulary
 
 LOOK_SECONDS = 1.0
@@ -150,7 +138,7 @@ class Results:
 
         Args:
             text: A token, found with and without a space before it. Where it is none, the page has suggestions.
-            filters: Bounds on `views.FIELDS`.
+            filters: Bounds on `views.BOUNDS`.
             budget: Time that it may take.
             **options: Fields of `Query`: exact, token_id, side ("value", "key"; None: both), end ("top", "bottom"),
                 preset (None: the preferred one of each side), dictionary (slug), layer, order (a field of
@@ -320,4 +308,4 @@ def _group(found: OpenDictionary, member: Member, token_id: int, end: Any, limit
     return TokenGroup(entry.slug, entry.layer, member.label, member.side, end, len(rows), tuple(shown))
 
 
-__all__ = ["Filter", "PresetInfo", "Results", "open_results"]
+__all__ = ["Filter", "Results", "open_results"]

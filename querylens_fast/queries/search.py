@@ -152,14 +152,14 @@ def _candidates(
     start = 0 if cursor is None else _first_at(keys, cursor[0])
     field, descending = query.ordering
     for some in query.filters:
-        if some.field == field:
+        if some.field == field != "score":
             start = max(start, _first_at(keys, -some.high if descending else some.low))
     size, wanted = 4 * query.limit, query.limit + 1
     while True:
         budget.check()
         here = slice(start, start + size)
         features = store.features[rows[here]]
-        kept = _filtered(source, features, query)
+        kept = _filtered(source, features, scores[here], query)
         if cursor is not None:
             kept &= _behind(cursor, place, keys[here], features, token)
         at = np.flatnonzero(kept)[:wanted]
@@ -215,16 +215,17 @@ def _by_feature(features: np.ndarray, descending: bool) -> tuple[np.ndarray, np.
     return (places[::-1], -features[::-1]) if descending else (places, features)
 
 
-def _filtered(source: Source, features: np.ndarray, query: Query) -> np.ndarray:
+def _filtered(source: Source, features: np.ndarray, scores: np.ndarray, query: Query) -> np.ndarray:
     """Which of the features the filters keep."""
     found, member = source
     kept = np.ones(len(features), bool)
     at = found.places(features) if query.filters else None
     for some in query.filters:
-        column = found.values(some.field, member)
-        if column is None:
+        column = None if some.field == "score" else found.values(some.field, member)
+        if column is None and some.field != "score":
             return np.zeros(len(features), bool)
-        kept &= (column[at] >= some.low) & (column[at] <= some.high)
+        values = scores if column is None else column[at]
+        kept &= (values >= some.low) & (values <= some.high)
     return kept
 
 

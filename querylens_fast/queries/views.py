@@ -15,6 +15,8 @@ SIDES: tuple[Side, ...] = ("value", "key")
 ENDS: tuple[End, ...] = ("top", "bottom")
 FIELDS = ("rel_var", "stable_k", "input_score", "output_score", "density", "maximum")
 """Numbers of a feature that rows can be filtered and ordered by."""
+BOUNDS = ("score", *FIELDS)
+"""What rows can be filtered by; the score of the token where one is searched for."""
 ORDERS = ("score", "feature", *FIELDS)
 MAX_LIMIT = 200
 """Rows of a page, at most."""
@@ -25,11 +27,13 @@ class Token:
     """A token of the vocabulary."""
 
     id: int
+    """In the model's vocabulary."""
     text: str | None
     """As it is decoded; None where no result holds its string."""
     shown: str
     """For people: spaces, line ends and invisible characters as marks (`display.shown`); "#id" without a text."""
     direction: Literal["ltr", "rtl"] = "ltr"
+    """Of its first letter."""
 
     def __hash__(self) -> int:
         return self.id
@@ -40,7 +44,9 @@ class ScoredToken:
     """A token in a signature."""
 
     token: Token
+    """The token."""
     score: float
+    """A logit, or for keys the readout's product; not a probability."""
     se: float | None = None
     """Standard error over samples of text, of top tokens, where the result has it."""
     shared: tuple[str, ...] = ()
@@ -52,10 +58,13 @@ class LayerTerm:
     """One layer's part of a first-order signature."""
 
     layer: int
+    """Whose term it is, from 0."""
     energy: float
     """⟨m_l, m⟩/‖m‖²: the shares sum to 1."""
     top: tuple[Token, ...]
+    """The term's highest tokens by themselves."""
     bottom: tuple[Token, ...]
+    """And its lowest."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,9 @@ class Histogram:
     """How many tokens score between one edge and the next."""
 
     edges: tuple[float, ...]
+    """Of the bins, one more than there are counts; from the lowest score to the highest."""
     counts: tuple[int, ...]
+    """Tokens in each bin."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +84,17 @@ class SignatureView:
     preset: str
     """The result's label within the dictionary: the preset's name, with ~2, ~3 … where there are several results."""
     side: Side
+    """Which vector of the feature was read out."""
     transition: str
+    """How it was carried to the readout: "identity" (Logit Lens), "full" (Query Lens), "first_order", …"""
     readout: str
+    """"unembed", "embed" or "embed_cosine_centered"."""
     k: int
+    """Tokens at each end."""
     top: tuple[ScoredToken, ...]
+    """The highest tokens, the highest first."""
     bottom: tuple[ScoredToken, ...]
+    """The lowest tokens, the lowest first."""
     statistics: dict[str, float]
     """rel_var, rel_var_se, stable_k, N, …: what the result holds; without those that are not finite."""
     choice: str | None = None
@@ -85,6 +102,7 @@ class SignatureView:
     stable_k: int | None = None
     """How many of the k top tokens stay without any one group of sequences."""
     layer_terms: tuple[LayerTerm, ...] | None = None
+    """What each layer contributes, of first-order results that were written with layers."""
     histogram: Histogram | None = None
     """Of the scores of all tokens, where the result has it."""
 
@@ -96,12 +114,15 @@ class Context:
     value: float
     """The activation at its peak."""
     sequence: int
+    """Its number in the sample."""
     position: int
+    """Of the peak in the sequence."""
     token: Token
     """At the peak."""
     before: tuple[Token, ...] | None = None
     """What stands around the peak; None where the sample's tokens are not among the results."""
     after: tuple[Token, ...] | None = None
+    """What follows the peak."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +130,19 @@ class Activity:
     """Where a feature is active, on a feature sample."""
 
     density: float
+    """Share of the sample's tokens at which it is active."""
     mean: float
+    """Mean activation where it is active."""
     maximum: float
+    """Its largest activation."""
     n_active: int
+    """Tokens at which it is active."""
     n_sequences: int
+    """Sequences in which it is active."""
     tokens: tuple[tuple[Token, int], ...]
     """The tokens at which it is active most often, with counts."""
     contexts: tuple[Context, ...]
+    """Where it is most active, the strongest first."""
     sample: str
     """The token sample's name."""
 
@@ -125,12 +152,19 @@ class Score:
     """How a method's signature of the feature fared in an evaluation."""
 
     method: str
+    """The preset or baseline that was evaluated."""
     k: int
+    """Tokens of the signature that were counted."""
     n_examples: int
+    """Activating sequences that the scores are over."""
     input_score: float | None
+    """Share of the tokens that activate the feature most which are in the signature."""
     output_score: float | None
+    """How far the signature names what the feature promotes when it is steered."""
     string_coherence: float | None
+    """How alike the signature's tokens are as strings."""
     embedding_coherence: float | None
+    """And as embeddings."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +176,13 @@ class Link:
     dictionary: str | None
     """Slug of the dictionary the feature is in; None where that is not among the results (or no dictionary)."""
     name: str
+    """The target as the table names it: a dictionary, or a matrix of the model."""
     layer: int | None
+    """Of the target; None where it has none."""
     feature: int
+    """The feature's number there, or the row of the matrix."""
     score: float
+    """The product or cosine that the table holds."""
 
 
 @dataclass(frozen=True)
@@ -152,18 +190,29 @@ class FeatureView:
     """All that the results hold of a feature."""
 
     dictionary: str
+    """Its slug."""
     name: str
+    """The dictionary's name, path or hub id."""
     layer: int
+    """Where the dictionary is attached, from 0."""
     kind: str
+    """"sae", "transcoder", "directions", …"""
     hook_point: str | None
     """Where the dictionary is attached, as it is named where it comes from."""
     feature: int
+    """The feature's number."""
     signatures: tuple[SignatureView, ...]
+    """One for each preset among the results."""
     activity: Activity | None
+    """On a feature sample; None where there is none."""
     scores: tuple[Score, ...] | None
+    """Of an evaluation; None where there is none."""
     links: tuple[Link, ...] | None
+    """To related features; None where no table of the dictionary is among the results."""
     previous: int | None
+    """The feature before it in the results; None at the first."""
     next: int | None
+    """The feature after it; None at the last."""
     python: str
     """Code that opens the same results and gives this view."""
 
@@ -173,18 +222,27 @@ class Row:
     """A feature in a list."""
 
     dictionary: str
+    """Its slug."""
     layer: int
+    """The dictionary's."""
     feature: int
+    """The feature's number."""
     key_tokens: tuple[Token, ...]
     """The first tokens of its key signature (the preferred preset's top end); empty where there is none."""
     value_tokens: tuple[Token, ...]
+    """And those of its value signature."""
     token: Token | None = None
     """The token that was found, with preset, side, end, score and rank (0 the most extreme); None without a token."""
     preset: str | None = None
+    """Label of the result in which the token was found."""
     side: Side | None = None
+    """Of that result."""
     end: End | None = None
+    """At which end of the signature."""
     score: float | None = None
+    """The token's."""
     rank: int | None = None
+    """Its place in the signature, 0 the most extreme."""
     values: dict[str, float] = field(default_factory=dict)
     """The `FIELDS` that are known of the feature."""
 
@@ -194,6 +252,7 @@ class Page:
     """Some rows of a list."""
 
     rows: tuple[Row, ...]
+    """In the order that was asked for."""
     next: str | None
     """Pass as after= for the rows that follow; None at the end."""
     tokens: tuple[Token, ...] = ()
@@ -207,13 +266,19 @@ class TokenGroup:
     """A token's first features in one dictionary, on one side."""
 
     dictionary: str
+    """Its slug."""
     layer: int
+    """The dictionary's."""
     preset: str
+    """Label of the result that was looked into."""
     side: Side
+    """"key": features that read the token; "value": that write it."""
     end: End
+    """Whether the token is among the highest or the lowest."""
     count: int
     """Features of the dictionary whose signatures hold the token."""
     rows: tuple[Row, ...]
+    """The most extreme ones."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +286,9 @@ class TokenView:
     """A token's features in every dictionary."""
 
     token: Token
+    """The token."""
     groups: tuple[TokenGroup, ...]
+    """By dictionary, side and end; without those that hold no feature."""
 
 
 @dataclass(frozen=True)
@@ -229,13 +296,17 @@ class Pair:
     """Two matched features, or one feature under two presets."""
 
     feature: int
+    """In the first dictionary."""
     other: int
+    """In the second, or the same feature."""
     cosine: float | None
     """From a stored table of neighbours or feature flow; None where they were matched otherwise."""
     overlap: float
     """Tokens that both top ends hold ÷ tokens that either holds."""
     tokens: tuple[Token, ...]
+    """The first tokens of its signature."""
     other_tokens: tuple[Token, ...]
+    """The first tokens of the other's."""
     shared: tuple[int, ...]
     """Ids of the tokens that both hold."""
 
@@ -245,84 +316,16 @@ class Comparison:
     """A page of pairs."""
 
     dictionary: str
+    """Slug of the first."""
     preset: str
+    """Label of its result."""
     other: str
+    """Slug of the second, which may be the same."""
     other_preset: str
+    """Label of its result."""
     matched_by: Literal["feature", "cosine", "tokens"]
     """"feature": the same id under two presets. "cosine": a stored table. "tokens": most shared top tokens."""
     rows: tuple[Pair, ...]
+    """By feature of the first."""
     next: str | None
-
-
-@dataclass(frozen=True)
-class PresetInfo:
-    """One result of `signatures`."""
-
-    preset: str
-    """Its label within the dictionary."""
-    name: str
-    """The preset's own name."""
-    side: Side
-    transition: str
-    readout: str
-    k: int
-    n_features: int
-    statistics: tuple[str, ...]
-    has_errors: bool
-    has_layer_terms: bool
-    file: str
-    indexed: bool
-    """Is its index ready? Answers are the same without, but a million features take some tenths of a second."""
-    details: dict[str, str]
-    """Options, model, transport, … as the file's metadata give them."""
-
-
-@dataclass(frozen=True)
-class DictionaryInfo:
-    """A dictionary among the results."""
-
-    slug: str
-    """Its name in URLs and calls: letters, digits, ".", "_", "-"."""
-    name: str
-    layer: int
-    kind: str
-    n_features: int
-    """The most features that one of its results holds."""
-    hook_point: str | None
-    model: str
-    presets: tuple[PresetInfo, ...]
-    fields: tuple[str, ...]
-    """Which of `FIELDS` are known, for filters."""
-    score_methods: tuple[str, ...]
-    mean_scores: dict[str, float]
-    """"input_score query_lens_key" → mean over features, of the largest k."""
-    sample: str | None
-    """Name of the token sample its activity is known on."""
-    relations: tuple[str, ...]
-    rel_var: dict[str, float]
-    """Mean rel_var by preset label."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A result that is being written, or whose run was stopped."""
-
-    file: str
-    what: str
-    """The preset, or the product of relations."""
-    dictionary: str
-    layer: int | None
-    done: int
-    total: int | None
-    running: bool
-    """Does a process hold the result's lock?"""
-    changed: float
-    """When its last part was written, seconds since the epoch."""
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A file in a given folder that is not served, and why."""
-
-    file: str
-    reason: str
+    """Pass as after= for the pairs that follow; None at the end."""

@@ -19,6 +19,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -29,10 +30,11 @@ from querylens_fast.runs.atomic_write import fsync_folder, output_file, remove_l
 from querylens_fast.runs.run_record import DamagedFile, differences, digest_of, read_record, refuse_others, write_record
 from querylens_fast.runs.sealed_parquet import (
     METADATA_KEY,
+    CheckedFile,
     opened,
     problems,
+    read_checked,
     read_identity,
-    read_sealed,
     write_sealed,
 )
 
@@ -97,7 +99,7 @@ class PartWriter:
         if part is None:
             return False
         try:
-            self._read(start, part)
+            self._check_mark(start, read_checked(part))
         except DamagedFile as error:
             logger.warning("%s; the part is computed again", error)
             part.unlink(missing_ok=True)
@@ -159,21 +161,27 @@ class PartWriter:
         fsync_folder(self._out.parent)
 
     def _tables(self, starts: dict[int, Path]) -> Iterator[pa.Table]:
-        for start, part in sorted(starts.items()):
-            try:
-                yield self._read(start, part)
-            except DamagedFile as error:
-                part.unlink(missing_ok=True)
-                raise DamagedFile(f"{error}; it was removed, run the same call again to compute it anew") from error
+        """The rows of each part; the next part is read and checked while one is decoded."""
+        order = sorted(starts.items())
+        with ThreadPoolExecutor(1, "parts") as pool:
+            ahead = pool.submit(read_checked, order[0][1])
+            for i, (start, part) in enumerate(order, 1):
+                checked, ahead = ahead, pool.submit(read_checked, order[i][1]) if i < len(order) else ahead
+                try:
+                    found = checked.result()
+                    self._check_mark(start, found)
+                    yield found.table()
+                except DamagedFile as error:
+                    part.unlink(missing_ok=True)
+                    raise DamagedFile(f"{error}; it was removed, run the same call again to compute it anew") from error
 
-    def _read(self, start: int, part: Path) -> pa.Table:
-        table, entries = read_sealed(part)
-        mark = entries.get(PART_KEY)
+    def _check_mark(self, start: int, part: CheckedFile) -> None:
+        """Raise DamagedFile unless a part says that it is the one of this run that begins at row ``start``."""
+        mark = part.entries.get(PART_KEY)
         if mark is None and not self._all_sealed:
-            return table
+            return
         if mark is None or json.loads(mark) != {"run": self._digest, "start": start}:
-            raise DamagedFile(f"{str(part)!r} is not the part that this run wrote there: it was replaced or moved")
-        return table
+            raise DamagedFile(f"{str(part.path)!r} is not the part that this run wrote there: it was replaced or moved")
 
     def _find(self, start: int) -> Path | None:
         """The part that begins at a row, under today's name or the shorter one that earlier relations have."""

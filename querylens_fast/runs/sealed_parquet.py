@@ -13,14 +13,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
+from querylens_fast.runs.input_file import fits_memory
 from querylens_fast.runs.run_record import DamagedFile
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ METADATA_KEY = b"querylens_fast"
 SEAL_KEY = b"querylens_fast.sha256"
 SEALED_KEY = b"querylens_fast.sealed"
 _UNSEALED = b"0" * 64
+_SEAL = re.compile(rb"[0-9a-z:]{64}\.([0-9a-f]{64})(?![0-9a-f])")
 _TAIL = 8  # length of the footer, little endian, and "PAR1"
 _CHUNK = 1 << 22
 _MOST_WAITING = 64  # writes that are not hashed yet
@@ -212,48 +215,62 @@ def problems(path: str | Path) -> list[str]:
     return []
 
 
-def read_sealed(path: Path) -> tuple[pa.Table, dict[bytes, bytes]]:
-    """A small file as (table, key-value metadata), read once and checked byte by byte where it is sealed.
+class CheckedFile(NamedTuple):
+    """A small file in memory whose bytes have been checked."""
+
+    path: Path
+    data: bytes
+    metadata: pq.FileMetaData
+
+    @property
+    def entries(self) -> dict[bytes, bytes]:
+        """The key-value metadata."""
+        return self.metadata.metadata or {}
+
+    def table(self) -> pa.Table:
+        """Its rows, decoded."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with _named(self.path), pq.ParquetFile(pa.BufferReader(self.data), metadata=self.metadata) as file:
+            return file.read()
+
+
+def read_checked(path: Path) -> CheckedFile:
+    """Read a small file once and check it byte by byte before its rows are decoded; without a seal, by decoding it.
 
     Raises:
         DamagedFile: A byte of it has changed.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    data = path.read_bytes()
+    with fits_memory(path):
+        data = path.read_bytes()
     with _named(path):
         start = _start_of(len(data), data[-_TAIL:])
-        metadata = _parsed(path, data[start:])
-        entries = metadata.metadata or {}
-        if SEAL_KEY not in entries:
-            return pq.read_table(pa.BufferReader(data)), entries
-        with ThreadPoolExecutor(1, "digest") as hashing:
-            digest = hashing.submit(_hash_of(entries[SEAL_KEY]), memoryview(data)[:start])
-            try:
-                table = pq.read_table(pa.BufferReader(data))
-            finally:
-                if digest.result().hexdigest().encode() != entries[SEAL_KEY][:64]:
-                    raise _damaged(path, "rows are")
-        return table, entries
+        found = CheckedFile(path, data, _parsed(path, data[start:]))
+        seal = found.entries.get(SEAL_KEY)
+        if seal is None:
+            found.table()
+        elif _hash_of(seal)(memoryview(data)[:start]).hexdigest().encode() != seal[:64]:
+            raise _damaged(path, "rows are")
+    return found
 
 
 def _parsed(path: Path, footer: bytes, rewritten: bool = False) -> pq.FileMetaData:
-    """The metadata in a footer, which has to be the one that was sealed."""
+    """The metadata in a footer, which has to be the one that was sealed; that is checked before it is parsed."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    seal = _SEAL.search(footer)  # by its form: the damage may be in its key
+    if seal is not None:
+        blank = footer[: seal.start(1)] + _UNSEALED + footer[seal.end(1) :]
+        if hashlib.sha256(blank).hexdigest().encode() != seal[1]:
+            raise _damaged(path, "footer is")
     metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
     entries = metadata.metadata or {}
     if SEALED_KEY in entries and SEAL_KEY not in entries and not rewritten:
         raise DamagedFile(f"{str(path)!r} was edited: another program has written it again")
-    for key, value in entries.items():
-        # By its form too: the damage may be in the key.
-        if key == SEAL_KEY or (len(value) == 129 and value[64:65] == b"."):
-            place = footer.find(value) + 65
-            blank = footer[:place] + _UNSEALED + footer[place + 64 :]
-            if hashlib.sha256(blank).hexdigest().encode() != value[65:]:
-                raise _damaged(path, "footer is")
+    if SEAL_KEY in entries and seal is None:
+        raise _damaged(path, "footer is")
     return metadata
 
 

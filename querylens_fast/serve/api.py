@@ -7,7 +7,7 @@ that cannot be, 503 for a query that took too long.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any
 
 import orjson
@@ -15,21 +15,20 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
+from querylens_fast.queries import inventory, views
 from querylens_fast.queries.budget import Budget
+from querylens_fast.queries.inventory import DictionaryInfo, Progress, Skipped
 from querylens_fast.queries.query import MAX_TEXT, Filter
 from querylens_fast.queries.results import Results
 from querylens_fast.queries.views import (
-    FIELDS,
+    BOUNDS,
     MAX_LIMIT,
     ORDERS,
     Comparison,
-    DictionaryInfo,
     End,
     FeatureView,
     Page,
-    Progress,
     Side,
-    Skipped,
     Token,
     TokenView,
 )
@@ -53,9 +52,13 @@ class Overview:
     """What there is."""
 
     version: str
+    """Of the API."""
     dictionaries: tuple[DictionaryInfo, ...]
+    """By layer and name."""
     progress: tuple[Progress, ...]
+    """Runs that are not finished."""
     skipped: tuple[Skipped, ...]
+    """Files in the given folders that are not served."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ class Place:
     """Where a feature is."""
 
     dictionary: str
+    """Its slug."""
     feature: int
+    """The feature's number."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,18 @@ class Problem:
     """Why there is no answer."""
 
     error: str
+    """What was wrong with the request, or with the results."""
 
+
+for _kind in (*vars(views).values(), *vars(inventory).values(), Overview, Place, Problem):
+    if is_dataclass(_kind):
+        _kind.__pydantic_config__ = {"use_attribute_docstrings": True}  # for the OpenAPI document
 
 Slug = Annotated[str, Query(max_length=200, description="A dictionary's slug.")]
 OptionalSlug = Annotated[str | None, Query(max_length=200, description="A dictionary's slug; by default all.")]
-Id = Annotated[int, Path(ge=0, le=MAX_ID)]
+Dictionary = Annotated[str, Path(description="A dictionary's slug.")]
+Feature = Annotated[int, Path(ge=0, le=MAX_ID, description="The feature's number.")]
+TokenId = Annotated[int, Path(ge=0, le=MAX_ID, description="In the model's vocabulary.")]
 Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Rows of the page.")]
 After = Annotated[str | None, Query(max_length=2000, description="The `next` of the page before.")]
 Preset = Annotated[
@@ -96,16 +108,18 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    side: Side | None = None
-    end: End = "top"
+    side: Annotated[Side | None, Query(description="Look into signatures of one side; by default both.")] = None
+    end: Annotated[End, Query(description="Look among the highest or the lowest tokens.")] = "top"
     preset: Preset = None
     dictionary: OptionalSlug = None
-    layer: Annotated[int | None, Query(ge=0, le=MAX_ID)] = None
+    layer: Annotated[int | None, Query(ge=0, le=MAX_ID, description="Of the dictionaries; by default all.")] = None
     order: Annotated[
         str | None, Query(max_length=40, description=f"{', '.join(ORDERS)}; - before it for the largest first.")
     ] = None
     after: After = None
     limit: Limit = 50
+    score_min: Bound = None
+    score_max: Bound = None
     rel_var_min: Bound = None
     rel_var_max: Bound = None
     stable_k_min: Bound = None
@@ -122,7 +136,7 @@ class Asked(BaseModel):
     def options(self) -> dict[str, Any]:
         """As keyword arguments of `Results.search`."""
         given = self.model_dump()
-        bounds = {name: (given.pop(f"{name}_min"), given.pop(f"{name}_max")) for name in FIELDS}
+        bounds = {name: (given.pop(f"{name}_min"), given.pop(f"{name}_max")) for name in BOUNDS}
         filters = tuple(
             Filter(name, -math.inf if low is None else low, math.inf if high is None else high)
             for name, (low, high) in bounds.items()
@@ -145,9 +159,12 @@ class Compared(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     dictionary: Slug
-    other: OptionalSlug = None
+    other: Annotated[str | None, Query(max_length=200, description="Another slug; by default the same.")] = None
     preset: Preset = None
-    other_preset: Preset = None
+    other_preset: Annotated[
+        str | None,
+        Query(max_length=200, description="By default the same, or within one dictionary another of its side."),
+    ] = None
     after: After = None
     limit: Limit = 50
 
@@ -160,7 +177,7 @@ def dictionaries(request: Request) -> Json:
 
 
 @router.get("/features/{dictionary}/{feature}", response_model=FeatureView)
-def feature(request: Request, dictionary: str, feature: Id) -> Json:
+def feature(request: Request, dictionary: Dictionary, feature: Feature) -> Json:
     """All that the results hold of a feature."""
     return Json(_results(request).feature(dictionary, feature, budget=_budget(request)))
 
@@ -182,14 +199,16 @@ def tokens(
 
 
 @router.get("/tokens/{token_id}", response_model=TokenView)
-def token(request: Request, token_id: Id, limit: Limit = 10) -> Json:
+def token(request: Request, token_id: TokenId, limit: Limit = 10) -> Json:
     """A token's first features in every dictionary, on both sides, at the top and at the bottom."""
     return Json(_results(request).token(token_id, limit=limit, budget=_budget(request)))
 
 
 @router.get("/random", response_model=Place)
 def random(
-    request: Request, dictionary: OptionalSlug = None, seed: Annotated[int | None, Query(ge=0, le=MAX_ID)] = None
+    request: Request,
+    dictionary: OptionalSlug = None,
+    seed: Annotated[int | None, Query(ge=0, le=MAX_ID, description="For the same draw each time.")] = None,
 ) -> Json:
     """A feature drawn at random."""
     return Json(Place(*_results(request).random(dictionary, seed=seed)))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 from fastapi import FastAPI, Request, Response
@@ -25,9 +25,13 @@ from querylens_fast.queries.results import Results
 from querylens_fast.serve import api, pages
 from querylens_fast.serve.security import Guard, is_local
 
+if TYPE_CHECKING:
+    import uvicorn
+
 STATIC = Path(__file__).parent / "static"
 THREADS = 4
 """Requests that compute at a time."""
+MAX_CONNECTIONS = 4096
 QUERY_SECONDS = 10.0
 STATUS = {QueryStopped: 503, ResultGone: 410, LookupError: 404, ValueError: 422}
 """Of what queries raise; the first that fits counts."""
@@ -82,26 +86,48 @@ def create_app(
     return app
 
 
-def serve(app: FastAPI, listening: socket.socket) -> None:
-    """Answer requests until SIGTERM or Ctrl-C; then those that are under way are finished, for some seconds at most."""
+def configuration(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn runs the application."""
     import uvicorn
 
-    config = uvicorn.Config(
+    from querylens_fast.serve.protocol import BoundedProtocol
+
+    return uvicorn.Config(
         app,
+        http=BoundedProtocol,
+        ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=5,
         timeout_keep_alive=30,
-        h11_max_incomplete_event_size=1 << 16,
+        limit_concurrency=MAX_CONNECTIONS,
     )
+
+
+def serve(app: FastAPI, listening: socket.socket) -> None:
+    """Answer requests until SIGTERM or Ctrl-C; then those that are under way are finished, for some seconds at most."""
+    import uvicorn
+
+    _allow_connections()
+    sys.setswitchinterval(0.001)  # the thread that takes requests waits less for those that compute
     # What is cached lives long: a full collection stops every answer for a tenth of a second and finds nothing there.
     gc.freeze()
     gc.set_threshold(gc.get_threshold()[0], 10, 1000)
     # uvicorn shuts down and then raises the signal again, which would end the process as if it had been killed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(configuration(app)).run(sockets=[listening])
+
+
+def _allow_connections() -> None:
+    """Raise the limit of open files, often 1,024, as far as this user may; Windows has none."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, 2 * MAX_CONNECTIONS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def listen(host: str, port: int, token: str | None) -> socket.socket:
@@ -145,7 +171,9 @@ async def _problem(request: Request, error: Exception) -> Response:
     status, message, headers = _told(error)
     if request.url.path.startswith("/api/"):
         return api.Json({"error": message}, status, headers=headers)
-    return pages.error_page(request, status, message)
+    answer = pages.error_page(request, status, message)
+    answer.headers.update(headers or {})
+    return answer
 
 
 def _told(error: Exception) -> tuple[int, str, Mapping[str, str] | None]:

@@ -12,13 +12,15 @@ from urllib.parse import quote, urlencode
 
 from querylens_fast.queries.catalog import PREFERRED
 from querylens_fast.queries.display import MARKS
-from querylens_fast.queries.views import FeatureView, ScoredToken, SignatureView, Token
+from querylens_fast.queries.views import FeatureView, Link, Row, ScoredToken, SignatureView, Token
 from querylens_fast.serve.plots import histogram
 
 if TYPE_CHECKING:
     import jinja2
     from markupsafe import Markup
 
+LISTED = 6
+"""Tokens of each side in a row of a list."""
 SHADES = 6
 """Steps of colour on each side of zero."""
 NAMES = {
@@ -31,6 +33,7 @@ NAMES = {
 }
 VARIANTS = {"approx": "first order", "adaptive": "adaptive"}
 FIELD_NAMES = {
+    "score": "score",
     "rel_var": "relative variance",
     "stable_k": "stable tokens",
     "input_score": "input score",
@@ -67,7 +70,10 @@ class Links:
             return None
         if self.only is not None:
             return f"#{dictionary}-{feature}" if (dictionary, feature) in self.only else None
-        return f"/feature/{quote(dictionary)}/{feature}"
+        return f"/feature/{_quoted(dictionary)}/{feature}"
+
+
+_quoted = lru_cache(1024)(quote)
 
 
 def chip(token: Token, links: Links, shade: str = "z") -> Markup:
@@ -82,11 +88,16 @@ def chips(tokens: Iterable[Token], links: Links, here: Collection[int] = ()) -> 
     """A row of chips without scores; those whose ids are in ``here`` are outlined."""
     from markupsafe import Markup
 
-    linked, pieces = links.only is None, []
-    for token in tokens:
-        opening, closing = _chip(token, linked)
-        pieces.append(f"{opening}{'z here' if token.id in here else 'z'}{closing}")
+    linked = links.only is None
+    pieces = [_plain(token, linked, token.id in here) for token in tokens]
     return Markup(f'<span class="chips">{"".join(pieces)}</span>')
+
+
+@lru_cache(1 << 16)
+def _plain(token: Token, linked: bool, here: bool) -> str:
+    """A chip without a score."""
+    opening, closing = _chip(token, linked)
+    return f"{opening}{'z here' if here else 'z'}{closing}"
 
 
 @lru_cache(1 << 16)
@@ -130,6 +141,40 @@ def signature_rows(tokens: Iterable[ScoredToken], most: float, links: Links) -> 
             f'<td class="num score"{title}>{fixed(t.score)}{error}</td></tr>'
         )
     return Markup("\n".join(rows))
+
+
+def list_rows(found: Iterable[Row], columns: Sequence[str], links: Links, named: bool) -> Markup:
+    """Table rows of a list of features, with their dictionaries where ``named``. Written here for speed."""
+    from markupsafe import Markup, escape
+
+    rows, most = [], largest(r.score for r in found)
+    by_token = any(r.score is not None for r in found)
+    for r in found:
+        cells = [f'<tr><th scope="row"><a href="{links.feature(r.dictionary, r.feature)}">{r.feature}</a></th>']
+        if named:
+            cells.append(f'<td>{escape(r.dictionary)} <small class="tight">layer {r.layer}</small></td>')
+        if by_token:
+            cells.append(_found(r, most, links))
+        for side, name, tokens in (("key", "reads", r.key_tokens), ("value", "writes", r.value_tokens)):
+            here = (r.token.id,) if r.token is not None and r.side == side else ()
+            cells.append(f'<td class="whole" data-name="{name}">{chips(tokens[:LISTED], links, here)}</td>')
+        for c in columns:
+            value = r.values.get(c)
+            told = number(int(value) if c == "stable_k" and value is not None else value)
+            cells.append(f'<td class="num" data-name="{FIELD_NAMES[c]}">{told}</td>')
+        rows.append("".join(cells))
+    return Markup("</tr>\n".join([*rows, ""]))
+
+
+def _found(r: Row, most: float, links: Links) -> str:
+    """The cells of the token that was found in a row: chip, side and rank; score."""
+    if r.token is None or r.score is None or r.rank is None:
+        return "<td></td><td></td>"
+    where = f"{r.side}{', lowest' if r.end == 'bottom' else ''}, #{r.rank + 1}"
+    return (
+        f'<td class="tight">{chip(r.token, links, shade(r.score, most))} <small>{where}</small></td>'
+        f'<td class="num" data-name="score">{fixed(r.score)}</td>'
+    )
 
 
 def score_bar(score: float, se: float | None, most: float) -> Markup:
@@ -209,9 +254,11 @@ def running(tokens: Iterable[Token]) -> Markup:
 
 
 def by_side(view: FeatureView) -> dict[str, list[SignatureView]]:
-    """A feature's signatures by side, the key first, Logit Lens before the others."""
+    """A feature's signatures by side, the key first; Logit Lens, then as they are preferred."""
     found = {
-        side: sorted((s for s in view.signatures if s.side == side), key=lambda s: s.transition != "identity")
+        side: sorted(
+            (s for s in view.signatures if s.side == side), key=lambda s: (s.transition != "identity", _rank(s))
+        )
         for side in ("key", "value")
     }
     return {side: signatures for side, signatures in found.items() if signatures}
@@ -219,8 +266,21 @@ def by_side(view: FeatureView) -> dict[str, list[SignatureView]]:
 
 def chief(signatures: Sequence[SignatureView]) -> SignatureView:
     """The signature that stands for a side."""
-    rank = {name: i for i, name in enumerate(PREFERRED)}
-    return min(signatures, key=lambda s: rank.get(s.preset.partition("~")[0], len(rank)))
+    return min(signatures, key=_rank)
+
+
+def _rank(signature: SignatureView) -> int:
+    name = signature.preset.partition("~")[0]
+    return PREFERRED.index(name) if name in PREFERRED else len(PREFERRED)
+
+
+def by_relation(links: Sequence[Link]) -> list[tuple[str, list[Link]]]:
+    """Links by relation, in the order of `RELATIONS`."""
+    found: dict[str, list[Link]] = {}
+    for link in links:
+        found.setdefault(link.relation, []).append(link)
+    rank = {name: i for i, name in enumerate(RELATIONS)}
+    return sorted(found.items(), key=lambda group: rank.get(group[0], len(rank)))
 
 
 def feature_context(view: FeatureView) -> dict[str, Any]:
@@ -252,6 +312,7 @@ def environment() -> jinja2.Environment:
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("querylens_fast.serve", "templates"),
         autoescape=True,
+        auto_reload=False,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -263,7 +324,9 @@ def environment() -> jinja2.Environment:
         "shade": shade,
         "score_bar": score_bar,
         "signature_rows": signature_rows,
+        "list_rows": list_rows,
         "largest": largest,
+        "by_relation": by_relation,
         "by_side": by_side,
         "chief": chief,
         "query": query,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,10 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 
 from querylens_fast.queries.budget import Budget
 from querylens_fast.queries.catalog import PREFERRED
-from querylens_fast.queries.results import Filter, Results
-from querylens_fast.queries.views import FIELDS, DictionaryInfo
+from querylens_fast.queries.inventory import DictionaryInfo
+from querylens_fast.queries.results import Results
+from querylens_fast.queries.views import BOUNDS, FIELDS
+from querylens_fast.serve.asked import bound, filters, number_of, whole
 from querylens_fast.serve.markup import (
     FIELD_NAMES,
     Links,
@@ -82,31 +83,31 @@ def search(request: Request) -> HTMLResponse:
     results, known = _results(request), _results(request).dictionaries
     names = ("q", "token", "exact", "dictionary", "side", "end", "preset", "layer", "order", "after")
     asked = {
-        n: request.query_params.get(n, "") for n in (*names, *(f"{f}_{b}" for f in FIELDS for b in ("min", "max")))
+        n: request.query_params.get(n, "") for n in (*names, *(f"{f}_{b}" for f in BOUNDS for b in ("min", "max")))
     }
     text = asked["q"] or None
     asked["token"] = "" if text else asked["token"]  # a form that was filled in keeps the token it began with
-    token = _whole(asked["token"], "token")
+    token = whole(asked["token"], "token")
     by_token = text is not None or token is not None
-    filters = _filters(asked)
+    bounds = [f for f in filters(asked) if by_token or f.field != "score"]
     order = asked["order"] if by_token or asked["order"].lstrip("-") != "score" else ""
     page = results.search(
         text,
         token_id=token,
         exact=asked["exact"] == "1",
-        filters=filters,
+        filters=bounds,
         dictionary=asked["dictionary"] or None,
         side=asked["side"] or None,
         end=asked["end"] or "top",
         preset=asked["preset"] or None,
-        layer=_whole(asked["layer"], "layer"),
+        layer=whole(asked["layer"], "layer"),
         order=order or None,
         after=asked["after"] or None,
         limit=ROWS,
         budget=_budget(request),
     )
     fields = [f for f in FIELDS if any(f in d.fields for d in known)]
-    used = {f.field for f in filters} | {order.lstrip("-")}
+    used = {f.field for f in bounds} | {order.lstrip("-")}
     return _page(
         request,
         "search",
@@ -115,8 +116,8 @@ def search(request: Request) -> HTMLResponse:
         by_token=by_token,
         numbered=_numbered(known, asked),
         columns=[f for f in fields if f in used or f in USUAL_COLUMNS],
-        filter_fields=fields,
-        filtered=bool(filters) or asked["layer"] != "" or asked["exact"] != "" or asked["preset"] != "",
+        filter_fields=["score"] * by_token + fields,
+        filtered=bool(bounds) or asked["layer"] != "" or asked["exact"] != "" or asked["preset"] != "",
         dictionary_options=[("", "all"), *((d.slug, d.slug) for d in known)],
         order_options=_orders(fields, by_token),
         first="/search" + query(asked, after=None),
@@ -128,7 +129,7 @@ def search(request: Request) -> HTMLResponse:
 def feature(request: Request, dictionary: str, feature: str) -> HTMLResponse:
     """All that is known of a feature."""
     results = _results(request)
-    view = results.feature(dictionary, _number_of(feature, "feature"), budget=_budget(request))
+    view = results.feature(dictionary, number_of(feature, "feature"), budget=_budget(request))
     everything = request.query_params.get("rows") == "all"
     return _page(request, "feature", **feature_context(view), all=everything, limit=None if everything else SHORT)
 
@@ -136,7 +137,7 @@ def feature(request: Request, dictionary: str, feature: str) -> HTMLResponse:
 @router.get("/token/{token}")
 def token(request: Request, token: str) -> HTMLResponse:
     """A token's features in every dictionary; those that have it among their lowest tokens when asked for."""
-    view = _results(request).token(_number_of(token, "token"), limit=5, budget=_budget(request))
+    view = _results(request).token(number_of(token, "token"), limit=5, budget=_budget(request))
     top = tuple(group for group in view.groups if group.end == "top")
     groups = view.groups if request.query_params.get("ends") == "both" or not top else top
     return _page(request, "token", view=view, groups=groups)
@@ -157,15 +158,17 @@ def compare(request: Request) -> HTMLResponse:
     asked = {n: request.query_params.get(n, "") for n in ("a", "b", "after")}
     asked = {**asked, **_compared(known, asked["a"], asked["b"])}
     first, second = (asked[n].partition("/") for n in ("a", "b"))
-    found = results.compare(
-        first[0],
-        second[0],
-        preset=first[2] or None,
-        other_preset=second[2] or None,
-        after=asked["after"] or None,
-        limit=ROWS,
-        budget=_budget(request),
-    )
+    found = None
+    if asked["a"]:
+        found = results.compare(
+            first[0],
+            second[0],
+            preset=first[2] or None,
+            other_preset=second[2] or None,
+            after=asked["after"] or None,
+            limit=ROWS,
+            budget=_budget(request),
+        )
     return _page(
         request,
         "compare",
@@ -173,7 +176,7 @@ def compare(request: Request) -> HTMLResponse:
         asked=asked,
         found=found,
         first="/compare" + query(asked, after=None),
-        following="/compare" + query(asked, after=found.next),
+        following="/compare" + query(asked, after=found and found.next),
     )
 
 
@@ -194,8 +197,8 @@ def try_page(request: Request) -> HTMLResponse:
             if asked["text"]:
                 firing = tried.firing(asked["dictionary"], asked["text"])
             else:
-                chosen, n = _number_of(asked["feature"], "feature"), _number_of(asked["n"], "n")
-                strength = _bound(asked["strength"], "strength") or 0.0
+                chosen, n = number_of(asked["feature"], "feature"), number_of(asked["n"], "n")
+                strength = bound(asked["strength"], "strength") or 0.0
                 steered = tried.steer(asked["dictionary"], chosen, strength, asked["prompt"], n)
         except (ValueError, LookupError, Busy, TooLong) as error:
             problem = str(error)
@@ -221,7 +224,13 @@ def documentation(request: Request) -> HTMLResponse:
         for path, methods in request.app.openapi()["paths"].items()
         for method, operation in methods.items()
     ]
-    return _page(request, "api", operations=operations)
+    return _page(request, "api", operations=operations, schemas=_schemas(request))
+
+
+def _schemas(request: Request) -> list[tuple[str, Any]]:
+    """The types of the answers, those of problems left out."""
+    found = request.app.openapi()["components"]["schemas"]
+    return [(name, schema) for name, schema in found.items() if "properties" in schema and "Error" not in name]
 
 
 def error_page(request: Request, status: int, message: str) -> HTMLResponse:
@@ -254,39 +263,6 @@ def _budget(request: Request) -> Budget:
     return request.state.budget
 
 
-def _number_of(text: str, name: str) -> int:
-    """A number that stands in an address; anything else is an unknown page."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 12):
-        raise LookupError(f"{name} is {text[:80]!r}; expected a number")
-    return int(text)
-
-
-def _whole(text: str, name: str) -> int | None:
-    if text == "":
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) <= 12):
-        raise ValueError(f"{name} is {text[:80]!r}; expected a whole number")
-    return int(text)
-
-
-def _bound(text: str, name: str) -> float | None:
-    if text == "":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{name} is {text[:80]!r}; expected a number") from None
-
-
-def _filters(asked: Mapping[str, str]) -> list[Filter]:
-    found = []
-    for field in FIELDS:
-        low, high = (_bound(asked[f"{field}_{b}"], f"{FIELD_NAMES[field]}, {b}") for b in ("min", "max"))
-        if (low, high) != (None, None):
-            found.append(Filter(field, -math.inf if low is None else low, math.inf if high is None else high))
-    return found
-
-
 def _numbered(known: Sequence[DictionaryInfo], asked: Mapping[str, str]) -> list[tuple[str, str]]:
     """Links to the features whose number was typed."""
     text = asked["q"].strip()
@@ -312,13 +288,20 @@ def _of_side(preset: Any) -> str:
 
 
 def _compared(known: Sequence[DictionaryInfo], first: str, second: str) -> dict[str, str]:
-    """The two sides of a comparison; by default Logit Lens and the preferred preset of the first dictionary."""
+    """The two sides of a comparison. By default Logit Lens and the preferred preset of a dictionary that has both, else
+    one preset of two dictionaries; empty where there is no preset at all.
+    """
     rank = {name: i for i, name in enumerate(PREFERRED)}
-    usual = [(d, sorted(d.presets, key=lambda p: rank.get(p.name, len(rank)))) for d in known[:1] if d.presets]
-    for d, presets in usual:
-        own = [p for p in presets if p.side == presets[0].side]
-        plain = next((p for p in own if p.transition == "identity"), own[-1])
-        first, second = first or f"{d.slug}/{plain.preset}", second or f"{d.slug}/{own[0].preset}"
+    pairs = []
+    for d in known:
+        best = sorted(d.presets, key=lambda p: rank.get(p.name, len(rank)))
+        own = [p for p in best if p.side == best[0].side]
+        other = next((p for p in own[1:] if p.transition == "identity"), own[-1] if own else None)
+        pairs += [(d.slug, other.preset, own[0].preset)] if other is not None else []
+    if pairs:
+        slug, other, best = next((pair for pair in pairs if pair[1] != pair[2]), pairs[0])
+        beside = next((s for s, _, same in pairs if s != slug and same == best), slug) if other == best else slug
+        first, second = first or f"{slug}/{other}", second or f"{beside}/{best}"
     return {"a": first, "b": second}
 
 

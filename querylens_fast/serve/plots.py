@@ -68,6 +68,8 @@ class Column(NamedTuple):
     width: float
     height: float
     title: str
+    sign: str
+    """"n" below zero, "p" above."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ def line_plot(
         bottom,
         x_label,
         y_label,
-        [Tick(at_x(x), f"{x:g}") for x in xs[::step]],
-        [Tick(at_y(y), f"{y:g}") for y in ticks],
+        [Tick(at_x(x), _label(x)) for x in xs[::step]],
+        [Tick(at_y(y), _label(y)) for y in ticks],
         drawn,
     )
 
@@ -135,9 +137,14 @@ def histogram(edges: Sequence[float], counts: Sequence[int]) -> HistogramPlot | 
         tall = (bottom - top) * math.sqrt(count) / most
         x, right = (edges[i] - low) * scale, (edges[i + 1] - low) * scale
         title = f"{edges[i]:.3g} to {edges[i + 1]:.3g}: {count:,}"
-        columns.append(Column(x, bottom - tall, max(0.5, right - x - 0.5), tall, title))
+        sign = "n" if edges[i] + edges[i + 1] < 0 else "p"
+        columns.append(Column(x, bottom - tall, max(0.5, right - x - 0.5), tall, title, sign))
     inner = [t for t in nice_ticks(low, high) if low <= t <= high]
-    return HistogramPlot(width, height, bottom, columns, [Tick((t - low) * scale, f"{t:g}") for t in inner])
+    return HistogramPlot(width, height, bottom, columns, [Tick((t - low) * scale, _label(t)) for t in inner])
+
+
+def _label(value: float) -> str:
+    return f"{value:g}".replace("-", "\u2212")
 
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:

@@ -6,7 +6,7 @@ One ASGI middleware around the pages and the API:
 - with a token, a request needs it as ``Authorization: Bearer``, in a cookie, or once as ``?access_token=``, which sets
   the cookie and leads to the address without it;
 - other sites may not send anything but GET (Origin header);
-- request bodies, addresses and the number of requests at a time are bounded;
+- addresses, request bodies with the time they take to come, and the number of requests at a time are bounded;
 - ``request.state.budget`` is the time that the answer may take; it is cancelled when the client goes away.
 """
 
@@ -35,7 +35,11 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 MAX_BODY = 1 << 16
 MAX_ADDRESS = 1 << 15
 """Bytes of a path and its query."""
-MAX_AT_A_TIME = 128
+BODY_SECONDS = 10.0
+"""For a body to come whole."""
+BODY_HEADERS = (b"content-length", b"transfer-encoding")
+MAX_AT_A_TIME = 1024
+"""Requests that wait for their answer."""
 COOKIE = "querylens_token"
 PARAMETER = "access_token"
 REFUSAL = (
@@ -96,6 +100,8 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # what GET would answer; the server leaves the body out
+            scope = {**scope, "method": "GET"}
         headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
         as_page = "text/html" in headers.get(b"accept", "") and not scope["path"].startswith("/api/")
         refusal = self._refusal(scope, headers)
@@ -113,19 +119,19 @@ class Guard:
             )
             await _answer(send, 401, message, [(b"www-authenticate", b"Bearer")], as_page=as_page)
             return
-        if self.at_a_time >= MAX_AT_A_TIME:
-            message = "too many requests at a time; try again"
-            await _answer(send, 503, message, [(b"retry-after", b"1")], as_page=as_page)
-            return
-        self.at_a_time += 1
-        try:
-            await self._pass_on(scope, receive, send)
-        finally:
-            self.at_a_time -= 1
+        refusal, body = await _body(receive, waiting=not headers.keys().isdisjoint(BODY_HEADERS))
+        if refusal is None and self.at_a_time >= MAX_AT_A_TIME:
+            refusal = 503, "too many requests at a time; try again"
+        if refusal is not None:
+            await _answer(send, *refusal, [(b"retry-after", b"1")] if refusal[0] == 503 else [], as_page=as_page)
+        elif body is not None:
+            await self._pass_on(scope, receive, send, body)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, str]) -> tuple[int, str] | None:
         """(Status, message) where a request is refused whoever sends it."""
         name = _host_name(headers.get(b"host", ""))
+        if [name for name, _ in scope["headers"]].count(b"host") > 1:
+            return 400, "the request has several Host headers"
         if name is None or not self._is_ours(name):
             return 421, f"Host is {headers.get(b'host', '')[:80]!r}, which is not a name of this server"
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_ADDRESS:
@@ -161,29 +167,54 @@ class Guard:
     def _cookie(self) -> bytes:
         return f"{COOKIE}={self.token}; Path=/; HttpOnly; SameSite=Strict".encode()
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application with its body read, its time bounded, and its query cancelled when the client goes."""
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-            if len(body) > MAX_BODY:
-                await _answer(send, 413, f"the request's body is larger than {MAX_BODY} bytes")
-                return
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
+        """Run the application, its time bounded, and its query cancelled when the client goes away."""
         budget = Budget(self.seconds)
         scope.setdefault("state", {})["budget"] = budget
         waiting = deque([{"type": "http.request", "body": body, "more_body": False}])
         gone = asyncio.ensure_future(_cancel_when_gone(receive, budget))
+        counted = 1
+        self.at_a_time += counted
 
         async def replay() -> Message:
             return waiting.popleft() if waiting else await asyncio.shield(gone)
 
+        async def sending(message: Message) -> None:
+            nonlocal counted
+            if (
+                message["type"] == "http.response.start"
+            ):  # a client that reads slowly keeps no other from being answered
+                self.at_a_time, counted = self.at_a_time - counted, 0
+                message["headers"] = [*message.get("headers", []), *HEADERS]
+            await send(message)
+
         try:
-            await self.app(scope, replay, _with_headers(send))
+            await self.app(scope, replay, sending)
         finally:
+            self.at_a_time -= counted
             gone.cancel()
+
+
+async def _body(receive: Receive, waiting: bool) -> tuple[tuple[int, str] | None, bytes | None]:
+    """(Why it is refused, None) or (None, the body; None where the client has gone)."""
+    try:
+        body = await (asyncio.wait_for(_whole(receive), BODY_SECONDS) if waiting else _whole(receive))
+    except asyncio.TimeoutError:
+        return (408, f"the request's body did not come within {BODY_SECONDS:g} s"), None
+    if body is not None and len(body) > MAX_BODY:
+        return (413, f"the request's body is larger than {MAX_BODY} bytes"), None
+    return None, body
+
+
+async def _whole(receive: Receive) -> bytes | None:
+    """What there is of the body, to just above `MAX_BODY`; None where the client has gone."""
+    body, more = b"", True
+    while more and len(body) <= MAX_BODY:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    return body
 
 
 async def _cancel_when_gone(receive: Receive, budget: Budget) -> Message:
@@ -192,15 +223,6 @@ async def _cancel_when_gone(receive: Receive, budget: Budget) -> Message:
         if message["type"] == "http.disconnect":
             budget.cancel()
             return message
-
-
-def _with_headers(send: Send) -> Send:
-    async def sending(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", []), *HEADERS]
-        await send(message)
-
-    return sending
 
 
 def _entry_address(scope: Scope, token: str | None) -> str | None:
@@ -220,6 +242,8 @@ def _entry_address(scope: Scope, token: str | None) -> str | None:
 
 def _host_name(header: str) -> str | None:
     """The name in a Host header, without the port; None where it is no name."""
+    if re.search(r"[^\w.:\[\]-]", header, re.ASCII):
+        return None
     try:
         return urlsplit(f"//{header}").hostname
     except ValueError:

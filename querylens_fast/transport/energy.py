@@ -5,6 +5,9 @@
   sequence to u, E[Σ u uᵀ] = N·G (Hutchinson). One sweep of ``n_probes`` directions for all points, unbiased; the
   relative error falls with 1/√(probes × sequences). Probes are kept in up to eight sets, whose spread gives the
   standard error.
+
+With groups of sequences, each group's share of the value side's full energies is kept too, over all sets: the adaptive
+preset mixes by them, so its standard errors need them.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from querylens_fast.transport.jacobians import (
 
 Energy = Literal["none", "probes", "exact"]
 PROBE_SETS = 8
+GROUPED: tuple[Side, Order] = ("value", "full")
+"""The energies that are kept by groups of sequences, too."""
 
 
 class EnergySums:
@@ -44,6 +49,7 @@ class EnergySums:
         n_probes: int,
         seed: int,
         n_directions: int,
+        groups: int = 1,
     ) -> None:
         """Args are as in `fit_transport`; n_directions is how many directions are carried at once."""
         if energy == "probes" and n_probes < 2:
@@ -58,6 +64,13 @@ class EnergySums:
             for pair in pairs
             if self.n_sets
         }
+        self.groups: dict[tuple[Side, Order], Tensor] = {
+            pair: torch.zeros(groups, points, d, d, dtype=self.dtype, device=model.device)
+            for pair in self.sums
+            if pair == GROUPED and groups > 1
+        }
+        """[G, 2L + 1, D, D]: N times each group's share of the mean over the sets."""
+        self._group = 0
 
     @property
     def steps_per_batch(self) -> int:
@@ -67,8 +80,9 @@ class EnergySums:
         points = sum(len(sums) if order == "full" else 1 for (_, order), sums in self.sums.items())
         return len(self.basis) * points
 
-    def add(self, lin: Linearised) -> Iterator[int]:
-        """Add one batch's share; yields the number of directions done."""
+    def add(self, lin: Linearised, group: int = 0) -> Iterator[int]:
+        """Add the share of one batch, which is of a group; yields the number of directions done."""
+        self._group = group
         if self.energy == "probes":
             for chosen in batches(self.n_probes, self.n_directions):
                 signs = self._signs(lin, chosen)
@@ -80,13 +94,18 @@ class EnergySums:
 
     def means(self, n_valid: int) -> dict[tuple[Side, Order], Tensor]:
         """E[JᵀJ] from the sums over n_valid positions."""
-        counts = [
-            len(range(s, self.n_probes, self.n_sets)) if self.energy == "probes" else 1 for s in range(self.n_sets)
-        ]
-        return {
-            pair: sums / (n_valid * torch.tensor(counts, device=sums.device)[:, None, None])
-            for pair, sums in self.sums.items()
-        }
+        counts = torch.tensor([self._probes_of(kept) for kept in range(self.n_sets)])[:, None, None]
+        return {pair: sums / (n_valid * counts.to(sums.device)) for pair, sums in self.sums.items()}
+
+    def _probes_of(self, kept: int) -> int:
+        """How many probes a set has."""
+        return len(range(kept, self.n_probes, self.n_sets)) if self.energy == "probes" else 1
+
+    def _keep(self, pair: tuple[Side, Order], point: int, gram: Tensor, kept: int = 0) -> None:
+        """Add a batch's Gram matrix [D, D] of one set to the sums of a point."""
+        self.sums[pair][point, kept] += gram
+        if pair in self.groups:
+            self.groups[pair][self._group, point] += gram / (self._probes_of(kept) * self.n_sets)
 
     def _signs(self, lin: Linearised, chosen: slice) -> Tensor:
         """Random signs at valid positions, [C, B, S, D]; drawn for each sequence by itself, whatever the batching."""
@@ -99,7 +118,7 @@ class EnergySums:
 
     def _add_probes(self, lin: Linearised, signs: Tensor, chosen: slice, side: Side, order: Order) -> None:
         direction = FITTING_DIRECTION[side]
-        start, sums = lin.far_end(direction), self.sums[side, order]
+        start = lin.far_end(direction)
         for point, (_, state) in zip(
             lin.points(start, direction), sweep(lin, signs, start, direction, order), strict=True
         ):
@@ -107,13 +126,13 @@ class EnergySums:
             for kept in range(self.n_sets):
                 members = [c for c in range(len(signs)) if (chosen.start + c) % self.n_sets == kept]
                 flat = u[members].flatten(0, 1)
-                sums[point, kept] += flat.mT @ flat
+                self._keep((side, order), point, flat.mT @ flat, kept)
 
     def _exact_full(self, lin: Linearised, side: Side) -> Iterator[int]:
         for point in range(len(lin.modules) + 1):
             chunks = batches(len(self.basis), self.n_directions)
             moved = [walk(lin, lin.everywhere(self.basis[c]), point, side, "full") for c in chunks]
-            self.sums[side, "full"][point, 0] += _gram(torch.cat(moved))
+            self._keep((side, "full"), point, _gram(torch.cat(moved)))
             yield len(self.basis)
 
     def _exact_first_order(self, lin: Linearised, side: Side) -> Iterator[int]:

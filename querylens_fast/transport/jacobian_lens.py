@@ -11,7 +11,6 @@ with float16 matrices as a rule and, from some writers, a "metadata" dict.
 
 from __future__ import annotations
 
-import hashlib
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from querylens_fast.dictionaries.checkpoints import read_checkpoint
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.runs.atomic_write import whole
+from querylens_fast.runs.input_file import digest_of_file
 from querylens_fast.transport.transport import FORMAT, Transport
 
 TEXT_LENGTH = 10_000
@@ -73,7 +73,7 @@ def import_jacobian_lens(path: str | Path, model: Any) -> Transport:
         "submodule": "both",
         "through_norms": "True",
         "n_valid": "0",
-        "digest": hashlib.sha256(path.read_bytes()).hexdigest()[:32],
+        "digest": digest_of_file(path)[:32],
         "n_prompts": _text(lens.get("n_prompts", "unknown")),
         **{f"lens.{key}": value for key, value in recorded.items()},
     }
