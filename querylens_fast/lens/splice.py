@@ -128,7 +128,7 @@ class _Sites:
         self.after = pre[layer + 1] if layer + 1 < model.n_layers else final
         self.beside_attention, self.beside_mlp, self.attention_to = self.before, self.middle, 1
         if isinstance(self.attention, Beside):
-            self.attention, self.mlp = self.attention.parts
+            self.attention, self.mlp = self.attention.attention, self.attention.mlp
             self.middle, self.attention_to = self.before, 2
             self.beside_attention = self.before + self.mlp(self.before)
             self.beside_mlp = self.before + self.attention(self.before, self.masking)
