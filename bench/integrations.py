@@ -138,7 +138,21 @@ def sae_lens(n: int, d: int, vocabulary: int, ours: bool) -> dict[str, Any]:
         columns = dict(zip(("mean", "std", "skewness", "kurtosis"), (mean[:, 0], std[:, 0], *moments), strict=True))
         found = {name: column[:64].tolist() for name, column in columns.items()}
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_mib": peak_mib(), "extra_mib": peak_mib() - before, "first": found}
+    used = {"seconds": seconds, "peak_mib": peak_mib(), "extra_mib": peak_mib() - before, "first": found}
+    return used | ({"product_seconds": product_seconds(W_dec, W_U)} if ours else {})
+
+
+def product_seconds(W_dec: Tensor, W_U: Tensor, rows: int = 512, columns: int = 2048) -> float:
+    """What the float32 product of all rows takes by itself, from some rows: the floor of statistics that need it."""
+    from querylens_fast.topk.products import full_float32, linear
+
+    some, W = W_dec[:rows], W_U.mT.contiguous()
+    with torch.no_grad(), full_float32(W.device):
+        linear(some, W[:columns])
+        start = time.perf_counter()
+        for part in W.split(columns):
+            linear(some, part)
+    return (time.perf_counter() - start) * len(W_dec) / len(some)
 
 
 def logit_readout(n: int, d: int, vocabulary: int) -> dict[str, Any]:

@@ -19,7 +19,13 @@ USED = {
     "saedashboard": (*_ROWS, "columnar"),
     "delphi": ("hookpoint", "features", "neighbours"),
 }
-"""The options of `export` that a format uses, beside those that all use."""
+"""The options of `export` that a format uses, beside those that all use: mostly arguments of its own function."""
+NEEDED = {
+    "neuronpedia": ("model_id", "source_set"),
+    "circuit-tracer": ("transcoder_id",),
+    "saedashboard": (),
+    "delphi": ("hookpoint",),
+}
 
 
 def export(
@@ -62,49 +68,20 @@ def export(
         if format != "circuit-tracer" and len(sources) != 1:
             raise ValueError(f"--format {format} takes one dictionary or result; {len(sources)} are given")
         _refuse_unused(context, format)
+        given = {name: context.params[name] for name in ("k", *USED[format]) if context.params[name] is not None}
+        for name in NEEDED[format]:
+            if not given[name]:
+                raise ValueError(f"--format {format} needs --{name.replace('_', '-')}")
+        if given.get("features") == "all":
+            del given["features"]
         quiet_loading()
-        loaded = ql.load_model(model, device=device, dtype=dtype)
-        given: dict[str, Any] = {"k": k, "unembedding": unembedding}
-        if format == "circuit-tracer":
-            by_layer = _by_layer(sources)
-            given |= {"transcoder_id": _needed("transcoder-id", transcoder_id, format), "activations": activations}
-            target = ql.export_circuit_tracer(by_layer, out, model=loaded, **given)
-            say(f"{len(by_layer)} layers; features_dir for circuit-tracer: {target.resolve()}")
-            return
-        if format == "delphi":
-            _delphi(sources[0], loaded, out, _needed("hookpoint", hookpoint, format), k, neighbours, features)
-            return
-        given |= {"features": None if features == "all" else features, "dictionary": dictionary}
-        if rows_per_file is not None:
-            given["rows_per_file"] = rows_per_file
-        if format == "saedashboard":
-            written = ql.export_saedashboard(
-                sources[0],
-                loaded,
-                out,
-                into="columnar" if columnar else "batch-*.json",
-                model_id=model_id,
-                sae_set=source_set,
-                **given,
-            )
-            say(f"{len(written)} files: {out.resolve()}")
-            return
-        given |= {"neighbours": neighbours, "creator_id": creator_id}
-        target = ql.export_neuronpedia(
-            sources[0],
-            loaded,
-            out,
-            model_id=_needed("model-id", model_id, format),
-            source_set=_needed("source-set", source_set, format),
-            release=release,
-            hook_name=hook_name,
-            vectors=vectors,
-            activations=activations,
-            sample=sample,
-            progress=True,
-            **{name: value for name, value in given.items() if value is not None},
-        )
-        say(f"Neuronpedia folder; into a local one with `psql -f import.sql` there: {target.resolve()}")
+        write = {
+            "neuronpedia": _neuronpedia,
+            "circuit-tracer": _circuit_tracer,
+            "saedashboard": _saedashboard,
+            "delphi": _delphi,
+        }[format]
+        write(sources, ql.load_model(model, device=device, dtype=dtype), out, given)
 
 
 def annotate_graph(
@@ -133,12 +110,35 @@ def annotate_graph(
         say(f"{done.labelled} feature nodes labelled, {done.unknown} in no result: {done.path.resolve()}")
 
 
-def _delphi(source: str, model: Any, out: Path, hookpoint: str, k: int, neighbours: int | None, features: str) -> None:
+def _neuronpedia(sources: list[str], model: Any, out: Path, given: dict[str, Any]) -> None:
+    import querylens_fast as ql
+
+    target = ql.export_neuronpedia(sources[0], model, out, progress=True, **given)
+    say(f"Neuronpedia folder; into a local one with `psql -f import.sql` there: {target.resolve()}")
+
+
+def _circuit_tracer(sources: list[str], model: Any, out: Path, given: dict[str, Any]) -> None:
+    import querylens_fast as ql
+
+    by_layer = _by_layer(sources)
+    target = ql.export_circuit_tracer(by_layer, out, model=model, **given)
+    say(f"{len(by_layer)} layers; features_dir for circuit-tracer: {target.resolve()}")
+
+
+def _saedashboard(sources: list[str], model: Any, out: Path, given: dict[str, Any]) -> None:
+    import querylens_fast as ql
+
+    into = "columnar" if given.pop("columnar") else "batch-*.json"
+    written = ql.export_saedashboard(sources[0], model, out, into=into, sae_set=given.pop("source_set"), **given)
+    say(f"{len(written)} files: {out.resolve()}")
+
+
+def _delphi(sources: list[str], model: Any, out: Path, given: dict[str, Any]) -> None:
     from querylens_fast.integrations.delphi import write_explanations, write_neighbours
     from querylens_fast.lens.storage import FORMATS as RESULTS
 
-    chosen = None if features == "all" else features
-    written = write_explanations(source, out / "explanations", hookpoint, model=model, k=k, features=chosen)
+    source, hookpoint, neighbours = sources[0], given["hookpoint"], given.pop("neighbours", None)
+    written = write_explanations(source, out / "explanations", model=model, **given)
     say(f"{len(written)} explanations: {(out / 'explanations').resolve()}")
     if Path(source).suffix in RESULTS:
         say("a result holds no vectors: for neighbours, export its dictionary")
@@ -153,12 +153,6 @@ def _refuse_unused(context: typer.Context, format: str) -> None:
     for name in sorted({name for used in USED.values() for name in used} - set(USED[format])):
         if (source := context.get_parameter_source(name)) is not None and source.name != "DEFAULT":
             raise ValueError(f"--{name.replace('_', '-')} has no meaning for --format {format}")
-
-
-def _needed(name: str, value: str, format: str) -> str:
-    if not value:
-        raise ValueError(f"--format {format} needs --{name}")
-    return value
 
 
 def _by_layer(sources: list[str]) -> dict[int, Any]:
