@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from csrc_triton.columns import prepare
-from csrc_triton.configs import INTERPRETED, configs, statistics_config, target_of
+from csrc_triton.configs import INTERPRETED, Config, configs, statistics_config, target_of
 from csrc_triton.finish import OPENED, PROVED, Exact, Results, finish
 from csrc_triton.job import Job, Keys, Terms
 from csrc_triton.rows import Rows, rows_of
 from csrc_triton.select import Candidates, select
 from csrc_triton.sums import N_SUMS, sums_of
-from csrc_triton.topk import groups_of, topk
-from csrc_triton.winners import BLOCK_N, product, winners_of
+from csrc_triton.topk import topk
+from csrc_triton.winners import TILE, product, winners_of
 
 KEY_BASE = 0x4B400000
 """The bits of 1.5 * 2^23, whose place in a key stands for a score of zero."""
@@ -52,28 +52,29 @@ def data(dtype: torch.dtype, device: str, seed: int) -> Data:
     return Data(F, W, k, Rows(F, unit, ones, unit, error, torch.zeros_like(norm)))
 
 
-def reference_winners(data: Data, tile: int, *, largest: bool = True) -> Tensor:
+def reference_winners(data: Data, tile: Config, *, largest: bool = True) -> Tensor:
     """Group winners of one side [1, n, 2, G] as fixed-point keys."""
+    part = 4 * tile.group
     S = data.F.float() @ data.W.float().T
-    padded = torch.nn.functional.pad(S, (0, -S.shape[1] % tile), value=float("-inf"))
+    padded = torch.nn.functional.pad(S, (0, -S.shape[1] % tile.block_n), value=float("-inf"))
     units = (padded * data.rows.unit[:, None]).round().clamp(-(2.0**22), 2.0**22).long()
-    column = torch.arange(padded.shape[1], device=S.device) % tile
+    column = torch.arange(padded.shape[1], device=S.device) % part
     keys = ((units + KEY_BASE) * 64 + column // 8 * 2 + column % 2) & 0xFFFFFFFF
     keys = torch.where(keys >= 1 << 31, keys - (1 << 32), keys)
     keys = keys.masked_fill(padded == float("-inf"), -(1 << 31) if largest else (1 << 31) - 1)
-    groups = keys.view(len(S), -1, tile // 8, 4, 2).transpose(2, 3).reshape(len(S), -1, tile // 4)
+    groups = keys.view(len(S), -1, part // 8, 4, 2).transpose(2, 3).reshape(len(S), -1, tile.group)
     return groups.topk(2, dim=2, largest=largest).values.transpose(1, 2).int()[None].contiguous()
 
 
-def _units_off(winners: Tensor, data: Data, tile: int) -> int:
+def _units_off(winners: Tensor, data: Data, tile: Config) -> int:
     """How far the keys of both sides [2, n, 2, G] are from torch's, in units of scores."""
     expected = torch.cat([reference_winners(data, tile, largest=largest) for largest in (True, False)])
     ours, theirs = (((keys >> 6) & 0x7FFFFF) - 0x400000 for keys in (winners, expected))
     return int((ours - theirs).abs().max())
 
 
-def _room(data: Data, tile: int) -> Tensor:
-    shape = (2, len(data.F), 2, groups_of(len(data.W), tile))
+def _room(data: Data, tile: Config) -> Tensor:
+    shape = (2, len(data.F), 2, tile.groups(len(data.W)))
     return torch.zeros(shape, dtype=torch.int32, device=data.F.device)
 
 
@@ -113,26 +114,27 @@ def prepared(data: Data) -> dict[str, Any]:
 
 
 def fused(data: Data) -> dict[str, Any]:
-    """Winners of every tile of the table, whole and ragged."""
+    """Winners of every tile of the table, whole and ragged, with four and eight groups."""
     off = {}
-    for config in configs(target_of(data.F.device), data.F.dtype):
-        keys = _room(data, config.block_n)
+    tiles = configs(target_of(data.F.device), data.F.dtype)
+    for config in (tile._replace(splits=n) for n in (1, 2) for tile in tiles):
+        keys = _room(data, config)
         topk(data.F, data.W, Job(data.rows.unit, keys), config)
-        off[str(tuple(config))] = _units_off(keys, data, config.block_n)
+        off[str(tuple(config))] = _units_off(keys, data, config)
     return {"ok": max(off.values()) <= MOST_UNITS_OFF, "units_off": off}
 
 
 def winners(data: Data) -> dict[str, Any]:
     """Winners of scores in memory."""
-    keys = _room(data, BLOCK_N)
+    keys = _room(data, TILE)
     winners_of(product(data.F, data.W), Job(data.rows.unit, keys))
-    off = _units_off(keys, data, BLOCK_N)
+    off = _units_off(keys, data, TILE)
     return {"ok": off <= MOST_UNITS_OFF, "units_off": off}
 
 
 def selected(data: Data) -> dict[str, Any]:
     """Every winner that can be among the k best is a candidate, and nothing better is left out."""
-    best = reference_winners(data, 256)
+    best = reference_winners(data, TILE)
     found = select(best, data.rows, data.k, 64, Keys(bottom=False))
     flat = best[0].flatten(1)
     kth = best[0, :, 0].topk(data.k, dim=1).values[:, -1]
@@ -145,7 +147,7 @@ def selected(data: Data) -> dict[str, Any]:
 def finished(data: Data) -> dict[str, Any]:
     """The k best of candidates that torch has chosen, exact scores and flags; row 0's third best is behind two."""
     n, slots, device = len(data.F), 64, data.F.device
-    best = reference_winners(data, 256)[0]
+    best = reference_winners(data, TILE)[0]
     groups, count = best.shape[2], min(slots, best[0].numel())
     chosen = best.flatten(1).topk(count, dim=1)
     place = 2 * (chosen.indices % groups) + chosen.indices // groups
@@ -157,7 +159,7 @@ def finished(data: Data) -> dict[str, Any]:
         torch.zeros(1, n, data.k, dtype=torch.int64, device=device),
         torch.zeros(n, 1, dtype=torch.int32, device=device),
     )
-    finish(data.F, data.W, candidates, data.rows, results, Exact(None, None, 64), Keys(bottom=False))
+    finish(data.F, data.W, candidates, data.rows, results, Exact(None, None, TILE.group), Keys(bottom=False))
     S = data.F.double() @ data.W.double().T
     expected = S.topk(data.k, dim=1).values
     off = max(float((x - expected).abs().max()) for x in (results.scores[0], S.gather(1, results.ids[0])))
@@ -172,7 +174,7 @@ def summed(data: Data) -> dict[str, Any]:
     n, V, device = len(data.F), len(data.W), data.F.device
     config = statistics_config(target_of(device), data.F.dtype)
     terms = Terms(*(x for size in (n, V) for x in (torch.ones(size, device=device), torch.zeros(size, device=device))))
-    keys = _room(data, config.block_n)
+    keys = _room(data, config)
     sums = torch.zeros(n, N_SUMS, keys.shape[3] // 4, device=device)
     job = Job(data.rows.unit, keys, terms=terms, shift=torch.zeros(n, device=device), sums=sums)
     topk(data.F, data.W, job, config)
@@ -180,7 +182,7 @@ def summed(data: Data) -> dict[str, Any]:
     squares, log = (S**2).sum(1), S.logsumexp(1)
     off = max(float(((found[1] - squares) / squares).abs().max()),
               float((found[4] + found[5].log() - log).abs().max() / S.abs().max()))  # fmt: skip
-    return {"ok": off < 1e-4 and _units_off(keys, data, config.block_n) <= MOST_UNITS_OFF, "error": off}
+    return {"ok": off < 1e-4 and _units_off(keys, data, config) <= MOST_UNITS_OFF, "error": off}
 
 
 KERNELS: dict[str, Callable[[Data], dict[str, Any]]] = {

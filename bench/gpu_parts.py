@@ -115,7 +115,7 @@ def stages(context: Context, name: str, dtype: str, method: str) -> Found:
         torch.empty(2, n, k, dtype=torch.int64, device=F.device),
         torch.empty(n, 2, dtype=torch.int32, device=F.device),
     )
-    how = Exact(None, None, backend._tile(run.choice) // 4)
+    how = Exact(None, None, run.tile.group)
     operands, made = (F.to(narrow), W.to(narrow)), {}
     yield {"choice": str(run.choice), "rows": n}
     tasks: dict[str, Callable[[], object]] = {

@@ -125,6 +125,7 @@ def stages(shape: Shape, gpu: Gpu, code: Code, simulated: list[dict[str, Any]]) 
     import torch
 
     from csrc_triton.configs import choose
+    from csrc_triton.winners import TILE
 
     narrow = torch.float16 if shape.dtype == "float32" else torch.bfloat16
     choice = choose(gpu.target, narrow, shape.d, shape.V, shape.k)
@@ -138,11 +139,14 @@ def stages(shape: Shape, gpu: Gpu, code: Code, simulated: list[dict[str, Any]]) 
     row_bytes = n * d * (2 * shape.bytes_each + (2 if shape.dtype == "float32" else 0))
     times["rows"] = gpu.moved_s(row_bytes)
     times["product: main loop"] = gemm_s
-    groups = 4 * math.ceil(V / (choice.config.block_n if choice.method == "fused" else 256))
+    groups = (choice.config if choice.method == "fused" else TILE).groups(V)
     times |= _epilogue(shape, gpu, code, name, choice, gemm_s)
     times["select"] = _selection(gpu, code, lines, groups, found, shape.k)
     times["finish"] = _scoring(gpu, code.one(f"finish {pair}", "64"), lines, found["median_candidates"], 32, shape)
-    opened, columns = lines * found["crowded"], 64 * found["mean_crowded_groups"] / max(found["crowded"], 1e-9)
+    opened, columns = (
+        lines * found["crowded"],
+        found["group"] * found["mean_crowded_groups"] / max(found["crowded"], 1e-9),
+    )
     crowded_s = _scoring(gpu, code.one(f"open groups {pair}", "64"), opened, columns, 32, shape)
     times["open groups"] = crowded_s + gpu.busy_s(lines * IDLE_CYCLES)
     redone = found["unproved"] * (sum(times.values()) - times["prepare W"]) * 1.0
@@ -161,11 +165,12 @@ def _epilogue(shape: Shape, gpu: Gpu, code: Code, name: str, choice: Any, gemm_s
         issue = gpu.busy_s(programs * winners["warps"] * winners["cycles"])
         return {"product: written and read": gpu.moved_s(2 * written), "product: winners": issue}
     tile = choice.config
-    fused = code.one(f"fused {name} {tile.block_m}x{tile.block_n}x{tile.block_k}w{tile.num_warps}")
+    split = ["split"] if tile.splits > 1 else []
+    fused = code.one(f"fused {name} {tile.block_m}x{tile.block_n}x{tile.block_k}w{tile.num_warps}", *split)
     tiles = math.ceil(shape.n / tile.block_m) * math.ceil(shape.V / tile.block_n)
     issue = gpu.busy_s(tiles * tile.num_warps * (fused["epilogue_cycles"] or fused["cycles"]))
     hidden = min(issue, gemm_s) if tile.blocks_per_sm > 1 else 0.0
-    written = 32.0 * math.ceil(shape.V / tile.block_n) * shape.n * shape.sides
+    written = 8.0 * tile.groups(shape.V) * shape.n * shape.sides
     return {"product: epilogue": issue - hidden, "product: winners written": gpu.moved_s(written)}
 
 

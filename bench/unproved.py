@@ -28,7 +28,6 @@ DEPTHS = (768, 2304, 4096, 5120)
 KS = (10, 25, 32, 100)
 STEP = 1 << 13
 """Columns at a time."""
-GROUP = 64
 APART = 32
 """Columns set apart at most, as in `csrc_triton.finish`."""
 UNIT = 2.0**-24
@@ -114,9 +113,10 @@ def errors_of(problem: Problem, F: Tensor, columns: Columns) -> tuple[Tensor, Te
     return narrow, 1.001 * (dots + 6e-7 * norm * columns.norm)
 
 
-def winners(problem: Problem, narrow: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
-    """Best and second of each group [rows, groups, 2], and the scores of columns set apart [rows, A]."""
-    found, apart = [], []
+def winners(problem: Problem, narrow: Tensor, columns: Columns, sizes: set[int]) -> tuple[dict[int, Tensor], Tensor]:
+    """Best and second of each group of so many columns [rows, groups, 2], and the scores of columns set apart."""
+    found: dict[int, list[Tensor]] = {size: [] for size in sizes}
+    apart = []
     for W in problem.blocks():
         wide = W.float()
         far = torch.linalg.vector_norm(wide, dim=1) > columns.longest
@@ -126,10 +126,20 @@ def winners(problem: Problem, narrow: Tensor, columns: Columns) -> tuple[Tensor,
         if problem.dtype == torch.float32:
             wide = (wide * 2.0**columns.exponent).half().float() * 2.0**-columns.exponent
         scores = narrow @ wide.T
-        # Groups of a tile of 256 columns: pairs (c // 2) % 4, as the accumulator's threads hold them.
-        groups = scores.view(len(scores), -1, 32, 4, 2).transpose(2, 3).reshape(len(scores), -1, GROUP)
-        found.append(groups.topk(2, dim=2).values)
-    return torch.cat(found, 1), torch.cat(apart, 1) if apart else narrow.new_zeros(len(narrow), 0)
+        for size, parts in found.items():
+            # Of every 4 · size columns the pairs (c // 2) % 4, as the accumulator's threads hold them.
+            groups = scores.view(len(scores), -1, size // 2, 4, 2).transpose(2, 3).reshape(len(scores), -1, size)
+            parts.append(groups.topk(2, dim=2).values)
+    known = {size: torch.cat(parts, 1) for size, parts in found.items()}
+    return known, torch.cat(apart, 1) if apart else narrow.new_zeros(len(narrow), 0)
+
+
+def group_of(problem: Problem, k: int) -> int:
+    """Columns of a group in a call for k on an H100."""
+    from csrc_triton.configs import choose
+
+    narrow = torch.float16 if problem.dtype == torch.float32 else problem.dtype
+    return choose("sm_90", narrow, problem.d, problem.V, k).config.group
 
 
 def joined(best: Tensor, k: int) -> Tensor:
@@ -169,11 +179,12 @@ def simulate(problem: Problem, ks: tuple[int, ...] = KS) -> list[dict[str, Any]]
 
     columns, F = prepare(problem), problem.features()
     narrow, error = errors_of(problem, F, columns)
-    known, apart = winners(problem, narrow, columns)
-    best, results = known[:, :, 0], []
+    every, apart = winners(problem, narrow, columns, {group_of(problem, k) for k in ks})
+    results = []
     key = 64 * UNITS / (torch.linalg.vector_norm(F.float(), dim=1) * columns.norm)
     for k in ks:
-        n_apart = apart.shape[1]
+        n_apart, group = apart.shape[1], group_of(problem, k)
+        known, best = every[group], every[group][:, :, 0]
         lowest, taken = bisect(joined(best, k + n_apart), key, k + n_apart)
         threshold = lowest - 2 * error
         count = (known >= threshold[:, None, None]).sum((1, 2))
@@ -190,6 +201,7 @@ def simulate(problem: Problem, ks: tuple[int, ...] = KS) -> list[dict[str, Any]]
                 "rows": problem.rows,
                 "dtype": str(problem.dtype).removeprefix("torch."),
                 "k": k,
+                "group": group,
                 "slots": slots,
                 "columns_apart": n_apart,
                 "median_candidates": float(count.float().median()),

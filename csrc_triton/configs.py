@@ -24,18 +24,30 @@ class Config(NamedTuple):
     block_m: int
     """Rows of F in a tile."""
     block_n: int
-    """Columns (rows of W) in a tile; four groups of block_n / 4 columns each."""
+    """Columns (rows of W) in a tile; 4 · splits groups of equally many columns."""
     block_k: int
     """Elements of d read at a time."""
     num_warps: int
     num_stages: int
     blocks_per_sm: int = 1
     """Programs that share a multiprocessor."""
+    splits: int = 1
+    """Parts of a tile that have four groups each."""
+    parts: int = 1
+    """Parts of a tile whose winners are found one by one, at least the splits; chosen by the code that comes of it."""
 
     @property
     def group(self) -> int:
         """Columns in a group, of which a launch keeps the two largest and the two smallest."""
-        return self.block_n // 4
+        return self.block_n // (4 * self.splits)
+
+    def groups(self, V: int) -> int:
+        """Groups of all columns, those of the last tile in full."""
+        return 4 * self.splits * -(-V // self.block_n)
+
+    def split(self, V: int, k: int) -> Config:
+        """With twice as many groups where two of the k best often share a wide one: these are scored in full."""
+        return self._replace(splits=2) if self.group > 32 and k * k >= 2 * self.groups(V) else self
 
 
 class Choice(NamedTuple):
@@ -54,7 +66,7 @@ _NARROW_DTYPES = (torch.bfloat16, torch.float16)
 # Blackwell's accumulators come back from tensor memory with whole rows in a thread: half the rows, or it spills.
 _NARROW = {
     "sm_80": (WIDE, SQUARE),
-    "sm_90": (WIDE, SQUARE),
+    "sm_90": (WIDE._replace(parts=2), SQUARE),
     "sm_100": (Config(64, 256, 64, 8, 3), Config(64, 128, 64, 4, 3, blocks_per_sm=2)),
     "gfx942": (Config(128, 256, 32, 8, 2), Config(128, 128, 32, 4, 2, blocks_per_sm=2)),
 }
@@ -98,9 +110,8 @@ def choose(target: str, dtype: torch.dtype, d: int, V: int, k: int) -> Choice:
     if dtype == torch.float32:
         # There are no float32 tensor cores: the library's product is faster.
         return Choice("gemm", tiles[0])
-    if target == "interpreter":
-        return Choice("fused", tiles[0])
-    return Choice("fused", tiles[1] if d < SHORT_D else tiles[0])
+    tile = tiles[1] if d < SHORT_D and target != "interpreter" else tiles[0]
+    return Choice("fused", tile.split(V, k))
 
 
 def target_of(device: torch.device) -> str:
@@ -138,8 +149,8 @@ def uses_tma(F: Tensor, W: Tensor) -> bool:
 def light(config: Config) -> Config:
     """The tile for an epilogue that needs more registers (a ragged tile, float keys): half the scores a thread."""
     if config.block_m > 64:
-        return config._replace(block_m=config.block_m // 2)
-    return config._replace(num_warps=8)
+        return config._replace(block_m=config.block_m // 2, parts=1)
+    return config._replace(num_warps=8, parts=1)
 
 
 def persistent(*, tma: bool, terms: bool, plain: bool) -> bool:

@@ -49,6 +49,8 @@ def _tile(
     TOP: tl.constexpr,
     BOTTOM: tl.constexpr,
     STATISTICS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     EVEN_K: tl.constexpr,
     USE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -90,7 +92,7 @@ def _tile(
             w_at += BLOCK_K
     use_tile(
         scores, rows, columns, tile_n, unit, factor, offset, scale, bias, shift, winners, sums, n, V, n_groups,
-        side_stride, TERMS, FIXED, RAGGED, TOP, BOTTOM, STATISTICS, BLOCK_M, BLOCK_N,
+        side_stride, TERMS, FIXED, RAGGED, TOP, BOTTOM, STATISTICS, SPLITS, PARTS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -121,6 +123,8 @@ def _topk_kernel(
     TOP: tl.constexpr,
     BOTTOM: tl.constexpr,
     STATISTICS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     EVEN_K: tl.constexpr,
     USE_TMA: tl.constexpr,
     PERSISTENT: tl.constexpr,
@@ -134,15 +138,15 @@ def _topk_kernel(
         for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0)):  # pyright: ignore
             _tile(
                 tile, F, W, unit, factor, offset, scale, bias, shift, winners, sums, n, V, d, stride_f, stride_w,
-                n_groups, side_stride, first_n, tiles_n, TERMS, FIXED, RAGGED, TOP, BOTTOM, STATISTICS, EVEN_K, USE_TMA,
-                BLOCK_M, BLOCK_N, BLOCK_K, BAND,
+                n_groups, side_stride, first_n, tiles_n, TERMS, FIXED, RAGGED, TOP, BOTTOM, STATISTICS, SPLITS, PARTS,
+                EVEN_K, USE_TMA, BLOCK_M, BLOCK_N, BLOCK_K, BAND,
             )  # fmt: skip
     else:
         tile = tl.program_id(0)
         _tile(
             tile, F, W, unit, factor, offset, scale, bias, shift, winners, sums, n, V, d, stride_f, stride_w,
-            n_groups, side_stride, first_n, tiles_n, TERMS, FIXED, RAGGED, TOP, BOTTOM, STATISTICS, EVEN_K, USE_TMA,
-            BLOCK_M, BLOCK_N, BLOCK_K, BAND,
+            n_groups, side_stride, first_n, tiles_n, TERMS, FIXED, RAGGED, TOP, BOTTOM, STATISTICS, SPLITS, PARTS,
+            EVEN_K, USE_TMA, BLOCK_M, BLOCK_N, BLOCK_K, BAND,
         )  # fmt: skip
 
 
@@ -152,7 +156,7 @@ def topk(F: Tensor, W: Tensor, job: Job, config: Config) -> None:
     Args:
         F: [n, d] float16 or bfloat16, last axis contiguous, n ≥ 1.
         W: [V, d], same dtype and device, last axis contiguous.
-        job: how the dot products are scored; its groups are those of ``groups_of(V, config.block_n)``.
+        job: how the dot products are scored; its groups are ``config.groups(V)``.
         config: the tile.
     """
     whole, rest = divmod(len(W), config.block_n)
@@ -191,6 +195,8 @@ def _launch(F: Tensor, W: Tensor, job: Job, config: Config, tiles: range, *, rag
             len(tiles),
             **job.flags(),
             RAGGED=ragged,
+            SPLITS=config.splits,
+            PARTS=max(config.splits, config.parts),
             EVEN_K=d % config.block_k == 0,
             USE_TMA=tma,
             PERSISTENT=loops,
@@ -201,8 +207,3 @@ def _launch(F: Tensor, W: Tensor, job: Job, config: Config, tiles: range, *, rag
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-
-
-def groups_of(V: int, block_n: int) -> int:
-    """Groups of columns that a pass with tiles of block_n columns keeps winners of."""
-    return 4 * triton.cdiv(V, block_n)

@@ -25,8 +25,8 @@ from csrc_triton.configs import METHODS, Choice, Config, choose, configs, target
 from csrc_triton.job import Job
 from csrc_triton.rows import Columns, rows_of
 from csrc_triton.select import select
-from csrc_triton.topk import groups_of, topk
-from csrc_triton.winners import BLOCK_N, CHUNK_ELEMENTS, product, winners_of
+from csrc_triton.topk import topk
+from csrc_triton.winners import CHUNK_ELEMENTS, TILE, product, winners_of
 
 
 class Shape(NamedTuple):
@@ -108,7 +108,7 @@ def measure(F: Tensor, W: Tensor, k: int, table: Table, repeat: int = 5) -> dict
     tiles = configs(target, F.dtype)
     choices = [Choice("gemm", tiles[0])]
     if F.dtype != torch.float32:
-        choices += [Choice("fused", tile) for tile in tiles]
+        choices += [Choice("fused", tile.split(len(W), k)) for tile in tiles]
     times = {choice: _time_ms(choice, F, W, k, repeat) for choice in choices}
     shape = Shape(target, str(F.dtype), F.shape[1], len(W), k)
     table.measured[shape] = min(times, key=lambda choice: times[choice])
@@ -117,7 +117,7 @@ def measure(F: Tensor, W: Tensor, k: int, table: Table, repeat: int = 5) -> dict
 
 def _time_ms(choice: Choice, F: Tensor, W: Tensor, k: int, repeat: int) -> float:
     fused = choice.method == "fused"
-    n, groups = len(F), groups_of(len(W), choice.config.block_n if fused else BLOCK_N)
+    n, groups = len(F), (choice.config if fused else TILE).groups(len(W))
     step = n if fused else max(1, CHUNK_ELEMENTS // len(W))
     bounds = rows_of(F, Columns(float(torch.linalg.vector_norm(W.float(), dim=1).max()), 0.0, 0, 1.0, 0.0))
     job = Job(bounds.unit, torch.empty(2, n, 2, groups, dtype=torch.int32, device=F.device))

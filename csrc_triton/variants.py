@@ -44,7 +44,8 @@ def variants(target: str) -> list[Variant]:
     for dtype in NARROW:
         for config in configs(target, dtype):
             for terms in (False, True):
-                found += [_fused(target, dtype, config, terms=terms, **more) for more in _KINDS]
+                kinds = [kind for kind in _KINDS if config.group > 32 or "split" not in kind]
+                found += [_fused(target, dtype, config, terms=terms, **kind) for kind in kinds]
         statistics = statistics_config(target, dtype)
         found.append(_fused(target, dtype, statistics, terms=True, statistics=True))
         found.append(_fused(target, dtype, statistics, terms=True, statistics=True, ragged=True))
@@ -76,7 +77,9 @@ def variants(target: str) -> list[Variant]:
 
 _SELECTIONS = ((256, 1, 64), (512, 4, 64), (512, 4, 128), (1024, 4, 64), (1024, 4, 256), (MAX_BLOCK, 4, 1024))
 """Sets, groups of a set read at a time, and slots."""
-_KINDS: tuple[dict[str, bool], ...] = ({}, {"ragged": True}, {"even": False}, {"fixed": False})
+_KINDS: tuple[dict[str, bool], ...] = (
+    {}, {"ragged": True}, {"even": False}, {"fixed": False}, {"split": True}, {"split": True, "ragged": True}
+)  # fmt: skip
 
 
 def _fused(
@@ -89,9 +92,11 @@ def _fused(
     ragged: bool = False,
     even: bool = True,
     fixed: bool = True,
+    split: bool = False,
 ) -> Variant:
     tma = target in TMA_TARGETS and even
     config = light(config) if ragged or not fixed else config
+    config = config._replace(splits=2) if split else config
     name = POINTERS[dtype]
     constexprs = {
         "TERMS": terms,
@@ -105,6 +110,8 @@ def _fused(
         "PERSISTENT": persistent(tma=tma, terms=terms, plain=fixed and not ragged),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "SPLITS": config.splits,
+        "PARTS": max(config.splits, config.parts),
         "BLOCK_K": config.block_k,
         "BAND": 8,
     }
@@ -115,7 +122,7 @@ def _fused(
             "W": f"tensordesc<{name}[{config.block_n},{config.block_k}]>",
         }
     shape = f"{config.block_m}x{config.block_n}x{config.block_k}w{config.num_warps}"
-    flags = {"tma": tma, "ragged": ragged, "uneven d": not even, "float keys": not fixed}
+    flags = {"tma": tma, "ragged": ragged, "uneven d": not even, "float keys": not fixed, "split": split}
     flags |= {"terms": terms, "statistics": statistics}
     return _variant(
         " ".join(["fused", name, shape, *(word for word, on in flags.items() if on)]),
@@ -124,20 +131,20 @@ def _fused(
         constexprs,
         {"num_warps": config.num_warps, "num_stages": config.num_stages},
         integers=("stride_f", "stride_w", "d"),
-        short=dtype == torch.bfloat16,
+        short=dtype == torch.bfloat16 and not (split and (terms or ragged)),
     )
 
 
 def _winners(dtype: torch.dtype, fixed: bool, ragged: bool, *, statistics: bool) -> Variant:
     flags = {"TERMS": statistics, "FIXED": fixed, "RAGGED": ragged, "TOP": True, "BOTTOM": True}
-    flags |= {"STATISTICS": statistics, "BLOCK_M": winners.BLOCK_M, "BLOCK_N": winners.BLOCK_N}
+    flags |= {"STATISTICS": statistics, "BLOCK_M": winners.TILE.block_m, "BLOCK_N": winners.TILE.block_n}
     words = {"ragged": ragged, "float keys": not fixed, "terms statistics": statistics}
     return _variant(
         " ".join(["winners", POINTERS[dtype], *(word for word, on in words.items() if on)]),
         winners._winners_kernel,
         {"dots": f"*{POINTERS[dtype]}"} | _VECTORS,
         flags,
-        {"num_warps": winners.NUM_WARPS},
+        {"num_warps": winners.TILE.num_warps},
         integers=("stride",),
         short=dtype == torch.float32,
     )

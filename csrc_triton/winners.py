@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton.configs import Config
 from csrc_triton.epilogue import use_tile
 from csrc_triton.job import Job
 
 CHUNK_ELEMENTS = 1 << 28
 """Dot products that a library writes at a time (1 GiB)."""
-BLOCK_M = 16
-BLOCK_N = 256
-NUM_WARPS = 4
+TILE = Config(16, 256, 0, 4, 1)
+"""Reads no operands: no block_k."""
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _winners_kernel(
     scores = tl.load(dots + safe_rows.to(tl.int64)[:, None] * stride + safe_columns[None, :]).to(tl.float32)
     use_tile(
         scores, rows, columns, tile_n, unit, factor, offset, scale, bias, shift, winners, sums, n, V, n_groups,
-        side_stride, TERMS, FIXED, RAGGED, TOP, BOTTOM, STATISTICS, BLOCK_M, BLOCK_N,
+        side_stride, TERMS, FIXED, RAGGED, TOP, BOTTOM, STATISTICS, 1, 1, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def product(F: Tensor, W: Tensor) -> Tensor:
 
 
 def winners_of(dots: Tensor, job: Job) -> None:
-    """Write the group winners of scores that lie in memory; groups are those of a tile of BLOCK_N columns.
+    """Write the group winners of scores that lie in memory; groups are those of TILE.
 
     Args:
         dots: [n, V] float32, float16 or bfloat16, last axis contiguous, n ≥ 1.
@@ -79,7 +79,7 @@ def winners_of(dots: Tensor, job: Job) -> None:
     """
     n, V = dots.shape
     with torch.cuda.device_of(dots):
-        _winners_kernel[(triton.cdiv(V, BLOCK_N), triton.cdiv(n, BLOCK_M))](
+        _winners_kernel[(triton.cdiv(V, TILE.block_n), triton.cdiv(n, TILE.block_m))](
             dots,
             *job.pointers(),
             n,
@@ -88,8 +88,8 @@ def winners_of(dots: Tensor, job: Job) -> None:
             job.winners.shape[3],
             job.winners.stride(0),
             **job.flags(),
-            RAGGED=V % BLOCK_N > 0,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            num_warps=NUM_WARPS,
+            RAGGED=V % TILE.block_n > 0,
+            BLOCK_M=TILE.block_m,
+            BLOCK_N=TILE.block_n,
+            num_warps=TILE.num_warps,
         )

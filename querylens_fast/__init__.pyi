@@ -11,7 +11,8 @@ from .evaluation.generation import SteeredText, steer
 from .evaluation.output_score import Promoted, output_scores, promoted_tokens
 from .evaluation.report import evaluation_report
 from .evaluation.stability import Stability, stability
-from .integrations.circuit_tracer import annotate_graph, export_circuit_tracer
+from .integrations.attribution_graph import annotate_graph
+from .integrations.circuit_tracer import export_circuit_tracer
 from .integrations.neuronpedia import export_neuronpedia
 from .integrations.saedashboard import export_saedashboard
 from .lens.compute import Signatures, scores_at, signatures

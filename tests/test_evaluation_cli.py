@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import querylens_fast as ql
@@ -140,3 +141,19 @@ def test_scores(tmp_path: Path) -> None:
     before = (out / "scores.parquet").read_bytes()
     assert run(*args) == said and (out / "scores.parquet").read_bytes() == before
     assert "other" in refused(*args, "--seed", "1")
+
+
+def test_what_a_method_lacks_is_said_before_anything_is_sampled(tmp_path: Path) -> None:
+    transport, out = tmp_path / "transport.safetensors", tmp_path / "out"
+    model = ql.load_model(MODEL)
+    ql.fit_transport(model, torch.arange(8)[None], sides=("value",), orders=("full",), progress=False).save(transport)
+    common = ["--tokens", str(ASSETS / "tokens.safetensors"), "--out", str(out), "--transport", str(transport)]
+    for given, said in (
+        (["--methods", "logit_lens_value,tuned_lens"], "needs tuned_lens="),
+        (["--methods", "logit_lens_value,query_lens_value_adaptive"], "needs energies"),
+        (["--methods", "logit_lens_value,query_lens_key"], "fit it with sides and orders to match"),
+        (["--methods", "logit_lens_value", "--k", "0"], "k is 0"),
+        (["--methods", "logit_lens_value", "--k", "999999"], "k is 999999"),
+    ):
+        assert said in refused("evaluate", "scores", MODEL, SAE, *common, *given)
+    assert not list(out.glob("sample*"))

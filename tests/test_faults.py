@@ -56,7 +56,14 @@ def test_the_short_command(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "nothing lost, silent, run, told or wrong" in done.stdout
-    assert json.loads(out.read_text())["parts"].keys() == {"kills", "disks", "corruptions", "hostile", "products"}
+    assert json.loads(out.read_text())["parts"].keys() == {
+        "kills",
+        "interrupts",
+        "disks",
+        "corruptions",
+        "hostile",
+        "products",
+    }
 
 
 def test_the_docs_show_the_record() -> None:

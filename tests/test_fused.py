@@ -237,6 +237,34 @@ def test_measured_choices_are_kept_in_a_file_and_used_on_request(tmp_path: Path)
         tune.Table.load(tmp_path / "choices.json")
 
 
+@pytest.mark.parametrize(("splits", "parts"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("V", [512, 515, 700])
+def test_tiles_whose_winners_are_found_in_parts(splits: int, parts: int, V: int) -> None:
+    """Eight groups a tile, or four found in two halves: the same answers, also where half a tile is empty."""
+    from csrc_triton import tune
+    from csrc_triton.configs import Choice, Config
+
+    F, W, k = gaussian(6, 48, seed=1).half(), gaussian(V, 48, seed=2).half(), 40
+    W[64:72] = F[0] * torch.linspace(0.5, 0.9, 8, device=DEVICE).half()[:, None]
+    table = tune.Table()
+    target = tune.target_of(F.device)
+    tile = Config(32, 128, 16, 4, 1, splits=splits, parts=parts)
+    table.measured[tune.Shape(target, str(F.dtype), 48, V, k)] = Choice("fused", tile)
+    tune.use(table)
+    try:
+        check(streamed_topk(F, W, k, backend="triton"), oracle.scores(F, W, None, None, None), k, 1e-4)
+    finally:
+        tune.use(None)
+
+
+def test_many_winners_split_wide_groups_alone() -> None:
+    from csrc_triton.configs import SQUARE, WIDE
+
+    assert WIDE.split(262_144, 100).group == 32 and WIDE.split(262_144, 32).group == 64
+    assert SQUARE.split(262_144, 1000) == SQUARE
+    assert WIDE.split(300, 100).groups(300) == 16 == 2 * WIDE.groups(300)
+
+
 def test_method_is_the_triton_backends() -> None:
     with pytest.raises(ValueError, match="method is 'gemm' with backend 'torch'"):
         streamed_topk(torch.zeros(2, 3), torch.zeros(4, 3), 1, method="gemm", backend="torch")

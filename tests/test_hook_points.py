@@ -15,6 +15,7 @@ from tiny_models import D_MODEL, save_tiny_model
 from torch import Tensor
 
 import querylens_fast as ql
+from bench.family_cases import tiny
 from querylens_fast.dictionaries.hook_points import NAMES, SITES, hook_point
 from querylens_fast.relations.flow import site
 
@@ -184,3 +185,72 @@ def test_ablations_at_every_site_are_the_hooked_models(
     plain = ql.load_model(case.model_path, dtype="float64")
     found = ql.scores_at(sae, plain, [3], torch.arange(len(expected)), preset=preset, tokens=ids)
     assert_close(found[0], expected, f"{preset} at {read}")
+
+
+BESIDE = {  # what a hook reads in a layer of GPT-NeoX with attention and MLP side by side, and where it is written
+    "hook_attn_out": ("attention", ""),
+    "hook_mlp_out": ("mlp", ""),
+    "attn.hook_z": ("attention.dense", "input"),
+    "mlp.hook_post": ("mlp.dense_4h_to_h", "input"),
+    "mlp.hook_in": ("mlp", "input"),
+    "hook_resid_pre": ("", "input"),
+}
+
+
+@pytest.mark.parametrize("place", BESIDE)
+def test_ablations_in_layers_with_attention_and_mlp_side_by_side(place: str) -> None:
+    source = tiny("gpt_neox_parallel")
+    path, where = BESIDE[place]
+    module = source.gpt_neox.layers[0].get_submodule(path)
+    width = source.config.intermediate_size if "post" in place else source.config.hidden_size
+    torch.manual_seed(1)
+    metadata = sae_lens.saes.sae.SAEMetadata(hook_name=f"blocks.0.{place}")
+    sae = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(d_in=width, d_sae=N, metadata=metadata)).double()
+    sae.dtype = torch.float64
+    with torch.no_grad():
+        for weight in sae.parameters():
+            weight.copy_(torch.randn_like(weight) * 0.4)
+    ids = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(1))
+
+    def logits(feature: int | None) -> Tensor:
+        def changed(x: Tensor) -> Tensor:
+            acts = sae.encode(x)
+            if feature is not None:
+                acts[..., feature] = 10.0
+            return sae.decode(acts)
+
+        def after(_module: object, _args: object, out: Any) -> Any:
+            return (changed(out[0]), *out[1:]) if isinstance(out, tuple) else changed(out)
+
+        if where:
+            hook = module.register_forward_pre_hook(lambda _m, args: (changed(args[0]), *args[1:]))
+        else:
+            hook = module.register_forward_hook(after)
+        with torch.no_grad():
+            found = source(ids, use_cache=False).logits
+        hook.remove()
+        return found
+
+    expected = (logits(3) - logits(None)).mean((0, 1))
+    found = ql.scores_at(sae, ql.as_model(source), [3], torch.arange(len(expected)), preset="token_change", tokens=ids)
+    assert_close(found[0], expected, f"token_change at {place}")
+
+
+def test_points_of_layers_with_attention_and_mlp_side_by_side(tmp_path: Path) -> None:
+    for name in ("gpt_neox_parallel", "gptj"):
+        model = ql.as_model(tiny(name))
+        ids = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(1))
+        transport = ql.fit_transport(model, ids, progress=False)
+        for place, value, key in (("hook_attn_out", 2, None), ("mlp.hook_in", None, 0), ("hook_mlp_out", 2, None)):
+            found = loaded(tmp_path, model.d_model, hook_name=f"blocks.0.{place}").on(model)
+            assert (found.value_point, found.key_point) == (value, key)
+        between = loaded(tmp_path, model.d_model, hook_name="blocks.0.hook_resid_mid")
+        for preset in ("query_lens_value", "query_lens_key"):
+            with pytest.raises(ValueError, match="no matrix for resid_mid of layer 0|linearised by whole layers"):
+                ql.signatures(between, model, preset=preset, transport=transport, k=2)
+    gptj = ql.as_model(tiny("gptj"))
+    sae = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(d_in=gptj.d_model, d_sae=N, apply_b_dec_to_input=False))
+    for place in ("hook_attn_out", "hook_mlp_out", "hook_resid_mid", "attn.hook_z"):
+        sae.cfg.metadata.hook_name = f"blocks.0.{place}"
+        with pytest.raises(ValueError, match=f"{place}' is inside a layer, but model .* layers that are one unit"):
+            ql.signatures(sae, gptj, preset="token_change", tokens=torch.full((1, 4), 5), k=2)

@@ -1,6 +1,8 @@
 """Results, lenses and numbers that cannot be used: an error that names them, and no signature of NaN or infinity."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +15,9 @@ from typer.testing import CliRunner
 import querylens_fast as ql
 from bench.faults.payloads import PICKLES, pt
 from querylens_fast.cli import app
+from querylens_fast.evaluation.judge import read_answers
 from querylens_fast.lens.tuned_lens import load_tuned_lens
+from querylens_fast.runs.input_file import read_text
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,53 @@ def test_a_result_without_its_columns_is_named(
             ask()
     judged = CliRunner().invoke(app, ["judge", str(path), "--requests", str(tmp_path / "r.jsonl")])
     assert judged.exit_code == 2 and "other.parquet" in judged.stderr and not (tmp_path / "r.jsonl").exists()
+
+
+IDS = pa.list_(pa.int32())
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("top_ids", pa.array([None] * 9, IDS)),
+        ("top_ids", pa.array([[1] * (i % 3) for i in range(9)], IDS)),
+        ("top_ids", pa.array([[None] * 3] * 9, IDS)),
+        ("feature", pa.array([None] * 9, pa.int64())),
+        ("top_scores", pa.array([[0.5]] * 9, pa.list_(pa.float32()))),
+    ],
+)
+def test_rows_without_a_seal_are_looked_at(column: str, values: pa.Array, result: Path, tmp_path: Path) -> None:
+    path = rewritten(result, tmp_path / "other.parquet", column, values)
+    for call in (["show", str(path), "3"], ["search", str(path), "--id", "5"], ["judge", str(path), "--requests", "r"]):
+        done = CliRunner().invoke(app, call)
+        assert done.exit_code == 2 and f"other.parquet' is no file of signatures: {column}" in done.stderr, done.output
+
+
+def test_files_larger_than_the_memory_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "huge.jsonl"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=r"huge.jsonl' line 1 is too long"):
+        read_answers(path)
+    with pytest.raises(OSError, match=r"1.02e\+03 GiB does not fit into the memory there is: .*huge.jsonl"):
+        read_text(path)
+
+    def without_memory(self: Path, **given: object) -> str:
+        raise MemoryError
+
+    path.write_text("{}")
+    monkeypatch.setattr(Path, "read_text", without_memory)
+    with pytest.raises(OSError, match=r"does not fit into the memory there is: .*huge.jsonl"):
+        read_text(path)
+
+
+def test_a_pipe_in_a_model_folder_is_named(gpt2_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(gpt2_folder, folder)
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors is a pipe or device; expected a regular file"):
+        ql.load_model(folder)
 
 
 def test_rows_of_another_program_are_named(tmp_path: Path) -> None:

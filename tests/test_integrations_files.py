@@ -1,4 +1,4 @@
-"""circuit-tracer, SAEDashboard and delphi: the files are read as those tools read them."""
+"""circuit-tracer and SAEDashboard: the files are read as those tools read them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import shutil
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,8 +15,9 @@ import torch
 
 import querylens_fast as ql
 from querylens_fast.demo import ASSETS
+from querylens_fast.dictionaries.feature_lists import Activation
 from querylens_fast.integrations.circuit_tracer import cantor, uncantor
-from querylens_fast.integrations.delphi import write_explanations, write_neighbours
+from querylens_fast.integrations.delphi import write_explanations
 from querylens_fast.integrations.saedashboard_tables import tick_values
 
 
@@ -66,6 +68,30 @@ def test_every_feature_of_circuit_tracers_files_is_read_by_its_frontend(model, d
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(FileExistsError, match="transcoder_id"):
         ql.export_circuit_tracer(dictionaries, folder, transcoder_id="other", model=model, k=5)
+
+
+def test_circuit_tracers_records_hold_activations_where_they_are_known(model, dictionaries, tmp_path, caplog) -> None:
+    whole = Activation("a", [("x\ud800", 0.0), (" y", 2.5)], 2.5, 0.0)
+    broken = Activation("b", [("z", float("nan"))], 1.0, 0.0)
+    listed = [ql.Feature("m", 3, 1, "sae", [whole, broken])]
+    sample = SimpleNamespace(density=torch.full((9,), 0.25), maximum=torch.arange(9.0))
+    known = {"activations": listed, "samples": {0: sample}}
+    folder = ql.export_circuit_tracer(dictionaries, tmp_path / "f", transcoder_id="set", model=model, k=5, **known)
+    record = frontend_record(folder, cantor(1, 3))
+    (quantile,) = record["examples_quantiles"]
+    assert quantile["examples"] == [
+        {"tokens_acts_list": [0.0, 2.5], "train_token_ind": 1, "is_repeated_datapoint": False, "tokens": ["x�", " y"]}
+    ]
+    assert record["act_max"] == 2.5 and "activation_frequency" not in record
+    record = frontend_record(folder, cantor(0, 8))
+    assert (record["act_min"], record["act_max"], record["activation_frequency"]) == (0, 8, 0.25)
+    assert "no activations=" not in caplog.text and "one of activations" in caplog.text
+    with pytest.raises(FileExistsError, match="activity"):
+        ql.export_circuit_tracer(dictionaries, folder, transcoder_id="set", model=model, k=5)
+    mistakes = (({"activations": [ql.Feature("m", 3, 7, "sae")]}, "none of which"), ({"samples": {5: 1}}, "layer 5"))
+    for wrong, message in mistakes:
+        with pytest.raises(ValueError, match=message):
+            ql.export_circuit_tracer(dictionaries, tmp_path / "o", transcoder_id="set", model=model, **wrong)
 
 
 def test_circuit_tracer_refuses_what_its_index_cannot_hold(model, dictionaries, tmp_path) -> None:
@@ -295,32 +321,3 @@ def test_ticks_are_multiples_of_a_tenth() -> None:
     assert tick_values(-0.5, 1.0) == [-0.3, 0.0, 0.3, 0.6, 0.9]
     assert tick_values(-1.0, 0.5) == [-0.9, -0.6, -0.3, 0.0, 0.3]
     assert tick_values(-0.15, 0.29) == [-0.1, 0.0, 0.1, 0.2, 0.3]
-
-
-def test_delphi_neighbours_are_the_cosines_without_the_feature_itself(dictionaries, tmp_path) -> None:
-    path = write_neighbours(dictionaries[0], tmp_path, "layers.0", "decoder_similarity", k=4)
-    assert path.name == "layers.0-decoder_similarity.json"
-    rows = torch.nn.functional.normalize(dictionaries[0].values(slice(None)), dim=1)
-    found = (rows @ rows.T).topk(5, dim=1)
-    lists = json.loads(path.read_text())
-    assert list(lists) == [str(i) for i in range(9)]
-    for i in range(9):
-        assert [index for _, index in lists[str(i)]] == found.indices[i, 1:].tolist()
-        assert torch.allclose(torch.tensor([s for s, _ in lists[str(i)]]), found.values[i, 1:], atol=1e-6)
-    with pytest.raises(ValueError, match="method is 'co-occurrence'"):
-        write_neighbours(dictionaries[0], tmp_path, "layers.0", "co-occurrence")
-
-
-def test_delphi_explanations_are_json_strings(model, dictionaries, tmp_path) -> None:
-    paths = write_explanations(
-        dictionaries[0], tmp_path, "layers.0", "Promotes {tokens}.", model=model, k=2, features=[3]
-    )
-    assert [p.name for p in paths] == ["layers.0_latent3.txt"]
-    assert json.loads(paths[0].read_text()).startswith('Promotes "')
-    given = write_explanations(dictionaries[0], tmp_path, "layers.0", model=model, features=[3, 4], texts={4: "four"})
-    assert [json.loads(path.read_text())[:4] for path in given] == ["The ", "four"]
-    with pytest.raises(ValueError, match="texts has feature 5"):
-        write_explanations(dictionaries[0], tmp_path / "x", "layers.0", model=model, features=[3], texts={5: "five"})
-    with pytest.raises(ValueError, match="template"):
-        write_explanations(dictionaries[0], tmp_path / "x", "layers.0", "{token}", model=model)
-    assert not (tmp_path / "x").exists()

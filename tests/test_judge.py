@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -38,6 +39,16 @@ class Handler(BaseHTTPRequestHandler):
         type(self).asked.append(prompt)
         if self.mode == "slow":
             time.sleep(0.5)
+        if self.mode == "no HTTP":
+            self.wfile.write(b"SSH-2.0-OpenSSH\r\n")
+            return
+        if self.mode == "endless":
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                while True:
+                    self.wfile.write(b" ")
+                    time.sleep(0.02)
         if self.mode == "error" or (self.mode == "second fails" and len(self.asked) > 1):
             self.send_error(503, "overloaded")
             return
@@ -134,6 +145,13 @@ def test_a_server_that_times_out(server: str, tmp_path: Path) -> None:
     assert {j.score for j in ask(LISTS, server, tmp_path / "answers.jsonl", progress=False).values()} == {7.0}
 
 
+@pytest.mark.parametrize(("mode", "said"), [("no HTTP", "SSH-2.0"), ("endless", "timed out: the answer does not end")])
+def test_a_server_that_is_none(mode: str, said: str, server: str, tmp_path: Path) -> None:
+    Handler.mode = mode
+    with pytest.raises(OSError, match=f"could not be asked .*{said}"):
+        ask(LISTS[:1], server, tmp_path / "answers.jsonl", timeout_s=0.2, progress=False)
+
+
 def test_a_small_model_talks_nonsense(server: str, tmp_path: Path) -> None:
     Handler.mode = "model"
     found = ask(LISTS[:1], server, tmp_path / "answers.jsonl", progress=False)
@@ -143,6 +161,8 @@ def test_a_small_model_talks_nonsense(server: str, tmp_path: Path) -> None:
 def test_mistakes(server: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="base_url is 'ftp://x'"):
         ask(LISTS, "ftp://x", tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="expected an http address"):
+        ask(LISTS, "http://a b/v1\r\nX: y", tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match="some empty or none at all"):
         write_requests([], tmp_path / "r.jsonl")
     with pytest.raises(OSError, match="could not be asked"):

@@ -31,8 +31,8 @@ def test_predictions_add_up_and_name_what_they_lack() -> None:
 
     assert [issue_cycles(x) for x in ("FFMA", "VIMNMX", "HGMMA.64x256x16.F32", "v_add_f32", "LDG.E")] == [1, 2, 0, 4, 4]
     rows = [{"kind": "gaussian", "dtype": "bfloat16", "d": 64, "k": 10, "unproved": 0.0}]
-    rows[0] |= {"median_candidates": 20.0, "turns": 7.0, "crowded": 0.1, "mean_crowded_groups": 0.1}
-    gpu, shape = GPUS["H100 SXM"], Shape(4096, 65536, 2304, 10, "bfloat16")
+    rows[0] |= {"median_candidates": 20.0, "turns": 7.0, "crowded": 0.1, "mean_crowded_groups": 0.1, "group": 64}
+    gpu, shape = GPUS["H100 SXM"], Shape(4096, 262144, 2304, 10, "bfloat16")
     code = Code(newest("compile-check-triton-3.9-*.json"), "sm_90")
     found = predict(shape, gpu, code, rows)
     assert found["total_ms"] >= found["gemm_16_bit_ms"] > 0

@@ -3,6 +3,7 @@
     python -m bench faults [--short] [--only kills,disks] [--out FILE.json]
 
 - kills: SIGKILL at file operations, in the middle of writes and at random, then the same call again;
+- interrupts: Ctrl-C at random moments of every long command, then the same command again;
 - disks: full disks (small tmpfs mounts as root, and limits on file sizes), then room and the same call again;
 - corruptions: bits flipped, files cut, swapped, replaced and edited, finished and half-finished;
 - hostile: files of every kind and arguments of every command that are wrong or meant to harm;
@@ -24,15 +25,15 @@ from typing import Any
 
 import torch
 
-from bench.faults import corruptions, disks, hostile, kills, products
+from bench.faults import corruptions, disks, hostile, interrupts, kills, products
 from bench.faults.workload import Workload
 from bench.machine import machine
 from bench.record import save
 
 TRITON_SHARE = 20
 """Calls on torch for each under Triton's interpreter, which takes some 80 ms for one."""
-PARTS = ("kills", "disks", "corruptions", "hostile", "products")
-FULL = {"kills": 380, "disks": 90, "corruptions": 400, "hostile": 900, "products": 10_000}
+PARTS = ("kills", "interrupts", "disks", "corruptions", "hostile", "products")
+FULL = {"kills": 380, "interrupts": 84, "disks": 90, "corruptions": 400, "hostile": 800, "products": 10_000}
 HARM = {
     "traceback": "tracebacks",
     "unexpected": "errors of no kind",
@@ -42,7 +43,7 @@ HARM = {
     "secret told": "secrets told",
     "unnamed": "errors without the file's name",
 }
-SHORT = {"kills": 12, "disks": 8, "corruptions": 14, "hostile": 12, "products": 40}
+SHORT = {"kills": 12, "interrupts": 14, "disks": 8, "corruptions": 14, "hostile": 12, "products": 40}
 
 
 def measure(counts: dict[str, int], only: list[str], seed: int = 0) -> dict[str, dict[str, Any]]:
@@ -52,7 +53,8 @@ def measure(counts: dict[str, int], only: list[str], seed: int = 0) -> dict[str,
     torch.set_num_threads(1)  # a forked process has the calling thread alone
     with tempfile.TemporaryDirectory(prefix="querylens-faults-") as folder:
         workload = Workload(Path(folder))
-        tries = {"kills": kills.run, "disks": disks.run, "corruptions": corruptions.run, "hostile": hostile.run}
+        tries = {"kills": kills.run, "interrupts": interrupts.run, "disks": disks.run, "corruptions": corruptions.run}
+        tries["hostile"] = hostile.run
         for name in only:
             if name == "products":
                 found[name] = products.run(counts[name], counts[name] // TRITON_SHARE, seed)
@@ -74,6 +76,8 @@ def _tried(name: str, counts: dict[str, Any]) -> str:
     if name == "products":
         calls = {backend: counts[backend]["calls"] for backend in ("torch", "triton")}
         return f"{sum(calls.values()):,} random top-k calls ({calls['torch']:,} torch, {calls['triton']:,} Triton)"
+    if name == "interrupts":
+        return f"Ctrl-C {counts[name]} times ({counts['stopped']} before the end)"
     what = {"disks": "full disks", "hostile": "hostile inputs"}.get(name, name)
     return f"{counts[what]} {what}"
 
@@ -85,6 +89,8 @@ def _found(name: str, counts: dict[str, Any]) -> str:
     if name == "hostile":
         harm = ", ".join(f"{counts[kind]} {said}" for kind, said in HARM.items())
         return f"{harm}; at most {counts['slowest_s']} s each"
+    if name == "interrupts":
+        return f"{len(counts['problems'])} without a word how to go on, with a traceback, or with another result"
     if name == "products":
         return f"{sum(counts[backend]['wrong'] for backend in ('torch', 'triton'))} wrong"
     return f"{len(counts['problems'])} " + ("other results" if name == "disks" else "not noticed")

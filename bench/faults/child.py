@@ -39,7 +39,12 @@ class Outcome:
 
 
 def in_child(
-    work: Callable[[], object], *, limit_s: float = LIMIT_S, answers: str = "", after_s: float | None = None
+    work: Callable[[], object],
+    *,
+    limit_s: float = LIMIT_S,
+    answers: str = "",
+    after_s: float | None = None,
+    after_signal: int = signal.SIGKILL,
 ) -> Outcome:
     """Run ``work`` in a forked process whose output is kept.
 
@@ -47,15 +52,19 @@ def in_child(
         work: Its SystemExit is the exit code, another exception is printed and gives `RAISED`.
         limit_s: It is killed after this, which counts as a hang.
         answers: What lies on its stdin.
-        after_s: Send SIGKILL after this many seconds.
+        after_s: Send ``after_signal`` after this many seconds.
+        after_signal: SIGKILL, or what the child may take notice of.
     """
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as stdin:
         stdin.write(answers.encode())
         stdin.seek(0)
         sys.stdout.flush(), sys.stderr.flush()
         start, begun = time.monotonic(), mmap.mmap(-1, 8)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the work takes notice of it
         child = os.fork()
-        if child == 0:
+        if child:
+            signal.signal(signal.SIGINT, before)
+        else:
             # Not the parent's: pages of mapped files are not copied by a fork.
             begun[:8] = _peak_kib().to_bytes(8, "little")
             _run(work, stdin, output, limit_s)
@@ -66,8 +75,11 @@ def in_child(
                 code = os.waitstatus_to_exitcode(status)
                 break
             spent = time.monotonic() - start
-            if spent > min(limit_s, after_s or limit_s):
-                hung = after_s is None or spent > limit_s
+            if after_s is not None and spent > after_s:
+                os.kill(child, after_signal)
+                after_s = None
+            if spent > limit_s:
+                hung = True
                 os.kill(child, signal.SIGKILL)
             time.sleep(POLL_S)
         seconds = time.monotonic() - start

@@ -19,6 +19,7 @@ from bench.faults.payloads import (
     safetensors_files,
 )
 from bench.faults.sources import Found, configs, models, signatures, weights
+from bench.faults.special import special
 from querylens_fast.runs.sealed_tensors import SEAL_KEY
 
 
@@ -29,7 +30,8 @@ def hostile_files(place: Path, names: dict[str, str]) -> Iterator[Found]:
         place: A folder.
         names: Good files by name, as in `hostile.CALLS`, and ``canary``, which code that is run would make.
     """
-    for number, make in enumerate((weights, configs, models, _results, _transports, _samples, _lenses, _lists, _runs)):
+    makers = (weights, configs, models, _results, _transports, _samples, _lenses, _lists, _runs, special)
+    for number, make in enumerate(makers):
         folder = place / f"files{number}"
         folder.mkdir(exist_ok=True)
         yield from make(folder, names)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def run(workload: Workload, n: int, seed: int = 0) -> dict[str, Any]:
     """Try ``n`` cases (all files where there is room, then words at random): counts and every problem."""
     place = workload.folder / "hostile"
     place.mkdir(exist_ok=True)
-    names = _names(workload, place)
+    names = named_files(workload, place)
     files = [Case(*case) for case in hostile_files(place, names)]
     words = list(_words(names, place))
     draw = random.Random(seed)
@@ -105,6 +106,7 @@ def _tried(case: Case, place: Path) -> tuple[Outcome, list[tuple[str, str]]]:
         from querylens_fast.cli import app
 
         os.chdir(out)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         app(case.arguments)
 
     ended = in_child(work, limit_s=LIMIT_S, answers="y\n" * 9)
@@ -132,7 +134,7 @@ def _tried(case: Case, place: Path) -> tuple[Outcome, list[tuple[str, str]]]:
     return ended, problems
 
 
-def _names(workload: Workload, place: Path) -> dict[str, str]:
+def named_files(workload: Workload, place: Path) -> dict[str, str]:
     """What the words of `CALLS` stand for."""
     folder = workload.folder
     results = {"rows": "signatures, Parquet", "lines": "signatures, JSON lines", "table": "a relation"}

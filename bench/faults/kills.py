@@ -80,7 +80,7 @@ def run(workload: Workload, n_kills: int, seed: int = 0, jobs: Sequence[Job] | N
     lost = leftovers = 0
     start = time.monotonic()
     for job in jobs:
-        for kind, kill in _plan(workload, job, share, generator):
+        for kind, kill in _plan(workload, job, max(3, int(share * job.share)), generator):
             folder, log = _fresh(workload)
             out = folder / job.file
             work, after_s = kill(lambda job=job, out=out: job.write(out), folder)

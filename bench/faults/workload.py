@@ -33,6 +33,8 @@ class Job:
     file: str
     """The result's name in its folder."""
     write: Callable[[Path], object]
+    share: float = 1.0
+    """Of the kills that other jobs get; less for those that take seconds."""
 
 
 @dataclass
@@ -88,7 +90,19 @@ class Workload:
             Job("a transport", "out.safetensors", lambda out: ql.load_transport(self.transport_path).save(out)),
             Job("a token sample", "out.safetensors", self.tokens.save),
             Job("a feature sample", "out.parquet", sample),
+            Job("an evaluation report", "out", self._report, share=0.2),
+            Job("a Neuronpedia export", "out", self._export),
         ]
+
+    def _report(self, out: Path) -> object:
+        prefixes = torch.arange(3, 15).reshape(3, 4)
+        methods = ["logit_lens_value", "query_lens_value"]
+        options = {"methods": methods, "k": (3,), "n_features": 4, "min_examples": 1, "prefixes": prefixes}
+        return ql.evaluation_report(self.model, [self.dictionary], self.tokens, out, progress=False, **options)
+
+    def _export(self, out: Path) -> object:
+        options = {"model_id": "m", "source_set": "s", "k": 4, "rows_per_file": 20, "neighbours": 3}
+        return ql.export_neuronpedia(self.dictionary, self.model, out, **options)
 
     def job(self, name: str) -> Job:
         return next(job for job in self.jobs if job.name == name)
@@ -147,19 +161,19 @@ def logged(write: Callable[[], object], log: Path) -> Callable[[], object]:
     def work() -> None:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-        def note(start: int) -> None:
-            os.write(file, f"{start}\n".encode())
+        def note(result: Path, start: int) -> None:
+            os.write(file, f"{result.name} {start}\n".encode())
 
         part, rows = PartWriter.write, JsonlSink.write
 
         def write_part(writer: PartWriter, start: int, table: object) -> None:
             part(writer, start, table)  # type: ignore[arg-type]
-            note(start)
+            note(writer.path, start)
 
         def write_rows(sink: JsonlSink, found: object, indices: list[int], names: object = None) -> None:
             rows(sink, found, indices, names)  # type: ignore[arg-type]
             for index in indices:
-                note(index)
+                note(sink.path, index)
 
         PartWriter.write, JsonlSink.write = write_part, write_rows  # type: ignore[method-assign]
         write()
@@ -167,8 +181,9 @@ def logged(write: Callable[[], object], log: Path) -> Callable[[], object]:
     return work
 
 
-def noted(log: Path) -> list[int]:
-    return [int(line) for line in log.read_text().split()] if log.exists() else []
+def noted(log: Path) -> list[str]:
+    """Result and first row of each block that is written."""
+    return log.read_text().splitlines() if log.exists() else []
 
 
 def resumed(workload: Workload, job: Job, out: Path, log: Path) -> tuple[Outcome, list[str]]:

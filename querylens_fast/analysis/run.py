@@ -22,7 +22,7 @@ from querylens_fast.analysis.configuration import checked, compose, lens_options
 from querylens_fast.analysis.processes import distribute_batch
 from querylens_fast.analysis.selection import Selected, Selection, select_features
 from querylens_fast.lens.options import Stats
-from querylens_fast.lens.planning import fit_if_cheaper, open_transport, plan
+from querylens_fast.lens.planning import fit_if_cheaper, inside_names, open_transport, plan
 from querylens_fast.lens.presets import PRESETS, Preset
 from querylens_fast.lens.storage import FORMATS
 from querylens_fast.lens.stream import Batch, write
@@ -159,7 +159,9 @@ def _shared(cfg: DictConfig, explicit: set[str], group: processes.Ranks) -> Path
     options = replace(options, transport=transport, tokens=tokens, stats=stats)
     if preset.needs_transport and transport is None:
         n = sum(len(some.ids) for some in selected)
-        options = replace(options, transport=fit_if_cheaper(model, options, tokens, n, seed=cfg.seed))
+        inside = inside_names([some.dictionary for some in selected], preset)
+        fitted = fit_if_cheaper(model, options, tokens, n, inside=inside, seed=cfg.seed)
+        options = replace(options, transport=fitted)
     lenses = {id(some.dictionary): some.dictionary for some in selected}
     lenses = {key: plan(dictionary, model, options, n_features=0) for key, dictionary in lenses.items()}
     batches = [Batch(lenses[id(some.dictionary)], some.ids, some.names) for some in selected]

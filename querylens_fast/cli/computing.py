@@ -79,6 +79,10 @@ def transport(
     model: ModelArgument,
     tokens: Annotated[str, typer.Argument(help="Token file, text file or dataset name.")],
     out: Annotated[Path, typer.Option(help="The transport file to write.")] = Path("transport.safetensors"),
+    inside: Annotated[
+        list[str] | None,
+        typer.Option(help="Carry keys that read inside modules too: blocks.3.attn.hook_z, blocks.*.mlp.hook_post, …"),
+    ] = None,
     sampling: Flags = SAMPLING,
     fitting: Flags = FITTING,
     loading: Flags = LOADING,
@@ -90,7 +94,7 @@ def transport(
         quiet_loading()
         loaded = ql.load_model(model, **{**loading, "device": group.device(loading["device"])})
         sample = ql.load_tokens(tokens, model=loaded, **sampling)
-        fitted = ql.fit_transport(loaded, sample, **fitting)
+        fitted = ql.fit_transport(loaded, sample, inside=inside or (), **fitting)
         sample = sample.head(int(fitted.metadata["n_sequences"]))
         if group.leads:
             fitted.save(out)

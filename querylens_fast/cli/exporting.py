@@ -15,7 +15,7 @@ ModelOption = Annotated[str, typer.Option(help="Local folder or hub id.")]
 _ROWS = ("features", "unembedding", "dictionary", "rows_per_file", "model_id", "source_set")
 USED = {
     "neuronpedia": (*_ROWS, "neighbours", "release", "creator_id", "hook_name", "vectors", "activations", "sample"),
-    "circuit-tracer": ("transcoder_id", "unembedding"),
+    "circuit-tracer": ("transcoder_id", "unembedding", "activations"),
     "saedashboard": (*_ROWS, "columnar"),
     "delphi": ("hookpoint", "features", "neighbours"),
 }
@@ -42,7 +42,9 @@ def export(
     unembedding: Annotated[str, typer.Option(help="Of dictionaries: raw or folded.")] = "raw",
     vectors: Annotated[bool, typer.Option(help="neuronpedia: write the features' vectors.")] = True,
     neighbours: Annotated[int | None, typer.Option(help="Neighbours: neuronpedia 10, delphi 250; 0: none.")] = None,
-    activations: Annotated[Path | None, typer.Option(help="neuronpedia: a feature list with texts.")] = None,
+    activations: Annotated[
+        Path | None, typer.Option(help="neuronpedia, circuit-tracer: a feature list with texts.")
+    ] = None,
     sample: Annotated[Path | None, typer.Option(help="neuronpedia: a feature sample (.parquet).")] = None,
     rows_per_file: Annotated[int | None, typer.Option(help="Features a file.")] = None,
     columnar: Annotated[bool, typer.Option(help="saedashboard: tables instead of batch files.")] = False,
@@ -65,9 +67,8 @@ def export(
         given: dict[str, Any] = {"k": k, "unembedding": unembedding}
         if format == "circuit-tracer":
             by_layer = _by_layer(sources)
-            target = ql.export_circuit_tracer(
-                by_layer, out, transcoder_id=_needed("transcoder-id", transcoder_id, format), model=loaded, **given
-            )
+            given |= {"transcoder_id": _needed("transcoder-id", transcoder_id, format), "activations": activations}
+            target = ql.export_circuit_tracer(by_layer, out, model=loaded, **given)
             say(f"{len(by_layer)} layers; features_dir for circuit-tracer: {target.resolve()}")
             return
         if format == "delphi":

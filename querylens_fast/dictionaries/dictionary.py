@@ -19,6 +19,8 @@ from querylens_fast.dictionaries.digest import SideDigest, content_digest, side_
 from querylens_fast.dictionaries.hook_points import HookPoint, Kind, hook_point
 from querylens_fast.dictionaries.rows import CarriedRows, FeatureIds, Rows
 from querylens_fast.dictionaries.sae import Coder
+from querylens_fast.models.errors import UnsupportedModelError
+from querylens_fast.models.inside import output_weight
 from querylens_fast.models.model import Model
 
 
@@ -43,7 +45,7 @@ class Dictionary:
         details: Architecture, model name and activation normalisation, as the source gives them.
         refusals: For a side ("value", "key") that acts at no point of the residual stream: why.
         no_direction: For a side whose vectors are no directions of the residual stream: why.
-        key_module: The module whose output the keys read where that is no point of the stream (`HookPoint.module`).
+        key_module: The module whose output or inside the keys read, where they read no point (`HookPoint.module`).
         carried: The values have been carried into the residual stream by a weight of the model (`on`).
     """
 
@@ -213,7 +215,8 @@ class Dictionary:
         bound = self
         for side, hook in (("key", self.reads), ("value", self.writes)):
             module = hook.site.before_post_norm
-            if module and not getattr(model.blocks[hook.layer], module).adds_directly:
+            inside = side == "key" and hook.site.reads_inside  # a norm lies behind that
+            if module and not inside and not getattr(model.blocks[hook.layer], module).adds_directly:
                 why = (
                     f"its {side}s are of {hook.name!r}, which {model.name!r} ({model.architecture}) norms before it "
                     "adds it to the residual stream (or scales it); dictionaries on either side of that are supported"
@@ -227,22 +230,31 @@ class Dictionary:
                 )
             elif side == "value" and hook.site.carried_by and self.value_rows is not None:
                 bound = bound.carry(model)
+        if model.parallel:
+            bound = replace(bound, value_point=bound._beside("value"), key_point=bound._beside("key"))
         if bound is self or self.load_coder is None:
             return bound
         load = self.load_coder
         # The caller's own, so that it is read once.
         return replace(bound, load_coder=lambda matrices: self.coder if matrices else load(False))
 
+    def _beside(self, side: str) -> int | None:
+        """The point of a side where attention and MLP both read the stream before the layer and are added behind it."""
+        point, hook = (self.value_point, self.writes) if side == "value" else (self.key_point, self.reads)
+        if point is None or point % 2 == 0 or hook.site.name == "resid_mid":
+            return point
+        return point + 1 if side == "value" else point - 1
+
     def carry(self, model: Model, unit_norm: bool = False) -> Dictionary:
         """The dictionary with its values (at unit length) carried by W_O or W_out, whatever norm follows."""
         site, layer = self.writes.site, self.writes.layer
-        module = "attention" if site.carried_by == "W_O" else "mlp"
+        assert self.writes.module is not None
         try:
-            weight = getattr(getattr(model.blocks[layer], module), site.carried_by)
-        except (AttributeError, ValueError):
+            weight = output_weight(model, self.writes.module)
+        except UnsupportedModelError as error:
             raise ValueError(
-                f"dictionary {self.name!r} is written at {self.writes.name!r}, but {module} {layer} of {model.name!r} "
-                f"has no single {site.carried_by} that would carry it into the residual stream"
+                f"dictionary {self.name!r} is written at {self.writes.name!r}, but there is no single "
+                f"{site.carried_by} that would carry it into the residual stream: {error}"
             ) from None
         assert self.value_rows is not None
         _check_width(self, model, weight.shape[1])

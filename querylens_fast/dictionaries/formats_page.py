@@ -22,7 +22,8 @@ _SITES_HEAD = """## Where dictionaries act
 Names follow `blocks.N.`, or a module path such as `model.layers.N.`, `transformer.h.N.` or `gpt_neox.layers.N.`; a
 layer's own path is its output. *pre*, *mid* and *post* are the residual stream before the attention, between attention
 and MLP, and after the MLP of layer N. Where a side has no point, presets that need one refuse it by name. Keys that
-read a module's output go through that module's own Jacobian first (full order, [transport.md](transport.md)).
+read a module's output, or what its output matrix W_O or W_out reads, go through that module's own Jacobian first
+([transport.md](transport.md)); the latter are no directions of the stream, so identity presets refuse them.
 """
 _NEW = """## Adding a format
 
@@ -40,13 +41,14 @@ def page() -> str:
         [(f.name, _code(f.weights), _code(*f.values), _code(*f.keys), _code(*f.config) or "none") for f in FORMATS],
     )
     points = {None: "none", 0: "pre", 1: "mid", 2: "post"}
+    read = lambda s: f"{s.carried_by}'s input" if s.reads_inside else points[s.key]  # noqa: E731
     sites = _table(
         ("names", "values are added at", "keys read"),
         [
             (
                 _code(*NAMES[s.name].split()),
                 points[s.value] + (f", through {s.carried_by}" if s.carried_by else ""),
-                "the module's output" if s.reads_output else points[s.key],
+                "the module's output" if s.reads_output else read(s),
             )
             for s in SITES
         ],

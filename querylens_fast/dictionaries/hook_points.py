@@ -30,7 +30,9 @@ class Site:
         before_post_norm: The module whose output norm, where a model has one, lies between this site and the stream
             (for a key: between the stream and this site).
         reads_output: Keys here read what a module adds to the residual stream: they are directions of it, although they
-            read no single point of it, and the full order carries them through that module (`HookPoint.module`).
+            read no single point of it, and a transport carries them through that module (`HookPoint.module`).
+        reads_inside: Keys here read what a module's output matrix reads (W_O: the heads' outputs), no direction of the
+            stream; a transport fitted for it carries them through the part of the module before that.
     """
 
     name: str
@@ -40,13 +42,14 @@ class Site:
     carried_by: str = ""
     before_post_norm: str = ""
     reads_output: bool = False
+    reads_inside: bool = False
 
 
 SITES = (
     Site("resid_pre", "residual", key=0, value=0),
     Site("attn_normed", "attention"),
     Site("attn_input", "attention"),
-    Site("z", "attention", value=1, carried_by="W_O", before_post_norm="attention"),
+    Site("z", "attention", value=1, carried_by="W_O", before_post_norm="attention", reads_inside=True),
     Site("attn_raw", "attention", value=1, before_post_norm="attention", reads_output=True),
     Site("attn_out", "attention", value=1, reads_output=True),
     Site("resid_mid", "residual", key=1, value=1),
@@ -55,7 +58,7 @@ SITES = (
     Site("mlp_input", "mlp", key=1),
     Site("after_attn_norm", "mlp", key=1, before_post_norm="attention"),
     Site("mlp_pre", "mlp"),
-    Site("mlp_post", "mlp", value=2, carried_by="W_out", before_post_norm="mlp"),
+    Site("mlp_post", "mlp", value=2, carried_by="W_out", before_post_norm="mlp", reads_inside=True),
     Site("mlp_raw", "mlp", value=2, before_post_norm="mlp", reads_output=True),
     Site("mlp_out", "mlp", value=2, reads_output=True),
     Site("resid_post", "residual", key=2, value=2),
@@ -66,8 +69,10 @@ NAMES = {
     "resid_pre": "hook_resid_pre hook_in input ln1.hook_in",
     "attn_normed": "ln1.hook_normalized",
     "attn_input": "attn.hook_in ln1.hook_out input_layernorm input_layernorm.output ln_1 ln_1.output",
-    "z": "attn.hook_z attn.o.hook_in self_attn.o_proj.input attn.c_proj.input attention.dense.input",
-    "attn_raw": "attn.hook_out self_attn self_attn.output attn attn.output attention attention.output",
+    "z": "attn.hook_z attn.o.hook_in self_attn.o_proj.input attn.c_proj.input attention.dense.input "
+    "self_attn.out_proj.input attn.out_proj.input self_attn.dense.input self_attention.dense.input",
+    "attn_raw": "attn.hook_out self_attn self_attn.output attn attn.output attention attention.output "
+    "self_attention self_attention.output attn.o.hook_out",
     "attn_out": "hook_attn_out ln1_post.hook_out",
     "resid_mid": "hook_resid_mid ln2.hook_in",
     "mlp_in": "hook_mlp_in",
@@ -76,18 +81,23 @@ NAMES = {
     "ln_2 ln_2.output",
     "after_attn_norm": "post_attention_layernorm post_attention_layernorm.output",
     "mlp_pre": "mlp.hook_pre mlp.hook_pre_linear",
-    "mlp_post": "mlp.hook_post mlp.out.hook_in mlp.down_proj.input mlp.c_proj.input mlp.dense_4h_to_h.input",
-    "mlp_raw": "mlp.hook_out mlp mlp.output",
+    "mlp_post": "mlp.hook_post mlp.out.hook_in mlp.down_proj.input mlp.c_proj.input mlp.dense_4h_to_h.input "
+    "mlp.fc_out.input mlp.fc2.input fc2.input",
+    "mlp_raw": "mlp.hook_out mlp mlp.output mlp.out.hook_out",
     "mlp_out": "hook_mlp_out ln2_post.hook_out",
     "resid_post": "hook_resid_post hook_out output",
     "heads": "attn.hook_q attn.hook_k attn.hook_v attn.hook_result attn.hook_pattern attn.hook_attn_scores "
     "hook_attn_in hook_q_input hook_k_input hook_v_input",
 }
+for _inside, _raw in (("z", "attn_raw"), ("mlp_post", "mlp_raw")):  # the output matrix's own path is its output
+    _paths = [n.removesuffix(".input") for n in NAMES[_inside].split() if n.endswith(".input")]
+    NAMES[_raw] += "".join(f" {path} {path}.output" for path in _paths)
 """Each site's names after "blocks.N." or a layer's module path; the layer's own path is its output."""
 
 _SITE_OF = {name: site for site in SITES for name in NAMES[site.name].split()} | {"": SITES[-2]}
 _WRAPPERS = (
-    "model|transformer|gpt_neox|language_model|text_model|decoder|backbone|base_model|module|original_model|_orig_mod"
+    "model|transformer|gpt_neox|rwkv|language_model|text_model|decoder|backbone|base_model|module|original_model|"
+    "_orig_mod"
 )
 _LAYER = re.compile(rf"^(?:(?:{_WRAPPERS})\.)*(?:blocks|layers|h)\.(\d+)(?:\.(.+))?$")
 
@@ -107,8 +117,9 @@ class HookPoint:
 
     @property
     def module(self) -> int | None:
-        """The module (2l attention, 2l + 1 MLP) whose output a key here reads; None: it reads no such."""
-        return 2 * self.layer + (self.site.value or 0) - 1 if self.site.reads_output else None
+        """The module (2l attention, 2l + 1 MLP) that a key here reads the output or the inside of; None: neither."""
+        reads = self.site.reads_output or self.site.reads_inside
+        return 2 * self.layer + (self.site.value or 0) - 1 if reads else None
 
     def is_direction(self, side: str) -> bool:
         """Whether such vectors are directions of the residual stream, as identity presets take them."""
@@ -120,6 +131,11 @@ class HookPoint:
             return (
                 f"its values are written at {self.name!r}, which is not a point of the residual stream but goes there "
                 f"through {self.site.carried_by}: pass dictionary.on(model)"
+            )
+        if side == "key" and self.site.reads_inside:
+            return (
+                f"its keys act at {self.name!r}, inside a module, which is not a point of the residual stream: only "
+                "query_lens_key and query_lens_key_approx carry them there, through the module"
             )
         known = [name for s in SITES if (s.value if side == "value" else s.key) is not None
                  for name in NAMES[s.name].split()]  # fmt: skip

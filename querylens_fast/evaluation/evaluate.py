@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.load import load_dictionary
 from querylens_fast.evaluation.feature_sample import FeatureSample, feature_sample, load_feature_sample
-from querylens_fast.evaluation.methods import Context, find_methods
+from querylens_fast.evaluation.methods import Context, Method, find_methods
 from querylens_fast.evaluation.output_score import N_PROMOTED, promoted_tokens
 from querylens_fast.evaluation.ranking import POSITIONS
 from querylens_fast.evaluation.scores import Case, labels_of, score_methods
@@ -100,6 +101,8 @@ class EvaluationOptions:
             if name != "fit_sequences" or self.fit_sequences is not None:
                 whole_number(name, getattr(self, name), least)
         finite_number("max_memory_gib", self.max_memory_gib, above=0)
+        if not [whole_number("k", k) for k in self.k]:
+            raise ValueError("k is empty; expected sizes of at least 1")
         if self.tuned_lens is not None and "tuned_lens" not in self.method_names:
             raise ValueError(f"tuned_lens is given, but none of the methods {list(self.method_names)} uses it")
 
@@ -161,11 +164,24 @@ def evaluate_signatures(
     ungrouped = replace(transport, groups={}, group_centres=None)
     ablated = fit.head(ABLATION_SEQUENCES)
     context = Context(model, ungrouped, ablated, given.tuned_lens, given.max_memory_gib)
+    _try_out(methods, context, loaded, given.k)
     hidden = not (given.progress and processes.current().leads)
     bar = tqdm(list(zip(loaded, labels_of(loaded), strict=True)), desc="dictionaries", disable=hidden)
     cases = [_case(model, dictionary, label, held_out, folder, given) for dictionary, label in bar]
     scores = score_methods(cases, context, methods, ks=given.k, out=folder / "scores.parquet", progress=given.progress)
     return Evaluation(folder, scores, cases, context, transport, held_out)
+
+
+def _try_out(
+    methods: Sequence[Method], context: Context, dictionaries: Sequence[Dictionary], ks: Sequence[int]
+) -> None:
+    """Raise what a method lacks before anything long begins: name one feature of each dictionary by each preset."""
+    for method in methods:
+        for dictionary in dictionaries:
+            if method.path is not None:
+                method.sizes(ks)
+            elif method.preset is not None and not method.preset.is_ablation:
+                method.token_ids(context, dictionary, torch.zeros(1, dtype=torch.int64), max(ks))
 
 
 def _cut(tokens: Tokens, given: EvaluationOptions) -> tuple[Tokens, Tokens]:

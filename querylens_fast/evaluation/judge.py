@@ -19,10 +19,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -258,13 +259,23 @@ def _post(base_url: str, body: dict[str, Any], api_key: str | None, timeout_s: f
     asked = request.Request(url, json.dumps(body).encode(), headers)
     try:
         with request.urlopen(asked, timeout=timeout_s) as response:
-            found = json.loads(response.read(MAX_ANSWER_BYTES))
+            found = json.loads(_body(response, timeout_s))
     except error.HTTPError as problem:
         detail = " ".join(problem.read(500).decode(errors="replace").split())
         raise OSError(f"the judge at {url} answered {problem.code}: {detail}; {_KEPT}") from problem
     except (OSError, HTTPException, ValueError, RecursionError) as problem:
         raise OSError(f"the judge at {url} could not be asked ({problem}); {_KEPT}") from problem
     return found if isinstance(found, dict) else {"error": str(found)[:200]}
+
+
+def _body(response: HTTPResponse, timeout_s: float) -> bytes:
+    """The bytes of an answer, which has to be whole in time: a socket's own limit begins anew with each byte."""
+    limit, body = time.monotonic() + timeout_s, b""
+    while (part := response.read1(1 << 16)) and len(body) <= MAX_ANSWER_BYTES:
+        body += part
+        if time.monotonic() > limit:
+            raise TimeoutError("timed out: the answer does not end")
+    return body
 
 
 _BEGINNING = b'{"custom_id": "'

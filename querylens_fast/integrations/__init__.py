@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-MODULES = ("circuit_tracer", "delphi", "neuronpedia", "sae_lens", "saedashboard")
+MODULES = ("attribution_graph", "circuit_tracer", "delphi", "neuronpedia", "sae_lens", "saedashboard")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -36,6 +36,14 @@ class Activity:
     maximum: Tensor | None = None
     density: Tensor | None = None
 
+    def whole_texts(self, feature: int) -> list[Activation]:
+        """A feature's texts that hold tokens, and a number for each."""
+        return list(filter(is_whole, self.texts.get(feature, [])))
+
+    def broken(self) -> int:
+        """How many texts are no such."""
+        return sum(not is_whole(text) for texts in self.texts.values() for text in texts)
+
     def max_of(self, feature: int) -> float:
         """The largest activation known, 0 where none is."""
         known = [a.max_value for a in self.texts.get(feature, [])]
@@ -47,6 +55,11 @@ class Activity:
         """The share of positions, 0 where it is not known."""
         found = 0.0 if self.density is None else float(self.density[feature])
         return found if math.isfinite(found) else 0.0
+
+
+def is_whole(text: Activation) -> bool:
+    """Whether a text holds tokens, and a number for each."""
+    return bool(text.token_values) and all(map(math.isfinite, text.get_values()))
 
 
 def open_activity(activations: Any, sample: Any, features: Tensor, layer: int, n_features: int) -> Activity:

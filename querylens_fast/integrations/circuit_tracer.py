@@ -1,13 +1,9 @@
-"""circuit-tracer: feature files that its frontend reads, and labels in attribution graphs.
+"""circuit-tracer: feature files that its frontend reads.
 
-Feature files. ``{folder}/index.json.gz`` is a gzipped JSON list by layer of ``{"filename", "offsets"}``; feature i of a
+``{folder}/index.json.gz`` is a gzipped JSON list by layer of ``{"filename", "offsets"}``; feature i of a
 layer is bytes offsets[i] to offsets[i + 1] of its file: four bytes, the length as a little-endian number, then as many
 bytes of zlib-compressed JSON. Give the frontend the folder as ``--features_dir``; a Hub repository holds it as
 ``features/``.
-
-Graphs. Feature nodes carry ``layer`` l and ``feature``, the Cantor pairing (l + f)(l + f + 1)/2 + f with the feature f.
-The frontend shows ``clerp`` as a node's label, ``top_logit_effects`` and ``bottom_logit_effects`` as its outputs and,
-beside them, ``top_embedding_effects`` and ``bottom_embedding_effects`` as its inputs.
 """
 
 from __future__ import annotations
@@ -17,20 +13,21 @@ import logging
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from querylens_fast.dictionaries.feature_lists import load_features
+from querylens_fast.integrations.activity import Activity, open_activity
 from querylens_fast.integrations.columns import tokens_and_scores
 from querylens_fast.integrations.folder import GZIP_LEVEL, claimed, gzipped, json_bytes, write_bytes
 from querylens_fast.integrations.result_rows import held_strings
 from querylens_fast.integrations.sources import Source, blocks_of, open_source
-from querylens_fast.integrations.tokens import token_strings
+from querylens_fast.integrations.tokens import clean, token_strings
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
-from querylens_fast.runs.input_file import read_text
+from querylens_fast.runs.run_record import digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +55,8 @@ def export_circuit_tracer(
     *,
     transcoder_id: str,
     model: Any = None,
+    activations: Any = None,
+    samples: Mapping[int, Any] | None = None,
     k: int = 10,
     unit_norm: bool = False,
     unembedding: str = "raw",
@@ -72,6 +71,8 @@ def export_circuit_tracer(
         folder: Where index.json.gz is written, usually ``{transcoders}/features``.
         transcoder_id: Name of the set, kept in every record.
         model: Its model. Results can do without: their own token strings are shown then.
+        activations: Texts, shown as examples: a feature list (.json, .pkl, or a sequence of `Feature`) of these layers.
+        samples: Density and maximum of every feature, by layer (see `activity.open_activity`).
         k: Tokens on each side.
         unit_norm: Of dictionaries: read decoder rows at unit length.
         unembedding: "raw" or "folded".
@@ -91,14 +92,17 @@ def export_circuit_tracer(
     given = dict(results_by_layer) if isinstance(results_by_layer, Mapping) else dict(enumerate(results_by_layer))
     model = None if model is None else as_model(model)
     layers = _layers(given, model, k=k, unit_norm=unit_norm, unembedding=unembedding)
-    strings = _strings(given.values(), model, token_style)
+    strings = strings_of(given.values(), model, token_style)
     identity = {
         "format": FORMAT,
         "transcoder_id": transcoder_id,
         "token_style": token_style,
         "layers": [source.identity for source in layers],
     }
-    logger.warning("texts and activations are not known here: features have no examples and no histogram")
+    activities = _activities(layers, activations, samples or {})
+    if activations is not None or samples:
+        fields = [_known(a, i) for a, source in zip(activities, layers, strict=True) for i in source.features.tolist()]
+        identity["activity"] = digest_of({"fields": fields})
     target = Path(folder)
     with claimed(target, identity, resume):
         index = []
@@ -106,7 +110,7 @@ def export_circuit_tracer(
             name = f"layer_{layer}.bin"
             offsets = _offsets_of(target / f"{name}.offsets.json", target / name)
             if offsets is None:
-                offsets = _write_layer(target / name, source, strings, transcoder_id)
+                offsets = _write_layer(target / name, source, strings, transcoder_id, activities[layer])
             index.append({"filename": name, "offsets": offsets})
         write_bytes(target / "index.json.gz", gzipped(json_bytes(index)))
         for layer in range(len(layers)):
@@ -114,7 +118,7 @@ def export_circuit_tracer(
     return target
 
 
-def _strings(results: Iterable[Any], model: Model | None, style: str) -> list[str]:
+def strings_of(results: Iterable[Any], model: Model | None, style: str) -> list[str]:
     """Token strings by id: the model's, or those that the results hold."""
     if model is not None:
         return token_strings(model, style)
@@ -143,13 +147,61 @@ def _layers(given: dict[int, Any], model: Model | None, **options: Any) -> list[
     return layers
 
 
-def _write_layer(path: Path, source: Source, strings: Sequence[str], transcoder_id: str) -> list[int]:
+def _activities(layers: Sequence[Source], activations: Any, samples: Mapping[int, Any]) -> list[Activity]:
+    """The activity of each layer's features; what will be lacking is logged."""
+    listed = load_features(activations) if isinstance(activations, (str, Path)) else list(activations or [])
+    of = [[feature for feature in listed if int(feature.layer) == layer] for layer in range(len(layers))]
+    if listed and not any(of):
+        raise ValueError(f"activations lists {len(listed)} features, none of which is of layers 0 to {len(layers) - 1}")
+    if unknown := sorted(set(samples) - set(range(len(layers)))):
+        raise ValueError(f"samples has layer {unknown[0]}; expected layers 0 to {len(layers) - 1}")
+    if not listed:
+        logger.warning("no activations= are given: features have no examples")
+    if not samples:
+        logger.warning("no samples= are given: features have no activation frequency")
+    logger.warning("the frontend's histogram is one of activations, which is not known here: it is left out")
+    return [
+        open_activity(of[layer] or None, samples.get(layer), source.features, layer, len(source))
+        for layer, source in enumerate(layers)
+    ]
+
+
+def _known(activity: Activity, feature: int) -> dict[str, Any]:
+    """The fields of a record that come from activations."""
+    examples = []
+    for text in activity.whole_texts(feature):
+        values = [round(float(x), 5) for x in text.get_values()]
+        peak = max(range(len(values)), key=values.__getitem__)
+        tokens = [clean(token) for token in text.get_tokens()]
+        examples.append(
+            {"tokens_acts_list": values, "train_token_ind": peak, "is_repeated_datapoint": False, "tokens": tokens}
+        )
+    strongest = round(activity.max_of(feature), 5)
+    low, high = (0.0, strongest) if strongest > 0 else DEFAULT_RANGE
+    known = {
+        "examples_quantiles": [{"quantile_name": "Top activations", "examples": examples}] if examples else [],
+        "act_min": low,
+        "act_max": high,
+    }
+    return known if activity.density is None else {**known, "activation_frequency": activity.density_of(feature)}
+
+
+def _write_layer(
+    path: Path, source: Source, strings: Sequence[str], transcoder_id: str, activity: Activity
+) -> list[int]:
     records, offsets = [], [0]
     for rows in source.read(blocks_of(len(source), ROWS_AT_ONCE)):
         top, _ = tokens_and_scores(rows.top_ids, rows.top_scores, strings)
         bottom, _ = tokens_and_scores(rows.bottom_ids, rows.bottom_scores, strings)
         for feature, high, low in zip(rows.features.tolist(), top, bottom, strict=True):
-            records.append(feature_record(transcoder_id, cantor(source.layer, feature), high, low))
+            record = {
+                "transcoder_id": transcoder_id,
+                "index": cantor(source.layer, feature),
+                "top_logits": high,
+                "bottom_logits": low,
+                **_known(activity, feature),
+            }
+            records.append(_packed(record))
             offsets.append(offsets[-1] + len(records[-1]))
     write_bytes(path, b"".join(records))
     write_bytes(path.with_name(f"{path.name}.offsets.json"), json_bytes(offsets))
@@ -167,140 +219,7 @@ def _offsets_of(record: Path, data: Path) -> list[int] | None:
         return None
 
 
-def feature_record(transcoder_id: str, index: int, top: Sequence[str], bottom: Sequence[str]) -> bytes:
+def _packed(record: dict[str, Any]) -> bytes:
     """One feature's bytes: the length, then zlib-compressed JSON."""
-    record = {
-        "transcoder_id": transcoder_id,
-        "index": index,
-        "examples_quantiles": [],
-        "top_logits": list(top),
-        "bottom_logits": list(bottom),
-        "act_min": DEFAULT_RANGE[0],
-        "act_max": DEFAULT_RANGE[1],
-    }
     packed = zlib.compress(json_bytes(record), GZIP_LEVEL)
     return len(packed).to_bytes(4, "little") + packed
-
-
-@dataclass(frozen=True)
-class Annotated:
-    """What `annotate_graph` did: nodes that are labelled, and feature nodes whose layer or feature no result holds."""
-
-    path: Path
-    labelled: int
-    unknown: int
-
-
-def annotate_graph(
-    path: str | Path,
-    *,
-    values: Mapping[int, Any] | None = None,
-    keys: Mapping[int, Any] | None = None,
-    model: Any = None,
-    k: int = 10,
-    label_tokens: int = 3,
-    overwrite: bool = False,
-    out: str | Path | None = None,
-    token_style: str = "decoded",
-) -> Annotated:
-    """Fill the feature nodes of an attribution graph with tokens: label, outputs (values) and inputs (keys).
-
-    Args:
-        path: The graph's JSON file.
-        values: By layer, results of a value-side preset (query_lens_value, …) or dictionaries.
-        keys: By layer, results of a key-side preset, shown as inputs.
-        model: Their model. Results can do without: their own token strings are shown then.
-        k: Tokens on each side.
-        label_tokens: Tokens in the label, from the values or, without them, the keys.
-        overwrite: Replace labels that nodes have already.
-        out: The file to write; by default the graph itself, replaced atomically.
-        token_style: "decoded" or "dashboard".
-
-    Raises:
-        ValueError: The file is no attribution graph, neither side is given, or none of its features is in a result;
-            nothing has been written then.
-        FileNotFoundError: No such file.
-    """
-    if not values and not keys:
-        raise ValueError("neither values= nor keys= is given: pass results by layer")
-    path, model = Path(path), None if model is None else as_model(model)
-    graph = _read_graph(path)
-    strings = _strings([*(values or {}).values(), *(keys or {}).values()], model, token_style)
-    nodes = {_place_of(node): None for node in graph["nodes"] if _is_feature(node)}
-    found = {
-        side: _tokens_of(results or {}, list(nodes), model, strings, k)
-        for side, results in (("logit", values), ("embedding", keys))
-    }
-    labelled = unknown = 0
-    for node in filter(_is_feature, graph["nodes"]):
-        tokens = {side: found[side].get(_place_of(node)) for side in found}
-        if not any(tokens.values()):
-            unknown += 1
-            continue
-        _annotate(node, tokens, label_tokens, overwrite)
-        labelled += 1
-    if not labelled:
-        raise ValueError(f"none of the {unknown} feature nodes of {str(path)!r} is in a result: are they of this set?")
-    if unknown:
-        logger.warning("%d feature nodes of %s are in no result: left as they are", unknown, path)
-    target = Path(out or path)
-    write_bytes(target, json.dumps(graph, indent=2).encode())
-    return Annotated(target, labelled, unknown)
-
-
-def _annotate(node: dict[str, Any], tokens: dict[str, Any], label_tokens: int, overwrite: bool) -> None:
-    for side, lists in tokens.items():
-        if lists:
-            node[f"top_{side}_effects"], node[f"bottom_{side}_effects"] = lists
-    # The frontend shows inputs only beside outputs.
-    node.setdefault("top_logit_effects", [])
-    node.setdefault("bottom_logit_effects", [])
-    if overwrite or not node.get("clerp"):
-        top = (tokens["logit"] or tokens["embedding"])[0]
-        node["clerp"] = " · ".join(token.strip() or repr(token)[1:-1] for token in top[:label_tokens])
-
-
-def _read_graph(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"graph file {str(path)!r} does not exist")
-    try:
-        graph = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"graph file {str(path)!r} is not valid JSON: {error}") from error
-    nodes = graph.get("nodes") if isinstance(graph, dict) else None
-    if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
-        raise ValueError(f"{str(path)!r} is no attribution graph: expected an object with a list 'nodes'")
-    return graph
-
-
-def _is_feature(node: dict[str, Any]) -> bool:
-    return "transcoder" in str(node.get("feature_type", "")) and isinstance(node.get("feature"), int)
-
-
-def _place_of(node: dict[str, Any]) -> tuple[int, int]:
-    """(layer, feature) of a feature node."""
-    layer, feature = uncantor(node["feature"])
-    if str(layer) != str(node.get("layer")):
-        raise ValueError(
-            f"node {node.get('node_id')!r} is of layer {node.get('layer')}, but its feature number {node['feature']} "
-            f"is that of layer {layer}, feature {feature}: is this a graph of circuit-tracer?"
-        )
-    return layer, feature
-
-
-def _tokens_of(
-    results: Mapping[int, Any], places: Sequence[tuple[int, int]], model: Model | None, strings: Sequence[str], k: int
-) -> dict[tuple[int, int], tuple[list[str], list[str]]]:
-    """(top tokens, bottom tokens) of the places that the results hold."""
-    found = {}
-    for layer, result in results.items():
-        source = open_source(result, model, k=k, bins=0, unit_norm=False)
-        if source.layer != layer:
-            raise ValueError(f"the result given for layer {layer} is of layer {source.layer}")
-        at = {feature: i for i, feature in enumerate(source.features.tolist())}
-        wanted = sorted(at[feature] for there, feature in places if there == layer and feature in at)
-        for rows in source.read([slice(i, i + 1) for i in wanted]):
-            top, _ = tokens_and_scores(rows.top_ids, rows.top_scores, strings)
-            bottom, _ = tokens_and_scores(rows.bottom_ids, rows.bottom_scores, strings)
-            found[layer, int(rows.features[0])] = top[0], bottom[0]
-    return found

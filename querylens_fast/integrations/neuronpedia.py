@@ -36,7 +36,6 @@ from querylens_fast.integrations.neighbours import (
 from querylens_fast.integrations.neuronpedia_lines import (
     Place,
     activation_lines,
-    broken_texts,
     explanation_lines,
     feature_lines,
 )
@@ -191,7 +190,7 @@ class _Plan:
         has_vectors = self.vectors and self.source.dictionary is not None
         if not has_vectors and not self.activity.texts and self.activity.maximum is None:
             missing.append('without vectors and activations pages are covered by "no known activations"')
-        if broken := broken_texts(self.activity):
+        if broken := self.activity.broken():
             missing.append(f"{broken} texts hold no tokens or a value that is no number: they are left out")
         self.source.say_missing()
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from querylens_fast.dictionaries.feature_lists import Activation
-from querylens_fast.integrations.activity import Activity
+from querylens_fast.integrations.activity import Activity, is_whole
 from querylens_fast.integrations.columns import logit_fields, vector_fields, vector_lists
 from querylens_fast.integrations.dashboard import Rows
 from querylens_fast.integrations.neighbours import Lists, empty_lists
@@ -74,9 +72,9 @@ def activation_lines(place: Place, features: Sequence[int], activity: Activity) 
     """The lines of every text of some features; texts that hold no tokens or a value that is no number are left out."""
     for feature in features:
         for number, text in enumerate(activity.texts.get(feature, [])):
-            values = [float(x) for x in text.get_values()]
-            if not values or not all(map(math.isfinite, values)):
+            if not is_whole(text):
                 continue
+            values = [float(x) for x in text.get_values()]
             peak = max(range(len(values)), key=values.__getitem__)
             yield {
                 "id": place.unique_id(feature, f"activation/{number}"),
@@ -92,15 +90,6 @@ def activation_lines(place: Place, features: Sequence[int], activity: Activity) 
                 "binContains": TOP,
                 "qualifyingTokenIndex": peak,
             }
-
-
-def broken_texts(activity: Activity) -> int:
-    """How many texts `activation_lines` leaves out."""
-
-    def is_whole(text: Activation) -> bool:
-        return bool(text.token_values) and all(math.isfinite(x) for x in text.get_values())
-
-    return sum(not is_whole(text) for texts in activity.texts.values() for text in texts)
 
 
 def explanation_lines(place: Place, features: Sequence[int], texts: Mapping[int, str]) -> Iterator[dict[str, Any]]:

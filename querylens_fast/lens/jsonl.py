@@ -61,7 +61,7 @@ class JsonlSink:
         return range(0) if all(i in self._done for i in indices) else indices
 
     def write(self, found: Signatures, indices: Sequence[int], names: Sequence[str] | None = None) -> None:
-        names = names or [feature_name(found, f) for f in found.features.tolist()]
+        names = names or [found.source.feature_name(f) for f in found.features.tolist()]
         lines = {
             index: _line({"feature_index": index, "feature_str": name, **row}, self._seed)
             for index, name, row in zip(indices, names, found.rows(), strict=True)
@@ -152,11 +152,6 @@ class JsonlSink:
             for _, (path, place, size) in sorted(places.items()):
                 files[path].seek(place)
                 out.write(files[path].read(size))
-
-
-def feature_name(found: Signatures, feature: int) -> str:
-    """The reference's feature_str, "Feature type-size/layer/feature"."""
-    return found.source.feature_name(feature)
 
 
 def identity_path(path: Path) -> Path:

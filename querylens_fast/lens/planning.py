@@ -5,6 +5,7 @@ What is decided here (which transition, whether a transport is fitted, which cen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from querylens_fast.lens.transitions import (
     Walked,
 )
 from querylens_fast.lens.tuned_lens import TunedLens, load_tuned_lens
+from querylens_fast.models.inside import output_weight
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, as_tokens
@@ -70,13 +72,13 @@ def plan(
         dictionary = as_dashboards(dictionary, model, given.at_unit_length)
     else:
         dictionary = dictionary.on(model)
-    if not preset.is_ablation:
+    if not preset.is_ablation and not inside_names([dictionary], preset):
         dictionary.check_direction(preset.feature_vector)
     if given.k > model.vocab_size:
         raise ValueError(f"k is {given.k}; expected 1 to the vocabulary's {model.vocab_size}")
-    reads_output = preset.feature_vector == "key" and dictionary.key_module is not None and preset.needs_transport
-    if reads_output:
-        dictionary = _reading_output(dictionary, model, preset, given)
+    module = dictionary.key_module if preset.feature_vector == "key" and preset.needs_transport else None
+    if module is not None:
+        dictionary = _reading_module(dictionary, module, model, given)
     if preset.needs_transport or preset.stream_transition == "tuned_lens":
         dictionary.point(preset.feature_vector)
     if preset.is_ablation and dictionary.kind != "neurons":
@@ -85,8 +87,10 @@ def plan(
     transport, tuned_lens = None, given.tuned_lens
     if preset.needs_transport:
         n = dictionary.n_features if n_features is None else n_features
-        transport = open_transport(model, given) or fit_if_cheaper(model, given, tokens, n, reads_output)
-        transport = transport.through_modules() if reads_output and transport is not None else transport
+        inside = inside_names([dictionary], preset)
+        transport = open_transport(model, given) or fit_if_cheaper(model, given, tokens, n, module is not None, inside)
+        if module is not None and transport is not None:
+            transport = transport.reading(module, bool(inside))
     if tuned_lens is not None and not isinstance(tuned_lens, TunedLens):
         tuned_lens = load_tuned_lens(tuned_lens)
     planned = _Plan(model, dictionary, preset, given, transport, tokens, tuned_lens, total)
@@ -96,23 +100,39 @@ def plan(
     return Pipeline(model, dictionary, preset, given, planned.transition(), readout, transport, tokens, tuned_lens)
 
 
-def _reading_output(dictionary: Dictionary, model: Model, preset: Preset, options: LensOptions) -> Dictionary:
-    """The dictionary with its keys at the point after the module whose output they read, for `through_modules`.
+def inside_names(dictionaries: Sequence[Dictionary], preset: Preset) -> list[str]:
+    """The hook names of keys that a transported preset reads inside modules, for `fit_transport`."""
+    if preset.feature_vector != "key" or not preset.needs_transport:
+        return []
+    return [d.hook_name for d in dictionaries if d.key_module is not None and d.reads.site.reads_inside]
+
+
+def _reading_module(dictionary: Dictionary, module: int, model: Model, options: LensOptions) -> Dictionary:
+    """The dictionary with its keys at the point after the module that they read, for `Transport.reading`.
 
     Raises:
-        ValueError: The preset is of the first order, statistics were asked for that need each key's own walk, or the
-            model's layers are linearised whole.
+        ValueError: Statistics were asked for that need each key's own walk, keys read the output of a module of a model
+            whose layers are linearised whole, or they have another width than what they read.
     """
-    wrong = f"preset {preset.name!r}" if preset.stream_transition != "full" else f"stats={options.stats!r}"
-    if not model.has_submodules:
-        wrong = f"model {model.name!r}, whose layers are linearised whole,"
-    if preset.stream_transition != "full" or options.stats in ("exact", "rel_var") or not model.has_submodules:
+    inside = dictionary.reads.site.reads_inside
+    where = f"dictionary {dictionary.name!r}: its keys read {dictionary.hook_name!r}, "
+    if options.stats in ("exact", "rel_var"):
         raise ValueError(
-            f"dictionary {dictionary.name!r}: its keys read {dictionary.hook_name!r}, the output of a module, and are "
-            f"carried through that module in full order only, without relative variances; {wrong} is not supported"
+            f"{where}a module's inside or output, and are carried through that module without relative variances; "
+            f"stats={options.stats!r} is not supported"
         )
-    assert dictionary.key_module is not None
-    return replace(dictionary, key_point=dictionary.key_module + 1)
+    if not inside and not model.has_submodules:
+        raise ValueError(
+            f"{where}the output of a module, but the layers of model {model.name!r} are linearised whole: not supported"
+        )
+    assert dictionary.key_rows is not None
+    width = output_weight(model, module).shape[1] if inside else model.d_model
+    if dictionary.key_rows.shape[1] != width:
+        raise ValueError(
+            f"{where}{dictionary.key_rows.shape[1]} numbers wide, but {model.name!r} has {width} there: is this "
+            "dictionary from another model?"
+        )
+    return replace(dictionary, key_point=module + 1)
 
 
 def open_transport(model: Model, options: LensOptions) -> Transport | None:
@@ -144,12 +164,13 @@ def fit_if_cheaper(
     tokens: Tokens | None,
     n_features: int,
     always: bool = False,
+    inside: Sequence[str] = (),
     seed: int = 0,
 ) -> Transport | None:
     """A transport for n_features features where that costs fewer passes than carrying each feature, or is needed.
 
     The adaptive preset and stats="rel_var" need one, as do others that say ``always``; stats="exact" carries each
-    feature anyway.
+    feature anyway. ``inside`` names where keys are read inside modules (`inside_names`).
     """
     preset = options.lens
     adaptive = preset.stream_transition == "adaptive"
@@ -166,6 +187,7 @@ def fit_if_cheaper(
         submodule=options.submodule or "both",
         through_norms=options.through_norms is not False,
         max_memory_gib=options.max_memory_gib,
+        inside=inside,
         progress=bool(options.out if options.progress is None else options.progress),
     )
 

@@ -17,8 +17,10 @@ from torch import Tensor
 from querylens_fast.dictionaries.dictionary import Dictionary
 from querylens_fast.dictionaries.hook_points import HookPoint
 from querylens_fast.dictionaries.sae import Coder
+from querylens_fast.models.blocks import Attention
 from querylens_fast.models.model import Model
 from querylens_fast.models.norms import AnyNorm, Norm
+from querylens_fast.models.units import Beside
 
 
 def run_from(model: Model, x: Tensor, point: int, ids: Tensor, *, last: int | None = None) -> Tensor:
@@ -80,10 +82,10 @@ def splice(model: Model, dictionary: Dictionary, ids: Tensor, error_term: bool =
     sites = _Sites(model, dictionary.writes.layer, residuals)
     point, stream = sites.write(dictionary)
     if dictionary.kind == "neurons":
-        mlp = sites.block.mlp
+        mlp = sites.mlp
         hidden = mlp.hidden(mlp.norm(sites.middle))
         mixed = nnf.linear(hidden, mlp.W_out, mlp.b_out)
-        to_stream = lambda y: sites.middle + mlp.post_norm(y)  # noqa: E731
+        to_stream = lambda y: sites.beside_mlp + mlp.post_norm(y)  # noqa: E731
         return Splice(point, mixed, hidden, lambda f: mlp.W_out.mT[f][:, None, None], to_stream)
     coder = _coder_on(dictionary, model)
     x = _Sites(model, dictionary.reads.layer, residuals).at(dictionary.reads, dictionary)
@@ -102,7 +104,7 @@ def encoder_at(model: Model, dictionary: Dictionary, ids: Tensor) -> Callable[[s
     """
     sites = _Sites(model, dictionary.reads.layer, model.residuals(ids))
     if dictionary.kind == "neurons":
-        mlp = sites.block.mlp
+        mlp = sites.mlp
         return lambda part: mlp.hidden(mlp.norm(sites.middle[:, part]))
     coder, x = _coder_on(dictionary, model), sites.at(dictionary.reads, dictionary)
     if coder.architecture == "temporal":  # its codes depend on all positions before
@@ -112,17 +114,38 @@ def encoder_at(model: Model, dictionary: Dictionary, ids: Tensor) -> Callable[[s
 
 
 class _Sites:
-    """Clean activations of one layer, and what the stream becomes when something else stands in their place."""
+    """Clean activations of one layer, and what the stream becomes when something else stands in their place.
+
+    Where attention and MLP are side by side, both read the stream before the layer (``middle`` is that too), and both
+    are added at its end.
+    """
 
     def __init__(self, model: Model, layer: int, residuals: tuple[list[Tensor], list[Tensor], Tensor]) -> None:
         pre, mid, final = residuals
-        self.layer, self.block, self.masking = layer, model.blocks[layer], model.masking(pre[layer][..., 0])
+        self.model, self.layer, block = model, layer, model.blocks[layer]
+        self.masking, self.attention, self.mlp = model.masking(pre[layer][..., 0]), block.attention, block.mlp
         self.before, self.middle = pre[layer], mid[layer]
         self.after = pre[layer + 1] if layer + 1 < model.n_layers else final
+        self.beside_attention, self.beside_mlp, self.attention_to = self.before, self.middle, 1
+        if isinstance(self.attention, Beside):
+            self.attention, self.mlp = self.attention.attention, self.attention.mlp
+            self.middle, self.attention_to = self.before, 2
+            self.beside_attention = self.before + self.mlp(self.before)
+            self.beside_mlp = self.before + self.attention(self.before, self.masking)
+
+    def _check(self, hook: HookPoint) -> None:
+        """Raise ValueError for a place inside a layer that is one unit and not of two known parts side by side."""
+        apart = self.model.has_submodules or (self.attention_to == 2 and hook.site.name != "resid_mid")
+        if not apart and hook.site.name not in ("resid_pre", "resid_post"):
+            raise ValueError(
+                f"{hook.name!r} is inside a layer, but model {self.model.name!r} has layers that are one unit: only "
+                "resid_pre and resid_post can be read or written there"
+            )
 
     def at(self, hook: HookPoint, dictionary: Dictionary) -> Tensor:
         """The model's own activation at a hook point of the dictionary, [B, S, m]."""
-        attention, mlp = self.block.attention, self.block.mlp
+        self._check(hook)
+        attention, mlp, to = self.attention, self.mlp, self.attention_to
         found = {
             "resid_pre": lambda: self.before,
             "resid_mid": lambda: self.middle,
@@ -132,13 +155,13 @@ class _Sites:
             "attn_input": lambda: attention.norm(self.before),
             "z": self._mixed_values,
             "attn_raw": lambda: nnf.linear(self._mixed_values(), attention.W_O, attention.b_O),
-            "attn_out": lambda: self.middle - self.before,
+            "attn_out": lambda: (self.middle if to == 1 else self.after) - self.beside_attention,
             "mlp_normed": lambda: _without_scale(mlp.norm)(self.middle),
             "mlp_input": lambda: mlp.norm(self.middle),
             "after_attn_norm": lambda: mlp.norm(self.middle),
             "mlp_post": lambda: mlp.hidden(mlp.norm(self.middle)),
             "mlp_raw": lambda: nnf.linear(mlp.hidden(mlp.norm(self.middle)), mlp.W_out, mlp.b_out),
-            "mlp_out": lambda: self.after - self.middle,
+            "mlp_out": lambda: self.after - self.beside_mlp,
         }.get(hook.site.name)
         if found is None:
             raise _cannot_splice(dictionary)
@@ -146,19 +169,23 @@ class _Sites:
 
     def write(self, dictionary: Dictionary) -> tuple[int, Callable[[Tensor], Tensor]]:
         """(the point of the stream that changes, the stream there for outputs [C, B, S, m] of the dictionary)."""
-        attention, mlp = self.block.attention, self.block.mlp
+        self._check(dictionary.writes)
+        attention, mlp, to = self.attention, self.mlp, self.attention_to
         found = {
             "resid_pre": (0, lambda y: y),
-            "z": (1, lambda y: self.before + attention.post_norm(nnf.linear(y, attention.W_O, attention.b_O))),
-            "attn_raw": (1, lambda y: self.before + attention.post_norm(y)),
-            "attn_out": (1, lambda y: self.before + y),
+            "z": (
+                to,
+                lambda y: self.beside_attention + attention.post_norm(nnf.linear(y, attention.W_O, attention.b_O)),
+            ),
+            "attn_raw": (to, lambda y: self.beside_attention + attention.post_norm(y)),
+            "attn_out": (to, lambda y: self.beside_attention + y),
             "resid_mid": (1, lambda y: y),
-            "mlp_in": (2, lambda y: self.middle + mlp(y.flatten(0, 1)).unflatten(0, y.shape[:2])),
-            "mlp_normed": (2, lambda y: self.middle + mlp.project(mlp.hidden(_scaled(mlp.norm, y)))),
-            "mlp_input": (2, lambda y: self.middle + mlp.project(mlp.hidden(y))),
-            "mlp_post": (2, lambda y: self.middle + mlp.project(y)),
-            "mlp_raw": (2, lambda y: self.middle + mlp.post_norm(y)),
-            "mlp_out": (2, lambda y: self.middle + y),
+            "mlp_in": (2, lambda y: self.beside_mlp + mlp(y.flatten(0, 1)).unflatten(0, y.shape[:2])),
+            "mlp_normed": (2, lambda y: self.beside_mlp + mlp.project(mlp.hidden(_scaled(mlp.norm, y)))),
+            "mlp_input": (2, lambda y: self.beside_mlp + mlp.project(mlp.hidden(y))),
+            "mlp_post": (2, lambda y: self.beside_mlp + mlp.project(y)),
+            "mlp_raw": (2, lambda y: self.beside_mlp + mlp.post_norm(y)),
+            "mlp_out": (2, lambda y: self.beside_mlp + y),
             "resid_post": (2, lambda y: y),
         }.get(dictionary.writes.site.name)
         if found is None:
@@ -167,8 +194,10 @@ class _Sites:
 
     def _mixed_values(self) -> Tensor:
         """Each head's values, mixed by its attention pattern: what W_O reads, [B, S, H·E]."""
-        linear = self.block.attention.linearise(self.before, self.masking)
-        return self.block.attention._merge(linear.pattern @ linear.v)
+        if not isinstance(self.attention, Attention):
+            self.attention.refuse("activation at hook_z")
+        linear = self.attention.linearise(self.before, self.masking)
+        return self.attention._merge(linear.pattern @ linear.v)
 
 
 def _cannot_splice(dictionary: Dictionary) -> ValueError:

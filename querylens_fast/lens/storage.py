@@ -120,7 +120,10 @@ def refuse_other_columns(path: str | Path) -> None:
         for i in range(file.num_row_groups if not (sealed or wrong) else 0):
             wrong = wrong or _wrong_rows(file.read_row_group(i, [*SINGLE, *(n for n in LISTS if n in schema.names)]))
     if wrong:
-        raise ValueError(f"{str(path)!r} is no file of signatures: {', '.join(wrong)} is missing or of another type")
+        raise ValueError(
+            f"{str(path)!r} is no file of signatures: {', '.join(wrong)} is missing, of another type, or not whole in "
+            "every row"
+        )
 
 
 SINGLE = ("feature", "layer")
@@ -145,11 +148,12 @@ def _wrong_rows(table: pa.Table) -> list[str]:
     import pyarrow.compute as pc
 
     lists = [name for name in table.column_names if name in LISTS]
-    lengths = {name: pc.min_max(pc.list_value_length(table[name])).as_py() for name in lists}
+    counted = {name: pc.call_function("list_value_length", [table[name]]) for name in lists}
+    lengths = {name: pc.call_function("min_max", [counted[name]]).as_py() for name in lists}
     one = lengths["top_ids"]
     wrong = [name for name in table.column_names if table[name].null_count]
     wrong += [name for name in lists if lengths[name] != one or one["min"] != one["max"]]
-    return wrong + [name for name in lists if pc.list_flatten(table[name]).null_count]
+    return wrong + [name for name in lists if pc.call_function("list_flatten", [table[name]]).null_count]
 
 
 def verify(path: str | Path) -> list[str]:

@@ -12,42 +12,30 @@ the backward pass, which is linear in its argument, so neither direction compute
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from querylens_fast.models.blocks import Block, Masking
+from querylens_fast.models.derivatives import make_cheaper
 from querylens_fast.models.errors import UnsupportedModelError
 from querylens_fast.models.model import Model
 from querylens_fast.models.moe import NoSingleWeights
-from querylens_fast.models.own_layers import (
-    ATTENTION_NAMES,
-    MLP_NAMES,
-    OwnLayers,
-    child,
-    probe_ids,
-    routers,
-    share,
-)
+from querylens_fast.models.own_layers import OwnLayers, removing, routers
+from querylens_fast.models.splitting import output_matrix, split_layer
 from querylens_fast.models.units import Nothing
-
-logger = logging.getLogger(__name__)
-
-SPLIT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
-"""Relative to what the layer adds; 0.05 in half precision."""
 
 
 def from_autodiff(frame: Model, own: OwnLayers) -> Model:
     """``frame`` (embedding, final norm, unembedding) with blocks that differentiate the model's own layers."""
     for layer in own.layers:
+        make_cheaper(layer)
         for router in routers(layer):
             router.register_forward_hook(lambda _module, _args, out: _detached(out))
-    splits = [_split_layer(own, i) for i in range(len(own))]
+    splits = [split_layer(own, i) for i in range(len(own))]
     sequential = all(s is not None and s.order == "sequential" for s in splits)
     parallel = all(s is not None and s.order == "parallel" for s in splits)
     blocks = []
@@ -64,101 +52,6 @@ def from_autodiff(frame: Model, own: OwnLayers) -> Model:
     return replace(
         frame, blocks=blocks, linearisation="autodiff", own=own, has_submodules=sequential, parallel=parallel
     )
-
-
-class Split(NamedTuple):
-    """A layer in two versions, each with one module silent; and whether the modules' outputs are added as they are."""
-
-    no_mlp: nn.Module
-    no_attention: nn.Module
-    order: str
-    """sequential or parallel."""
-    attention_adds: bool
-    mlp_adds: bool
-
-
-@torch.no_grad()
-def _split_layer(own: OwnLayers, index: int) -> Split | None:
-    """The two versions of a layer, or None where it is not the sum of an attention and an MLP."""
-    layer = own.layers[index]
-    attention, mlp = child(layer, ATTENTION_NAMES), child(layer, MLP_NAMES)
-    if attention is None or mlp is None:
-        return None
-    ids = probe_ids(own.vocab_size, own.device)
-    masking = Masking(None, (ids.shape[0], ids.shape[1]), own.device, ids)
-    x = own.passes(masking).streams[index]
-    width = x.shape[-1]
-    try:
-        silenced = _silencer(own, index, x, masking, width, (attention, mlp))
-        no_mlp, no_attention = silenced(mlp), silenced(attention)
-        post, mid = own.call(index, layer, x, masking), own.call(index, no_mlp, x, masking)
-        chained, beside = own.call(index, no_attention, mid, masking), own.call(index, no_attention, x, masking)
-        tolerance = SPLIT_TOLERANCE.get(x.dtype, 0.05)
-        added = float((post - x).norm()) * tolerance
-        errors = {
-            "sequential": float((chained - post).norm()),
-            "parallel": float((mid + beside - x - post).norm()),
-        }
-        order = min(errors, key=errors.__getitem__)
-        if not errors[order] <= added:
-            return None
-        if own.token_dependent:  # the MLP's Jacobian is taken without tokens: it may not read them
-            without_tokens = own.call(index, no_attention, mid, own.any_tokens(masking.shape))
-            if not float((without_tokens - chained).norm()) <= added:
-                return None
-        adds = [_adds_directly(own, index, x, masking, silenced(attention, mlp), name) for name in (attention, mlp)]
-    except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
-        logger.debug("%s: layer %d cannot be split (%s)", own.name, index, error)
-        return None
-    return Split(no_mlp, no_attention, order, *adds)
-
-
-def _adds_directly(own: OwnLayers, index: int, x: Tensor, masking: Masking, silent: nn.Module, name: str) -> bool:
-    """Whether what the module ``name`` gives reaches the stream unchanged: no norm and no factor behind it."""
-    stub: _Silence = vars(getattr(silent, name))["forward"]
-    before = own.call(index, silent, x, masking)
-    stub.value = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(1)).to(x) * x.std()
-    change = own.call(index, silent, x, masking) - before
-    expected = stub.value.expand_as(change)
-    tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}.get(x.dtype, 0.03)
-    return float((change - expected).norm() / expected.norm()) <= tolerance
-
-
-class _Silence:
-    """Stands for a module's forward: gives zeros [..., d_model] (or ``value`` everywhere), without computing."""
-
-    def __init__(self, width: int, several: int) -> None:
-        self.width, self.several = width, several
-        self.value: Tensor | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        zeros = x.new_zeros(*x.shape[:-1], self.width)
-        out = zeros if self.value is None else zeros + self.value
-        return (out, *[None] * (self.several - 1)) if self.several else out
-
-
-def _silencer(
-    own: OwnLayers, index: int, x: Tensor, masking: Masking, width: int, names: tuple[str, ...]
-) -> Callable[..., nn.Module]:
-    """names → a copy of the layer, on the same weights, in which the modules of those names give zero."""
-    layer, returned = own.layers[index], {}
-    with ExitStack() as hooks:
-        for name in names:
-            hook = getattr(layer, name).register_forward_hook(
-                lambda _m, _a, out, name=name: returned.update({name: out})
-            )
-            hooks.callback(hook.remove)
-        own.call(index, layer, x, masking)
-
-    def silenced(*chosen: str) -> nn.Module:
-        copied = share(layer)
-        for name in chosen:
-            out = returned[name]
-            getattr(copied, name).forward = _Silence(width, len(out) if isinstance(out, tuple | list) else 0)
-        return copied
-
-    return silenced
 
 
 def _detached(out: Any) -> Any:
@@ -192,7 +85,7 @@ class AutodiffPart(NoSingleWeights):
         """The contribution and its Jacobian at x [B, S, D]."""
         if not through_norms:
             raise UnsupportedModelError(f"{self.name} cannot leave out its norms: it is differentiated as a whole")
-        return LinearByAutodiff(self.function(masking), x)
+        return LinearByAutodiff(self.function(masking), x, lambda module: self.inside(masking, module))
 
     def function(self, masking: Masking) -> Callable[[Tensor], Tensor]:
         """x [B, S, D] → what the part adds to it for tokens that attend as masking says."""
@@ -203,6 +96,26 @@ class AutodiffPart(NoSingleWeights):
             return out if sees is None else out * sees.to(x.dtype)
 
         return added
+
+    def inside(self, masking: Masking, module: int) -> Callable[[Tensor], Tensor]:
+        """x [B, S, D] → what the output matrix of the attention (``module`` even) or MLP reads, [B, S, W]."""
+        matrix = self.module.get_submodule(output_matrix(self.own, self.layer, module))
+        sees = self.own.passes(masking).arguments[self.layer].sees
+
+        def read(x: Tensor) -> Tensor:
+            found: list[Tensor] = []
+            with removing(matrix.register_forward_pre_hook(lambda _module, args: found.append(args[0]))):
+                self.own.call(self.layer, self.module, x, masking)
+            out = found[-1].reshape(*x.shape[:2], -1)
+            return out if sees is None else out * sees.to(x.dtype)
+
+        return read
+
+    def output_weight(self, module: int) -> Tensor:
+        """The weight of that output matrix, [D, W]. Raises UnsupportedModelError where there is no single one."""
+        matrix = self.module.get_submodule(output_matrix(self.own, self.layer, module))
+        weight: Tensor = matrix.weight.detach()  # type: ignore[union-attr, operator, assignment]
+        return weight if isinstance(matrix, nn.Linear) else weight.mT
 
 
 @dataclass(frozen=True)
@@ -244,7 +157,14 @@ class LinearByAutodiff:
     J t for a tangent t is the derivative, in direction t, of v ↦ Jᵀ v: a backward pass through the backward pass.
     """
 
-    def __init__(self, run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    def __init__(
+        self,
+        run: Callable[[Tensor], Tensor],
+        x: Tensor,
+        reads: Callable[[int], Callable[[Tensor], Tensor]] | None = None,
+    ) -> None:
+        """Run ``run`` at x [B, S, D]; ``reads(module)``, for `inside`, leads up to that module's output matrix."""
+        self._reads, self._inside = reads, dict[int, LinearByAutodiff]()
         with torch.inference_mode(False), torch.enable_grad():
             self.x = x.clone().requires_grad_()
             self._output = run(self.x)
@@ -267,10 +187,17 @@ class LinearByAutodiff:
         """Jᵀ g for g [C, B, S, D]."""
         return self._through(self._output, self.x, g) if self._output.requires_grad else torch.zeros_like(g)
 
+    def inside(self, t: Tensor, module: int) -> Tensor:
+        """The tangent of what the output matrix of the attention (``module`` even) or the MLP reads, [C, B, S, W]."""
+        if module not in self._inside:
+            assert self._reads is not None
+            self._inside[module] = LinearByAutodiff(self._reads(module), self.x.detach())
+        return self._inside[module].jvp(t)
+
     def _through(self, output: Tensor, at: Tensor, g: Tensor) -> Tensor:
         if self._batched:
             try:
-                return torch.autograd.grad(output, at, g, retain_graph=True, is_grads_batched=True)[0]
+                return torch.func.vmap(lambda one: torch.autograd.grad(output, at, one, retain_graph=True)[0])(g)
             except RuntimeError as error:
                 if "out of memory" in str(error).lower():
                     raise

@@ -138,6 +138,10 @@ class LinearAttention:
 
     def jvp(self, t: Tensor) -> Tensor:
         """J_A t for t [C, B, S, D]."""
+        return self.post_norm.jvp(linear(self.inside(t), self.weights.W_O))
+
+    def inside(self, t: Tensor, module: int = 0) -> Tensor:
+        """The tangent of the heads' outputs, which W_O reads, [C, B, S, H·E] of t [C, B, S, D]."""
         w = self.weights
         t = self.norm.jvp(t)
         dq = self._turn(self.q_norm.jvp(w._heads(linear(t, w.W_Q), w.n_heads)))
@@ -147,8 +151,7 @@ class LinearAttention:
         if self.slope is not None:
             dscores = dscores * self.slope
         dpattern = self._through_softmax(dscores)
-        mixed = w._merge(dpattern @ self.v + self.pattern @ dv)
-        return self.post_norm.jvp(linear(mixed, w.W_O))
+        return w._merge(dpattern @ self.v + self.pattern @ dv)
 
     def vjp(self, g: Tensor) -> Tensor:
         """J_Aᵀ g for g [C, B, S, D]."""
@@ -275,12 +278,16 @@ class LinearMLP:
 
     def jvp(self, t: Tensor) -> Tensor:
         """J_M t for t [C, B, S, D]."""
+        return self.post_norm.jvp(linear(self.inside(t), self.weights.W_out))
+
+    def inside(self, t: Tensor, module: int = 1) -> Tensor:
+        """The tangent of the neurons, which W_out reads, [C, B, S, N] of t [C, B, S, D]."""
         w = self.weights
         t = self.norm.jvp(t)
         hidden = linear(t, w.W_in).mul_(self.by_up)
         if w.W_gate is not None and self.by_gate is not None:
             hidden.addcmul_(linear(t, w.W_gate), self.by_gate)
-        return self.post_norm.jvp(linear(hidden, w.W_out))
+        return hidden
 
     def vjp(self, g: Tensor) -> Tensor:
         """J_Mᵀ g for g [C, B, S, D]."""

@@ -130,8 +130,8 @@ class OwnLayers:
 
         with ExitStack() as hooks:
             for layer in self.layers:
-                hooks.enter_context(_removing(layer.register_forward_pre_hook(before, with_kwargs=True)))
-            hooks.enter_context(_removing(self.layers[-1].register_forward_hook(after)))
+                hooks.enter_context(removing(layer.register_forward_pre_hook(before, with_kwargs=True)))
+            hooks.enter_context(removing(self.layers[-1].register_forward_hook(after)))
             self.forward(ids, masking.valid)
         return Passes(streams, arguments, final[-1])
 
@@ -152,7 +152,7 @@ class OwnLayers:
             found.append(split_call(args, kwargs)[0])
             raise _Reached
 
-        with _removing(self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)):
+        with removing(self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)):
             try:
                 self.forward(ids.to(self.device))
             except _Reached:
@@ -179,7 +179,7 @@ class OwnLayers:
         with ExitStack() as hooks:
             for module in self.model.modules():
                 if id(module) not in inside or module is self.layers[-1]:
-                    hooks.enter_context(_removing(module.register_forward_hook(record, with_kwargs=True)))
+                    hooks.enter_context(removing(module.register_forward_hook(record, with_kwargs=True)))
             self.forward(ids)
         chain: list[nn.Module] = []
         state = last[0]
@@ -194,7 +194,7 @@ class OwnLayers:
     def between_head_and_logits(self, ids: Tensor, values: Tensor) -> Tensor:
         """What the model makes of the head's output ``values`` [B, S, V] before it returns logits (scale, cap)."""
         head = self.model.get_output_embeddings()
-        with _removing(head.register_forward_hook(lambda _m, _a, _o: values)):
+        with removing(head.register_forward_hook(lambda _m, _a, _o: values)):
             return self.forward(ids)
 
     def _find_layers(self) -> list[nn.Module]:
@@ -208,7 +208,7 @@ class OwnLayers:
         lists = [(path, m) for path, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
         with ExitStack() as hooks:
             for module in {id(child): child for _, m in lists for child in m}.values():
-                hooks.enter_context(_removing(module.register_forward_hook(record, with_kwargs=True)))
+                hooks.enter_context(removing(module.register_forward_hook(record, with_kwargs=True)))
             self.forward(probe_ids(self.vocab_size, self.device))
         ran = [(path, m) for path, m in lists if all(len(called.get(id(child), ())) == 1 for child in m)]
         outer = [(p, m) for p, m in ran if not any(p.startswith(other + ".") for other, _ in ran)]
@@ -247,7 +247,7 @@ class OwnLayers:
             moved = x + noise * x.std()
             return type(out)((moved, *out[1:])) if isinstance(out, tuple | list) else moved
 
-        with _removing(self.layers[0].register_forward_hook(shifted)):
+        with removing(self.layers[0].register_forward_hook(shifted)):
             third = self._pass(Masking(None, shape, self.device, ids))
         after_later = (*third.streams[2:], third.final)[: len(self.layers) - 1]
         for i, expected in enumerate(after_later, start=1):
@@ -310,7 +310,7 @@ def first_tensor(out: Any) -> Tensor:
 
 
 @contextmanager
-def _removing(hook: Any) -> Iterator[None]:
+def removing(hook: Any) -> Iterator[None]:
     try:
         yield
     finally:

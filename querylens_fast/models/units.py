@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from querylens_fast.models.blocks import MLP, Attention, LinearPart
+from querylens_fast.models.blocks import MLP, Attention, LinearAttention, LinearMLP
 from querylens_fast.models.masking import Masking
 from querylens_fast.models.moe import NoSingleWeights
 
@@ -51,8 +51,8 @@ class Beside(NoSingleWeights):
 class LinearSum:
     """The Jacobian of the sum of two modules at one batch."""
 
-    first: LinearPart
-    second: LinearPart
+    first: LinearAttention
+    second: LinearMLP
 
     @property
     def output(self) -> Tensor:
@@ -66,6 +66,10 @@ class LinearSum:
     def vjp(self, g: Tensor) -> Tensor:
         """Jᵀ g for g [C, B, S, D]."""
         return self.first.vjp(g).add_(self.second.vjp(g))
+
+    def inside(self, t: Tensor, module: int) -> Tensor:
+        """The tangent of what the first (even module) or second one's output matrix reads, [C, B, S, W]."""
+        return (self.second if module % 2 else self.first).inside(t)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,20 +15,29 @@ _CHUNK = 1 << 22
 
 @contextmanager
 def fits_memory(path: str | Path) -> Iterator[None]:
-    """Name ``path`` in what is raised where reading it asks for more memory than there is.
+    """Name ``path`` where reading it asks for more memory than there is; do not begin with more than the machine has.
 
     Raises:
         OSError: ENOMEM, with the file and its size.
     """
+    size = Path(path).stat().st_size
+    too_large = f"this file of {size / 2**30:.3g} GiB does not fit into the memory there is"
+    if size > _machine_memory():
+        raise OSError(errno.ENOMEM, too_large, str(path))
     try:
         yield
     except Exception as error:
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
             raise
-        size = Path(path).stat().st_size / 2**30
-        raise OSError(
-            errno.ENOMEM, f"this file of {size:.3g} GiB does not fit into the memory there is", str(path)
-        ) from error
+        raise OSError(errno.ENOMEM, too_large, str(path)) from error
+
+
+def _machine_memory() -> float:
+    """Bytes of memory that the machine has; infinite where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def read_text(path: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import orjson
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, with_config
 
 from querylens_fast.queries import inventory, views
 from querylens_fast.queries.budget import Budget
@@ -81,7 +81,7 @@ class Problem:
 
 for _kind in (*vars(views).values(), *vars(inventory).values(), Overview, Place, Problem):
     if is_dataclass(_kind):
-        _kind.__pydantic_config__ = {"use_attribute_docstrings": True}  # for the OpenAPI document
+        with_config(ConfigDict(use_attribute_docstrings=True))(_kind)  # for the OpenAPI document
 
 Slug = Annotated[str, Query(max_length=200, description="A dictionary's slug.")]
 OptionalSlug = Annotated[str | None, Query(max_length=200, description="A dictionary's slug; by default all.")]

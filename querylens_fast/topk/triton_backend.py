@@ -22,15 +22,14 @@ from torch import Tensor
 
 from csrc_triton import tune
 from csrc_triton.columns import Prepared, prepare
-from csrc_triton.configs import Choice, configs, multiplies_bfloat16, statistics_config, target_of
+from csrc_triton.configs import Choice, Config, configs, multiplies_bfloat16, statistics_config, target_of
 from csrc_triton.finish import HOPELESS, MAX_SLOTS, PROVED, UNPROVED, Exact, Results, finish
 from csrc_triton.job import Job, Keys, Terms
 from csrc_triton.rows import Rows, rows_of
 from csrc_triton.select import select
 from csrc_triton.sums import N_SUMS, sums_of
-from csrc_triton.topk import groups_of
 from csrc_triton.topk import topk as fused_winners
-from csrc_triton.winners import BLOCK_N, CHUNK_ELEMENTS, product, winners_of
+from csrc_triton.winners import CHUNK_ELEMENTS, TILE, product, winners_of
 from querylens_fast.topk import torch_backend
 from querylens_fast.topk.arguments import plain
 from querylens_fast.topk.products import full_float32
@@ -81,7 +80,7 @@ def topk(request: Request, dtype: torch.dtype | None = None) -> Outcome:
                 terms=moments is not None or any(x is not None for x in request.epilogue),
                 statistics=moments is not None,
             )
-        if columns is None or request.k + columns.n_apart > groups_of(len(W), _tile(choice)):
+        if columns is None or request.k + columns.n_apart > _tile(choice).groups(len(W)):
             # Nothing can be proved, or there are fewer groups than candidates needed.
             return torch_backend.topk(request)
         return _Pass(request, choice, columns, exact=own == dtype).run()
@@ -115,9 +114,9 @@ def choose(request: Request, dtype: torch.dtype) -> Choice:
     return choice
 
 
-def _tile(choice: Choice) -> int:
-    """Columns of a tile; a quarter of them is a group."""
-    return choice.config.block_n if choice.method == "fused" else BLOCK_N
+def _tile(choice: Choice) -> Config:
+    """The tile whose groups a pass keeps winners of."""
+    return choice.config if choice.method == "fused" else TILE
 
 
 def slots_for(k: int, d: int, *, exact: bool) -> int:
@@ -136,7 +135,8 @@ class _Pass:
     def __init__(self, request: Request, choice: Choice, columns: Prepared, *, exact: bool) -> None:
         self.request, self.choice, self.columns = request, choice, columns
         k, sides = request.k, len(request.sides)
-        self.groups = groups_of(len(request.W), _tile(choice))
+        self.tile = _tile(choice)
+        self.groups = self.tile.groups(len(request.W))
         self.slots = slots_for(k + columns.n_apart, request.F.shape[1], exact=exact)
         self.scaled = columns.W.dtype == torch.float16 and (request.F.dtype, request.W.dtype) != (torch.float16,) * 2
         self.keys = Keys(request.top, request.bottom, columns.fixed)
@@ -208,7 +208,7 @@ class _Pass:
             job = Job(part.unit, room[:, : len(part.unit)], self.keys, terms)
             self._winners(part, job, rows, request.statistics)
             if sides:
-                how = Exact(exact_terms, columns.apart, _tile(self.choice) // 4)
+                how = Exact(exact_terms, columns.apart, self.tile.group)
                 beside.wait()
                 found = select(job.winners, part, k + columns.n_apart, slots, self.keys)
                 with beside.settling(found, part, exact_terms):
@@ -220,7 +220,7 @@ class _Pass:
         """Group winners of a block by the chosen way; statistics are counted on the way."""
         n = rows.stop - rows.start
         if moments is not None and part.shift is not None and moments.edges is None and moments.bins is None:
-            shape = (n, N_SUMS, self.groups // 4)
+            shape = (n, N_SUMS, self.groups // (4 * self.tile.splits))
             job = job._replace(shift=part.shift, sums=torch.empty(shape, dtype=torch.float32, device=part.unit.device))
         W = self.columns.W
         if self.choice.method == "fused":

@@ -1,8 +1,8 @@
 """Transport files: safetensors, checked when they are read.
 
 Tensors by name: ``matrix.SIDE.ORDER`` [P or 2L, D, D], or with groups ``group.SIDE.ORDER`` [G, P or 2L, D, D];
-``energy.SIDE.ORDER`` [P, R, D, D]; ``group_energy.SIDE.ORDER`` [G, P, D, D]; ``centre`` [D]; ``group_centres`` [G, D].
-The metadata says which model and sample.
+``energy.SIDE.ORDER`` [P, R, D, D]; ``group_energy.SIDE.ORDER`` [G, P, D, D]; ``inside.ORDER.MODULE`` [G, D, W];
+``centre`` [D]; ``group_centres`` [G, D]. The metadata says which model and sample.
 Whatever is wrong with a file, from a flipped bit to another program's content, is a ValueError that names the file.
 """
 
@@ -22,6 +22,7 @@ FORMAT = "querylens_fast.transport/1"
 MOST_LAYERS = 10_000
 """A bound on what is believed of a file; no model has so many."""
 Table = dict[tuple[Side, Order], Tensor]
+Inside = dict[tuple[Order, int], Tensor]
 
 
 def write_transport(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
@@ -38,8 +39,8 @@ def write_transport(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
     return path
 
 
-def read_transport(path: Path) -> tuple[dict[str, Table], dict[str, Tensor], dict[str, str]]:
-    """(tables by kind, the other tensors, the metadata) of a transport file.
+def read_transport(path: Path) -> tuple[dict[str, Table], Inside, dict[str, Tensor], dict[str, str]]:
+    """(tables by kind, what is kept inside modules, the other tensors, the metadata) of a transport file.
 
     Raises:
         FileNotFoundError: No such file.
@@ -52,6 +53,7 @@ def read_transport(path: Path) -> tuple[dict[str, Table], dict[str, Tensor], dic
         raise FileNotFoundError(f"transport file {str(path)!r} does not exist; make one with fit_transport(...).save")
     tables: dict[str, Table] = {"matrix": {}, "energy": {}, "group": {}, "group_energy": {}}
     others: dict[str, Tensor] = {}
+    inside: Inside = {}
     try:
         with fits_memory(path):
             check_seal(path)
@@ -64,7 +66,9 @@ def read_transport(path: Path) -> tuple[dict[str, Table], dict[str, Tensor], dic
                 tensor = file.get_tensor(name)
                 layout.check_values(name, tensor)
                 kind, *pair = name.split(".")
-                if pair:
+                if kind == "inside":
+                    inside[pair[0], int(pair[1])] = tensor  # type: ignore[index]
+                elif pair:
                     tables[kind][pair[0], pair[1]] = tensor  # type: ignore[index]
                 else:
                     others[name] = tensor
@@ -72,7 +76,7 @@ def read_transport(path: Path) -> tuple[dict[str, Table], dict[str, Tensor], dic
         raise ValueError(f"transport file {str(path)!r} is damaged or truncated: {error}") from error
     if not (tables["matrix"] or tables["group"]):
         raise ValueError(f"transport file {str(path)!r} holds no matrices; fit it again")
-    return tables, others, metadata
+    return tables, inside, others, metadata
 
 
 class _Layout:
@@ -90,7 +94,7 @@ class _Layout:
         layers = self._integer(metadata, "n_layers", 1, MOST_LAYERS)
         self.d = self._integer(metadata, "d_model", 1, 1 << 30)
         n_valid = self._integer(metadata, "n_valid", 0, 1 << 60)
-        last = 2 * layers
+        self.last = last = 2 * layers
         points = self._integers(metadata, "points") if "points" in metadata else list(range(last + 1))
         sizes = self._integers(metadata, "group_n_valid") if "group_n_valid" in metadata else []
         if points != sorted(set(points)) or not points or points[0] < 0 or points[-1] > last:
@@ -104,7 +108,10 @@ class _Layout:
         shape, (kind, *pair) = list(tensor.get_shape()), name.split(".")
         square, sides = [self.d, self.d], ("value", "key")
         expected: list[int] | None = {"centre": [self.d], "group_centres": [self.n_groups, self.d]}.get(name)
-        if len(pair) == 2 and pair[0] in sides and pair[1] in self.kept:
+        if kind == "inside" and len(pair) == 2 and len(shape) == 3 and shape[2]:
+            known = pair[0] in self.kept and pair[1].isdecimal() and int(pair[1]) < self.last
+            expected = [max(1, self.n_groups), self.d, shape[2]] if known else None
+        elif len(pair) == 2 and pair[0] in sides and pair[1] in self.kept:
             n = self.kept[pair[1]]
             # The first order keeps a term for each module, but an energy for each point.
             n_energies = n if pair[1] == "full" else n + 1

@@ -38,6 +38,12 @@ def has_closed_form(module: object, length: int) -> TypeGuard[LinearAttention | 
     return isinstance(module, LinearMLP | LinearMixture)
 
 
+def total_inside(module: LinearAttention | LinearMLP, ins: Tensor, outs: Tensor, chunk: int) -> Tensor:
+    """`total` up to what the module's output matrix reads, [W, D]."""
+    module, ins, outs = _widened(module), at_least_float32(ins), at_least_float32(outs)
+    return _mlp(module, ins, outs) if isinstance(module, LinearMLP) else _attention(module, ins, outs, chunk)
+
+
 def total(module: LinearAttention | LinearMLP | LinearMixture, ins: Tensor, outs: Tensor, chunk: int) -> Tensor:
     """Σ_s outs_s Σ_r J_{s,r} ins_r, [D, D] in float32 or wider.
 
@@ -54,7 +60,10 @@ def total(module: LinearAttention | LinearMLP | LinearMixture, ins: Tensor, outs
     after, bare = module.post_norm, replace(module, post_norm=IDENTITY)
     if isinstance(after, LinearNorm):
         outs = outs * after.inverse_std
-    whole = _mlp(bare, ins, outs) if isinstance(bare, LinearMLP) else _attention(bare, ins, outs, chunk)
+    if isinstance(bare, LinearMLP):
+        whole = bare.weights.W_out @ _mlp(bare, ins, outs)
+    else:
+        whole = bare.weights.W_O @ _attention(bare, ins, outs, chunk)
     if not isinstance(after, LinearNorm):
         return whole
     if after.centred:
@@ -79,7 +88,7 @@ def _mlp(module: LinearMLP, ins: Tensor, outs: Tensor) -> Tensor:
     if w.W_gate is not None and module.by_gate is not None:
         pairs.append((w.W_gate, module.by_gate))
     slopes = [(weight, slope.flatten(0, 1)) for weight, slope in pairs]
-    return w.W_out @ _hidden(before, outs.flatten(0, 1), slopes, slice(None))
+    return _hidden(before, outs.flatten(0, 1), slopes, slice(None))
 
 
 def _mixture(module: LinearMixture, ins: Tensor, outs: Tensor) -> Tensor:
@@ -130,7 +139,7 @@ def _attention(module: LinearAttention, ins: Tensor, outs: Tensor, chunk: int) -
             along = along + torch.einsum("cbhse,bhse->hcbs", cotangent, read)
         rows.append((straight, along))
     straight, along = (torch.cat(parts, 1).flatten(0, 1) for parts in zip(*rows, strict=True))
-    return w.W_O @ before.through(straight, along.flatten(1))
+    return before.through(straight, along.flatten(1))
 
 
 def _pulled_by_position(module: LinearAttention | LinearMLP, g: Tensor, ins: Tensor, chunk: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from querylens_fast.dictionaries.dictionary import Dictionary
+from querylens_fast.dictionaries.hook_points import hook_point
 from querylens_fast.models.load import as_model
 from querylens_fast.models.model import Model
 from querylens_fast.models.tokens import Tokens, as_tokens
@@ -23,7 +24,7 @@ from querylens_fast.runs import processes as ranks
 from querylens_fast.runs.versions import versions
 from querylens_fast.transport.energy import Energy, EnergySums, rows_for_energy
 from querylens_fast.transport.growth import Agreement, probes, sequences_needed
-from querylens_fast.transport.jacobians import Budget, Order, Side, Submodule, check_submodules, linearise
+from querylens_fast.transport.jacobians import Budget, Order, Side, Submodule, check_submodules, counts, linearise
 from querylens_fast.transport.sums import JacobianSums
 from querylens_fast.transport.transport import FORMAT, ORDERS, SIDES, Transport
 
@@ -53,6 +54,7 @@ def fit_transport(
     until: float | None = None,
     k: int = 25,
     dictionaries: Sequence[Dictionary] | None = None,
+    inside: Sequence[str] = (),
     progress: bool = True,
 ) -> Transport:
     """Fit the transport of a model over a token sample: every layer and both sides.
@@ -72,13 +74,16 @@ def fit_transport(
         max_memory_gib: Bound on the working memory (not on the result: groups · P · D² numbers a side and order).
         submodule: "attn" or "mlp" leaves the other module's Jacobian out (reference's ``submodule``).
         through_norms: False takes Jacobians of the modules without their norms (reference's ``use_*_layer_norm``).
-        groups: Keep the matrices of so many disjoint groups of sequences, at the same cost; the file is so many times
-            as large. Gives standard errors of scores (`lens.reliability`) and independent fits (`Transport.group`).
+        groups: Keep the matrices of so many disjoint groups of sequences (with energies, those of the value side too),
+            at the same cost; the file is so many times as large. Gives standard errors of scores (`lens.reliability`)
+            and independent fits (`Transport.group`).
         until: Take only as many of the sequences as it needs until the top tokens of the median feature agree between
             the two halves of what was taken, with at least this Jaccard index (0 < until < 1). What was reached, and
             how many sequences would do if it was not, is logged and is in the metadata.
         k: Top tokens that ``until`` compares.
         dictionaries: Features that ``until`` compares; by default MLP neurons of every layer.
+        inside: Hook names inside modules whose keys the transport is to carry too, as "blocks.3.attn.hook_z" or
+            "blocks.*.mlp.hook_post" for every layer: D · W numbers each, W heads' outputs or neurons.
         progress: Show a progress bar.
 
     Raises:
@@ -89,8 +94,9 @@ def fit_transport(
     if orders is None:
         orders = ORDERS if model.has_submodules else ("full",)
     options = FitOptions(
-        _once(sides), _once(orders), energy, n_probes, seed, max_memory_gib, submodule, through_norms, groups, until, k
-    )
+        _once(sides), _once(orders), energy, n_probes, seed, max_memory_gib, submodule, through_norms, groups, until, k,
+        modules_inside(model, _once(inside)),
+    )  # fmt: skip
     options.check(model, tokens)
     return _Fit(model, tokens, options, dictionaries).run(progress)
 
@@ -124,6 +130,7 @@ class FitOptions:
     groups: int
     until: float | None
     k: int
+    inside: tuple[int, ...]
 
     def check(self, model: Model, tokens: Tokens) -> None:
         """Raise ValueError for anything that is unknown or does not fit the model or the sample."""
@@ -132,6 +139,11 @@ class FitOptions:
         _check_choice("energy", [self.energy], ("none", "probes", "exact"))
         _check_choice("submodule", [self.submodule], ("both", "attn", "mlp"))
         check_submodules(model, self.orders, self.submodule)
+        if self.inside and ("key" not in self.sides or not all(counts(i, self.submodule) for i in self.inside)):
+            raise ValueError(
+                f"inside= is for keys and needs the modules' own Jacobians, but sides are {list(self.sides)} and "
+                f"submodule is {self.submodule!r}; fit it with sides=('key',) or both, and submodule='both'"
+            )
         n, fewest = len(tokens.ids), self.groups if self.until is None else self.inner_groups
         if type(self.groups) is not int or not 1 <= self.groups or fewest > n:
             raise ValueError(
@@ -150,6 +162,23 @@ class FitOptions:
     def inner_groups(self) -> int:
         """Groups of sums that are kept while fitting: two halves at least when they are compared."""
         return self.groups if self.until is None else max(2, self.groups)
+
+
+def modules_inside(model: Model, names: Sequence[str]) -> tuple[int, ...]:
+    """The modules whose inside the hook names stand for, in order.
+
+    Raises:
+        ValueError: A name that is none, or of a place or layer that has no such inside.
+    """
+    layers = range(model.n_layers)
+    hooks = [hook_point(each) for name in names for each in dict.fromkeys(name.replace("*", str(i)) for i in layers)]
+    for hook in hooks:
+        if not hook.site.reads_inside or hook.module is None or hook.layer >= model.n_layers:
+            raise ValueError(
+                f"inside names {hook.name!r}; expected names such as 'blocks.0.attn.hook_z' or "
+                f"'blocks.0.mlp.hook_post', of the {model.n_layers} layers of {model.name!r}"
+            )
+    return tuple(sorted({hook.module for hook in hooks if hook.module is not None}))
 
 
 def _once(chosen: Any) -> Any:
@@ -179,13 +208,13 @@ class _Fit:
     ) -> None:
         self.model, self.tokens, self.options = model, tokens, options
         o, length = options, tokens.ids.shape[1]
-        budget = Budget.plan(model, length, o.max_memory_gib)
+        budget = Budget.plan(model, length, o.max_memory_gib, len(o.inside))
         rows = rows_for_energy(model, o.energy, budget, length)
         self.process = ranks.current()
         self.batches = plan_batches(len(tokens.ids), rows, o.inner_groups, self.process.size)
         if o.inner_groups > 1 and not bool(self._group_totals(len(self.batches))[0].all()):
             raise ValueError(f"groups is {o.groups}, but one of them would have no valid position: take fewer groups")
-        self.sums = JacobianSums(model, o.sides, o.orders, budget.directions, o.inner_groups)
+        self.sums = JacobianSums(model, o.sides, o.orders, budget.directions, o.inner_groups, o.inside)
         self.energies = EnergySums(
             model, list(self.sums.sums), o.energy, o.n_probes, o.seed, budget.directions, o.groups
         )
@@ -206,8 +235,9 @@ class _Fit:
                 done = stage
                 if self.agreement is not None and self._agrees(done, bar):
                     break
-        for sums in (*self.sums.sums.values(), *self.energies.sums.values(), *self.energies.groups.values()):
-            self.process.sum_(sums)
+        for part in (self.sums.sums, self.sums.inside, self.energies.sums, self.energies.groups):
+            for sums in part.values():
+                self.process.sum_(sums)
         return self._finish(done)
 
     def _stages(self) -> Iterator[int]:
@@ -275,6 +305,8 @@ class _Fit:
                 )
         metadata = {**_metadata(model, tokens, o), **self.outcome}
         transport = Transport(matrices, mean_embedding(model, tokens), metadata, self.energies.means(tokens.n_valid))
+        inside = {at: sums.div_(tokens.n_valid) for at, sums in self.sums.inside.items()}
+        transport.inside = inside if o.groups > 1 else {at: kept.sum(0, keepdim=True) for at, kept in inside.items()}
         if o.groups > 1:
             counts, embedded = self._group_totals(n_batches)
             metadata |= {"groups": str(o.groups), "group_n_valid": ",".join(map(str, counts.tolist()))}

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,6 +66,14 @@ class Linearised:
         t = self.apply(i, t, direction).add_(t)
         return t.mul_(self.mask) if self.padded else t
 
+    def inside(self, module: int, at: int, t: Tensor) -> Tensor:
+        """The tangent of what the output matrix of ``module`` reads, [C, B, S, W], of t [C, B, S, D] at point ``at``.
+
+        ``at`` is ``module`` itself, or where its layer is one unit, that (`models.inside.home`).
+        """
+        linear: Any = self.modules[at]
+        return linear.inside(t, module)
+
     def everywhere(self, directions: Tensor) -> Tensor:
         """directions [C, D] put at every position, [C, B, S, D] (a view)."""
         return directions[:, None, None, :].expand(-1, *self.mask.shape[:2], -1)
@@ -87,13 +95,17 @@ class Budget:
     directions: int
 
     @classmethod
-    def plan(cls, model: Model, length: int, max_memory_gib: float) -> Budget:
+    def plan(cls, model: Model, length: int, max_memory_gib: float, n_inside: int = 0) -> Budget:
         """Half of the memory for one batch's linearisation, half for the directions carried through it.
+
+        By autodiff, what is read inside ``n_inside`` modules takes a second graph of each of them.
 
         Raises:
             ValueError: Not even one sequence and one direction fit.
         """
         kept, moving = _bytes_per_sequence(model, length)
+        if model.own is not None:
+            kept += kept * n_inside // model.n_layers
         available = max_memory_gib * 2**30 / 2
         if not available >= max(kept, moving):  # also NaN
             need = 2 * max(kept, moving) / 2**30
@@ -145,6 +157,11 @@ def check_submodules(model: Model, orders: Sequence[Order], submodule: Submodule
             )
 
 
+def counts(module: int, submodule: str) -> bool:
+    """Whether ``submodule`` ("both", "attn" or "mlp") leaves the Jacobian of a module in."""
+    return submodule in ("both", "mlp" if module % 2 else "attn")
+
+
 @torch.no_grad()
 def linearise(
     model: Model, tokens: Tokens, rows: slice, submodule: Submodule = "both", through_norms: bool = True
@@ -165,7 +182,7 @@ def linearise(
         x = x + (block.attention(x, plain) if padded else attention.output)
         mlp = block.mlp.linearise(x, through_norms)
         x = x + mlp.output
-        modules += [attention if submodule != "mlp" else None, mlp if submodule != "attn" else None]
+        modules += [part if counts(i, submodule) else None for i, part in enumerate((attention, mlp))]
     return Linearised(modules, valid[..., None].to(model.dtype), rows, padded)
 
 

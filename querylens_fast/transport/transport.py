@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from querylens_fast.models.model import Model
-from querylens_fast.transport.files import FORMAT, read_transport, write_transport
-from querylens_fast.transport.jacobians import Order, Side
+from querylens_fast.transport.files import FORMAT, Inside, read_transport, write_transport
+from querylens_fast.transport.jacobians import Order, Side, counts
 
 __all__ = ["FORMAT", "ORDERS", "SIDES", "Transport", "load_transport", "matrix_at", "point_name"]
 
@@ -39,6 +39,11 @@ def point_name(point: int) -> str:
     if point == 0:
         return "resid_pre of layer 0"
     return f"resid_{'mid' if point % 2 else 'post'} of layer {(point - 1) // 2}"
+
+
+def inside_name(module: int) -> str:
+    """The hook name of what a module's output matrix reads: "blocks.3.attn.hook_z" or "blocks.3.mlp.hook_post"."""
+    return f"blocks.{module // 2}.{'mlp.hook_post' if module % 2 else 'attn.hook_z'}"
 
 
 def matrix_at(kept: Tensor, side: Side, order: Order, at: int) -> Tensor:
@@ -67,6 +72,8 @@ class Transport:
         group_centres: The groups' shares of the centre, [G, D].
         group_energies: ("value", "full") → [G, P, D, D], the groups' shares of the energies' mean over the R sets.
             Empty where energies or groups were not fitted, and in files of earlier versions.
+        inside: (order, module) → [G, D, W], for keys that read what the module's output matrix does (`reading`): each
+            group's share (G = 1 without groups), which sum up to the matrix.
     """
 
     matrices: dict[tuple[Side, Order], Tensor]
@@ -76,6 +83,7 @@ class Transport:
     groups: dict[tuple[Side, Order], Tensor] = field(default_factory=dict)
     group_centres: Tensor | None = None
     group_energies: dict[tuple[Side, Order], Tensor] = field(default_factory=dict)
+    inside: Inside = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -119,6 +127,7 @@ class Transport:
             {k: m.to(device) for k, m in self.groups.items()},
             None if self.group_centres is None else self.group_centres.to(device),
             {k: g.to(device) for k, g in self.group_energies.items()},
+            {at: m.to(device) for at, m in self.inside.items()},
         )
 
     def matrix(self, side: Side, order: Order, point: int) -> Tensor:
@@ -178,7 +187,9 @@ class Transport:
         metadata = {name: value for name, value in self.metadata.items() if not name.startswith("group")}
         metadata |= {"n_valid": str(n), "group": f"{index} of {self.n_groups}"}
         centre = None if self.group_centres is None else self.group_centres[index] * scale
-        return Transport({pair: kept[index] * scale for pair, kept in self.groups.items()}, centre, metadata)
+        inside = {at: kept[index : index + 1] * scale for at, kept in self.inside.items()}
+        matrices = {pair: kept[index] * scale for pair, kept in self.groups.items()}
+        return Transport(matrices, centre, metadata, inside=inside)
 
     def without_mid_points(self) -> Transport:
         """A copy with the matrices of the even points alone (`resid_pre`, `resid_post`), for opaque layers."""
@@ -192,30 +203,47 @@ class Transport:
             metadata={**self.metadata, "points": ",".join(map(str, even))},
         )
 
-    def through_modules(self) -> Transport:
-        """A copy for keys that read what a module adds to the stream: its matrix at point i + 1 is that of module i.
+    def reading(self, module: int, inside: bool) -> Transport:
+        """A copy for keys that read a module: its one key matrix of each order, at point module + 1, is theirs.
 
-        Such a key's gradient goes through the module's Jacobian and on from the module's input: K_{i+1} − K_i, exactly,
-        as both carry the key on from that input alike (full order).
+        A key that reads the module's output has its gradient go through the module's Jacobian and on from its input:
+        K_{i+1} − K_i, exactly, as both carry the key on from that input alike; of the first order that is T′_i. With
+        ``inside`` the key reads what the module's output matrix reads, [D, W], which has to have been fitted.
 
         Raises:
-            ValueError: This transport was fitted without the key side in full order.
+            ValueError: The transport holds nothing of that kind for the module.
         """
-        kept, held = self._kept("key", "full"), self.points
-        points = [p for p in held if p - 1 in held]
-
-        def differences(matrices: Tensor) -> Tensor:
-            at, before = ([held.index(p - less) for p in points] for less in (0, 1))
-            return matrices[..., at, :, :] - matrices[..., before, :, :]
-
+        shares: dict[Order, Tensor] = {}
+        counted = counts(module, self.metadata.get("submodule", "both"))
+        if inside:
+            shares = {order: kept for (order, at), kept in self.inside.items() if at == module}
+        elif counted and module in self.points and module + 1 in self.points:
+            for (side, order), kept in (self.groups or {k: m[None] for k, m in self.matrices.items()}).items():
+                if side == "key" and order == "full":
+                    at, before = (self.points.index(p) for p in (module + 1, module))
+                    shares[order] = kept[:, at] - kept[:, before]
+                elif side == "key":
+                    shares[order] = kept[:, module]
+        if not shares:
+            name = inside_name(module) if inside else f"{'mlp' if module % 2 else 'attn'} {module // 2}'s output"
+            remedy = f"inside=[{name!r}]" if inside else "sides=('key',) or both, and submodule='both'"
+            raise ValueError(
+                f"this transport of {self.metadata['model']!r} ({self.metadata['tokens']}) cannot carry keys that read "
+                f"{name}: fit it with {remedy}"
+            )
         return replace(
             self,
-            matrices={("key", "full"): differences(kept)},
+            matrices={("key", order): kept.sum(0)[None] for order, kept in shares.items()},
             energies={},
             group_energies={},
-            groups={("key", "full"): differences(self.groups["key", "full"])} if self.groups else {},
-            metadata={**self.metadata, "points": ",".join(map(str, points)), "keys_read": "outputs of modules"},
+            groups={("key", order): kept[:, None] for order, kept in shares.items()} if self.groups else {},
+            metadata={**self.metadata, "points": str(module + 1), "keys_read": "modules"},
         )
+
+    @property
+    def _of_module(self) -> bool:
+        """Whether this is what `reading` gives: both orders hold one matrix, without an identity."""
+        return "keys_read" in self.metadata
 
     def layer_terms(self, side: Side, point: int, layer: int) -> list[tuple[int, Tensor | None]]:
         """The first-order terms by layer, in the reference's order: (label, matrix [D, D], None for the identity).
@@ -224,6 +252,8 @@ class Transport:
         layer − 1, …, 0. A module of the feature's own layer that lies past its point belongs to that layer's term.
         """
         kept = self._kept(side, "first_order")
+        if self._of_module:
+            return [(layer, kept[0])]
         modules = range(point, 2 * self.n_layers) if side == "value" else range(point)
         terms: dict[int, Tensor] = {}
         for i in modules:
@@ -284,27 +314,29 @@ class Transport:
         tables = {"group": self.groups} if self.groups else {"matrix": self.matrices}
         for kind, table in {**tables, "energy": self.energies, "group_energy": self.group_energies}.items():
             tensors |= {f"{kind}.{side}.{order}": tensor for (side, order), tensor in table.items()}
+        tensors |= {f"inside.{order}.{module}": tensor for (order, module), tensor in self.inside.items()}
         return write_transport(Path(path), {n: t for n, t in tensors.items() if t is not None}, self.metadata)
 
     def _at(self, kept: Tensor, side: Side, order: Order, point: int, identity: bool = True) -> Tensor:
         """[..., D, D] of the point from what is kept, [..., P, D, D]."""
         if not 0 <= point <= 2 * self.n_layers:
             raise ValueError(f"point {point} is outside a model of {self.n_layers} layers")
-        if order == "full":
+        if order == "full" or self._of_module:
             if point not in self.points:
                 raise ValueError(
                     f"this transport of {self.metadata['model']!r} ({self.metadata['tokens']}) holds no matrix for "
                     f"{point_name(point)}, only for {', '.join(map(point_name, self.points))}; fit_transport makes "
                     "one with every point"
                 )
-            return matrix_at(kept, side, order, self.points.index(point))
+            return matrix_at(kept, side, "full", self.points.index(point))
         found = matrix_at(kept, side, order, point)
         return found + self._identity(kept, order) if identity else found
 
     def _identity(self, kept: Tensor, order: Order) -> Tensor:
         """What an order adds to the sum of its kept terms: I for the first order, 0 for the full one."""
-        eye = torch.eye(self.d_model, dtype=kept.dtype, device=kept.device)
-        return eye if order == "first_order" else torch.zeros_like(eye)
+        if order == "full" or self._of_module:
+            return kept.new_zeros(())
+        return torch.eye(self.d_model, dtype=kept.dtype, device=kept.device)
 
     def _need_groups(self) -> None:
         if not self.groups:
@@ -324,9 +356,9 @@ def load_transport(path: str | Path) -> Transport:
         FileNotFoundError: No such file.
         ValueError: The file is damaged, truncated, no transport, or holds NaN or infinite values.
     """
-    tables, others, metadata = read_transport(Path(path))
+    tables, inside, others, metadata = read_transport(Path(path))
     matrices = tables["matrix"] or {pair: kept.sum(0) for pair, kept in tables["group"].items()}
     centres = others.get("centre"), others.get("group_centres")
     return Transport(
-        matrices, centres[0], metadata, tables["energy"], tables["group"], centres[1], tables["group_energy"]
+        matrices, centres[0], metadata, tables["energy"], tables["group"], centres[1], tables["group_energy"], inside
     )
