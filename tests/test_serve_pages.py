@@ -300,6 +300,12 @@ def test_reliability_is_on_the_overview_and_scores_can_be_bounded(client: TestCl
     assert 'name="score_min"' not in client.get("/search?score_min=3").text
 
 
+def test_what_cannot_be_compared_is_told_beside_the_form(client: TestClient) -> None:
+    answer = client.get("/compare?a=sae0/query_lens_key&b=sae1/query_lens_value")
+    assert answer.status_code == 422 and "are of different sides" in answer.text
+    assert '<option value="sae1/query_lens_value" selected' in answer.text
+
+
 def test_a_histogram_and_the_hook_point_are_shown(client: TestClient) -> None:
     text = client.get("/feature/sae1/7").text
     assert text.count("Histogram of the scores") == 1 and "value, Logit Lens" in text

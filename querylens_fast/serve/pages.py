@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 
 from querylens_fast.queries.budget import Budget
 from querylens_fast.queries.catalog import PREFERRED
+from querylens_fast.queries.files import ResultGone
 from querylens_fast.queries.inventory import DictionaryInfo
 from querylens_fast.queries.results import Results
 from querylens_fast.queries.views import BOUNDS, FIELDS
@@ -158,20 +159,27 @@ def compare(request: Request) -> HTMLResponse:
     asked = {n: request.query_params.get(n, "") for n in ("a", "b", "after")}
     asked = {**asked, **_compared(known, asked["a"], asked["b"])}
     first, second = (asked[n].partition("/") for n in ("a", "b"))
-    found = None
-    if asked["a"]:
-        found = results.compare(
-            first[0],
-            second[0],
-            preset=first[2] or None,
-            other_preset=second[2] or None,
-            after=asked["after"] or None,
-            limit=ROWS,
-            budget=_budget(request),
-        )
+    found = problem = None
+    try:
+        if asked["a"]:
+            found = results.compare(
+                first[0],
+                second[0],
+                preset=first[2] or None,
+                other_preset=second[2] or None,
+                after=asked["after"] or None,
+                limit=ROWS,
+                budget=_budget(request),
+            )
+    except ResultGone:
+        raise
+    except ValueError as error:
+        problem = str(error)
     return _page(
         request,
         "compare",
+        422 if problem else 200,
+        problem=problem,
         choices=choices,
         asked=asked,
         found=found,
