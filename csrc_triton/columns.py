@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton.configs import INTERPRETED
 from csrc_triton.finish import MAX_APART
 from csrc_triton.rows import Columns
 
-ROWS = 16
-"""Rows of W in a program."""
+ROWS = 256 if INTERPRETED else 16
+"""Rows of W in a program; the interpreter's time goes by programs."""
 BLOCK = 128
 """Elements of d read at a time."""
 NUM_WARPS = 4
