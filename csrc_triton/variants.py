@@ -75,7 +75,15 @@ def variants(target: str) -> list[Variant]:
     return found
 
 
-_SELECTIONS = ((256, 1, 64), (512, 4, 64), (512, 4, 128), (1024, 4, 64), (1024, 4, 256), (MAX_BLOCK, 4, 1024))
+_SELECTIONS = (
+    (256, 1, 64),
+    (512, 4, 64),
+    (512, 4, 128),
+    (1024, 4, 64),
+    (1024, 4, 256),
+    (2048, 4, 256),
+    (MAX_BLOCK, 4, 1024),
+)
 """Sets, groups of a set read at a time, and slots."""
 _KINDS: tuple[dict[str, bool], ...] = (
     {}, {"ragged": True}, {"even": False}, {"fixed": False}, {"split": True}, {"split": True, "ragged": True}
