@@ -100,7 +100,7 @@ class Server:
     def build_memory_mib(self) -> float:
         """RssAnon of the process that makes an index; 0 where there is none."""
         threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        with suppress(OSError, StopIteration):
+        with suppress(OSError):
             return sum(memory_mib(int(child), "RssAnon") for path in threads for child in path.read_text().split())
         return 0.0
 
@@ -111,7 +111,8 @@ class Server:
 
 def memory_mib(process: int, name: str) -> float:
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+    # A process that has just ended has no such line.
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0) / 1024
 
 
 def seconds(run: Callable[[], object]) -> float:

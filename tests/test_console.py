@@ -1,6 +1,8 @@
 """What the command line says when a command does not end well: one line, and how to go on."""
 
+import gc
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +62,18 @@ def swallowed(name: str) -> None:
     raise ValueError("the interrupt was lost")
 
 
+def half_built(name: str) -> None:
+    class Bar:
+        def __init__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            self.place = 1
+
+        def __del__(self) -> None:
+            self.place += 1
+
+    Bar()
+
+
 def test_an_import_is_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Native modules abort the process where they are: the interrupt comes when the import is over."""
     (tmp_path / "being_imported.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\nwhole = True\n")
@@ -74,12 +88,13 @@ def test_an_import_is_not_interrupted(tmp_path: Path, monkeypatch: pytest.Monkey
     assert stopped.value.code == 130 and being_imported.whole
 
 
-@pytest.mark.parametrize("library", [import_interrupted, error_made_of_it, swallowed])
+@pytest.mark.parametrize("library", [import_interrupted, error_made_of_it, swallowed, half_built])
 def test_ctrl_c_counts_whatever_libraries_make_of_it(
     library: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the first import on: one line, exit code 130."""
     monkeypatch.setattr("querylens_fast.cli.lazy.importlib.import_module", library)
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: sys.stderr.write(str(raised.exc_value)))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit) as stopped:
@@ -87,6 +102,8 @@ def test_ctrl_c_counts_whatever_libraries_make_of_it(
     finally:
         signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130
+    del stopped
+    gc.collect()
     assert capsys.readouterr().err == "stopped; start the same command again to go on\n"
 
 

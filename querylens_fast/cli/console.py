@@ -58,7 +58,7 @@ def interruptible() -> Iterator[None]:
     def unraisable(raised: Any) -> None:
         if issubclass(raised.exc_type, KeyboardInterrupt):
             again()  # when this hook has returned: here it would be swallowed too
-        else:
+        elif _debug or not _interrupted:
             told(raised)
 
     main = threading.current_thread() is threading.main_thread()
@@ -76,7 +76,9 @@ def interruptible() -> Iterator[None]:
         sys.exit(INTERRUPTED if _said else _exit_code(raised))
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.unraisablehook, _interrupted = told, False
+        # What was half built when the interrupt came may fail to be torn down when the process ends.
+        sys.unraisablehook = told if _debug or not _interrupted else lambda _: None
+        _interrupted = False
 
 
 @contextmanager
