@@ -50,6 +50,7 @@ def measure(counts: dict[str, int], only: list[str], seed: int = 0) -> dict[str,
     """The chosen parts, ``counts`` tries of each, as their counts and problems."""
     found: dict[str, dict[str, Any]] = {}
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # a forked process loads models best without threads
     torch.set_num_threads(1)  # a forked process has the calling thread alone
     with tempfile.TemporaryDirectory(prefix="querylens-faults-") as folder:
         workload = Workload(Path(folder))

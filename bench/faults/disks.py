@@ -38,7 +38,7 @@ def run(workload: Workload, n_disks: int, seed: int = 0, jobs: Sequence[Job] | N
                 found["by"][kind.__name__[1:]] = found["by"].get(kind.__name__[1:], 0) + 1
                 said = ended.output.strip().splitlines()[-1] if ended.output.strip() else ""
                 if ended.code != RAISED or "OSError" not in said or not any(e in said for e in _SAID):
-                    found["problems"].append(f"{job.name}, {size} bytes: exit {ended.code}, {ended.output[-600:]}")
+                    found["problems"].append(f"{job.name}, {size} bytes: exit {ended.code}, {ended.output[:900]}")
                 relieve()
                 _, problems = resumed(workload, job, out, log)
                 found["problems"] += [f"{job.name}, {size} bytes: {problem}" for problem in problems]

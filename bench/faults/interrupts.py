@@ -92,7 +92,7 @@ def _problems(stopped: Outcome) -> list[str]:
     """What is wrong with how an interrupted command ended; one that was done already may have ended well."""
     lines = stopped.output.strip().splitlines() or [""]
     if stopped.hung:
-        return [f"it hangs: {stopped.output[-900:]}"]
+        return [f"it hangs: {stopped.output[:900]}"]
     if "Traceback" in stopped.output or "Exception ignored" in stopped.output or stopped.code not in (0, STOPPED):
         return [f"it ends badly: {stopped.output[-900:]}"]
     if stopped.code == STOPPED and not ("stopped" in lines[-1] and "again" in lines[-1]):

@@ -191,7 +191,7 @@ def resumed(workload: Workload, job: Job, out: Path, log: Path) -> tuple[Outcome
     before = noted(log)
     done = in_child(logged(lambda: job.write(out), log))
     if done.code:
-        return done, [f"the resumed run failed: {done.output.strip()[-600:]}"]
+        return done, [f"the resumed run failed: {done.output.strip()[:900]}"]
     problems = []
     again = sorted(set(before) & set(noted(log)[len(before) :]))
     if again:
