@@ -218,7 +218,7 @@ def test_measured_choices_are_kept_in_a_file_and_used_on_request(tmp_path: Path)
     from csrc_triton import tune
     from csrc_triton.configs import target_of
 
-    F, W = gaussian(16, 32, seed=31).half(), gaussian(500, 32, seed=32).half()
+    F, W = gaussian(6, 32, seed=31).half(), gaussian(500, 32, seed=32).half()
     table = tune.Table()
     times = tune.measure(F, W, 5, table, repeat=1)
     assert len(times) >= 2 and all(t > 0 for t in times.values())

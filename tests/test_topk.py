@@ -170,7 +170,7 @@ def test_float32_stays_float32_when_the_process_allows_less() -> None:
 @needs_triton
 @pytest.mark.parametrize("dtype", [None, torch.float16], ids=["float32 kernel", "rounded operands"])
 def test_kernel_proves_ordinary_rows(dtype: torch.dtype | None) -> None:
-    F, W = gaussian(24, 64, 16).to(DEVICE), gaussian(6000, 64, 17).to(DEVICE)
+    F, W = gaussian(12, 64, 16).to(DEVICE), gaussian(4000, 64, 17).to(DEVICE)
     outcome = fused.topk(Request(F, W, 12), dtype)
     best, worst = torch_backend.topk(Request(F, W, 12))[:2]
     assert outcome.fallback_rows == 0 and outcome.widened_rows > 0
