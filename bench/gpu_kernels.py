@@ -114,10 +114,10 @@ def prepared(data: Data) -> dict[str, Any]:
 
 
 def fused(data: Data) -> dict[str, Any]:
-    """Winners of every tile of the table, whole and ragged, with four and eight groups."""
+    """Winners of every tile of the table, whole and ragged: in one part, in two merged ones, in two apart."""
     off = {}
     tiles = configs(target_of(data.F.device), data.F.dtype)
-    for config in (tile._replace(splits=n) for n in (1, 2) for tile in tiles):
+    for config in (tile._replace(splits=n, parts=m) for n, m in ((1, 1), (1, 2), (2, 2)) for tile in tiles):
         keys = _room(data, config)
         topk(data.F, data.W, Job(data.rows.unit, keys), config)
         off[str(tuple(config))] = _units_off(keys, data, config)

@@ -78,3 +78,17 @@ def test_a_row_without_a_bound_has_everything_for_candidates() -> None:
     error = torch.tensor([torch.nan, torch.inf], device=DEVICE)
     found = select(winners, Rows(ones, ones, ones, ones, error, None), 5, 256, Keys(bottom=False))
     assert found.counts.tolist() == [[200], [200]]
+
+
+def test_sets_beyond_the_slots_are_counted() -> None:
+    """Each holds a candidate that has no slot: the caller has to learn that there are more, and how good they are."""
+    from csrc_triton.job import Keys
+    from csrc_triton.rows import Rows
+    from csrc_triton.select import select
+
+    best = ((0x4B400000 + 1000) * 64 + 2**31) % 2**32 - 2**31
+    winners = torch.full((1, 2, 2, 100), best, dtype=torch.int64)
+    winners[:, :, 1] -= 500 * 64
+    ones = torch.ones(2, device=DEVICE)
+    found = select(winners.int().to(DEVICE), Rows(ones, ones, ones, ones, ones, None), 7, 32, Keys(bottom=False))
+    assert found.counts.tolist() == [[100], [100]] and found.left_out.tolist() == [[best], [best]]
