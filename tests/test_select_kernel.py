@@ -90,5 +90,5 @@ def test_sets_beyond_the_slots_are_counted() -> None:
     winners = torch.full((1, 2, 2, 100), best, dtype=torch.int64)
     winners[:, :, 1] -= 500 * 64
     ones = torch.ones(2, device=DEVICE)
-    found = select(winners.int().to(DEVICE), Rows(ones, ones, ones, ones, ones, None), 7, 32, Keys(bottom=False))
+    found = select(winners.int().to(DEVICE), Rows(ones, ones, ones, ones, ones, None), 20, 32, Keys(bottom=False))
     assert found.counts.tolist() == [[100], [100]] and found.left_out.tolist() == [[best], [best]]
